@@ -1,0 +1,47 @@
+"""The keys and values of all positions so far: one stacked, preallocated tensor, donated from program to program.
+
+    [2 x n_layers, batch, kv_heads, max_seq_len, head_dim]
+
+One tensor and not one per layer, because XLA matches donated inputs to outputs by size alone: with several of the same size it
+crosses them and copies whole caches every step. Positions before heads' columns, because a step reads a prefix of positions of
+every head, and that order reads memory in a line.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llama import ops, runtime
+from llama.config import EngineConfig, ModelArgs
+
+
+def cache_shape(args: ModelArgs, config: EngineConfig) -> tuple[int, int, int, int, int]:
+    """The stacked cache's sizes: [2 x layers, batch, kv_heads, max_seq_len, head_dim]."""
+    return (2 * args.n_layers, config.max_batch_size, args.kv_heads, config.max_seq_len, args.head_dim)
+
+
+def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked, not skipped."""
+    return runtime.upload(torch.zeros(cache_shape(args, config), dtype=dtype), device)
+
+
+class CacheView:
+    """One program's hold on the cache while its layers run: each writes its chunk and reads back a prefix of the positions.
+
+    Args:
+        kv_cache: the stacked cache.
+        starts: [B] int32, the position of the chunk's first token in each row.
+        key_len: how many leading positions the layers read; static, at least ``starts + T`` for every row.
+    """
+
+    def __init__(self, kv_cache: torch.Tensor, starts: torch.Tensor, key_len: int) -> None:
+        self.kv_cache = kv_cache
+        self._starts = starts
+        self._key_len = key_len
+
+    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write ``keys`` and ``values`` [B, K, T, D] of a layer; return its first ``key_len`` keys and values [B, K, key_len, D]."""
+        update = torch.stack((keys, values)).to(self.kv_cache.dtype)
+        self.kv_cache = ops.write_cache(self.kv_cache, update, self._starts, layer)
+        pair = self.kv_cache[2 * layer : 2 * layer + 2, :, :, : self._key_len]
+        return pair[0].to(keys.dtype), pair[1].to(values.dtype)

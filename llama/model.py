@@ -1,0 +1,215 @@
+"""LLaMA's Transformer in Meta's names, for the whole family and every device: this file is never forked.
+
+Patched from meta-llama's ``model.py`` for static shapes: positions come as a tensor, a chunk's keys and values go through a cache
+view that writes in place, and nothing reads a tensor's value on the host. It knows no checkpoint format, no sampling and no text.
+
+Shapes: B batch rows, T chunk length, S keys read, H query heads, K key/value heads, G = H / K queries a key head, D head size.
+
+Sources: LLaMA (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and Sennrich 2019), rotary
+embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary scaling (llama-models).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama.config import ModelArgs, RopeScaling
+from llama.kv_cache import CacheView
+from llama.ops import linear
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
+    """The angle per position of each pair of a head's columns: [D / 2] float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    freqs = 1.0 / (theta**exponents)
+    return freqs if scaling is None else scale_frequencies(freqs, scaling)
+
+
+def scale_frequencies(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Llama 3.1's scaling: keep the fast frequencies, divide the slow ones, blend between them.
+
+    Args:
+        freqs: [D / 2] float32, angles per position.
+    """
+    turns = scaling.original_max_seq_len * freqs / (2 * math.pi)  # full turns within the original context
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return keep * freqs + (1.0 - keep) * freqs / scaling.factor
+
+
+def rotary_table(args: ModelArgs, max_seq_len: int) -> torch.Tensor:
+    """Cosine and sine of every position and pair: [max_seq_len, D] float32, cosines first."""
+    freqs = rotary_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), freqs)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of neighbouring columns (Meta's order) by its position's angle.
+
+    Args:
+        x: [B, T, heads, D].
+        cos, sin: [B, T, 1, D / 2] float32.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, heads, D / 2] each
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """A linear layer without bias; ``weight`` is [out, in] as checkpoints keep it, in the storage dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """A table of one vector a token id: ``weight`` is [vocab, dim]."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim), requires_grad=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight``, the mean in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the chunk and everything cached before it."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.n_heads, self.kv_heads, self.head_dim = args.n_heads, args.kv_heads, args.head_dim
+        self.wq = Linear(args.dim, self.n_heads * self.head_dim)
+        self.wk = Linear(args.dim, self.kv_heads * self.head_dim)
+        self.wv = Linear(args.dim, self.kv_heads * self.head_dim)
+        self.wo = Linear(self.n_heads * self.head_dim, args.dim)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, layer: int, cache: CacheView | None) -> torch.Tensor:
+        """Attend from each position of ``x`` [B, T, dim] to all positions up to its own; ``positions`` [B, T], ``rotary`` [B, T, D]."""
+        bsz, seqlen, _ = x.shape
+        cos, sin = rotary.unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, D / 2]
+        xq = apply_rotary(self.wq(x).view(bsz, seqlen, self.n_heads, self.head_dim), cos, sin)
+        xk = apply_rotary(self.wk(x).view(bsz, seqlen, self.kv_heads, self.head_dim), cos, sin)
+        xv = self.wv(x).view(bsz, seqlen, self.kv_heads, self.head_dim)
+        keys, values = xk.transpose(1, 2), xv.transpose(1, 2)  # [B, K, T, D]
+        if cache is not None:
+            keys, values = cache.update(layer, keys, values)  # [B, K, S, D]
+        return self.wo(self._attend(xq, keys, values, positions))
+
+    def _attend(self, xq: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        bsz, seqlen = positions.shape
+        group = self.n_heads // self.kv_heads
+        # head h reads key head h // G: put the G queries of a key head side by side in the time axis
+        xq = xq.view(bsz, seqlen, self.kv_heads, group, self.head_dim).permute(0, 2, 3, 1, 4)  # [B, K, G, T, D]
+        xq = xq.reshape(bsz, self.kv_heads, group * seqlen, self.head_dim)
+        # einsum, not q @ k.transpose: on XLA:CPU the same product runs six times as fast (docs/log.md)
+        scores = torch.einsum("bktd,bksd->bkts", xq, keys) * (self.head_dim**-0.5)
+        key_positions = torch.arange(keys.shape[2], device=xq.device, dtype=positions.dtype)
+        seen = key_positions.view(1, 1, -1) <= positions.unsqueeze(-1)  # [B, T, S]
+        seen = seen.unsqueeze(1).expand(bsz, group, seqlen, -1).reshape(bsz, 1, group * seqlen, -1)
+        probs = torch.softmax(scores.float().masked_fill(~seen, float("-inf")), dim=-1).to(xq.dtype)
+        out = torch.einsum("bkts,bksd->bktd", probs, values)  # [B, K, G T, D]
+        out = out.view(bsz, self.kv_heads, group, seqlen, self.head_dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(bsz, seqlen, self.n_heads * self.head_dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = Linear(args.dim, args.hidden_dim)
+        self.w2 = Linear(args.hidden_dim, args.dim)
+        self.w3 = Linear(args.dim, args.hidden_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each behind its norm and added to the stream."""
+
+    def __init__(self, layer: int, args: ModelArgs) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, cache: CacheView | None) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), positions, rotary, self.layer, cache)
+        out: torch.Tensor = h + self.feed_forward(self.ffn_norm(h))
+        return out
+
+
+class Transformer(nn.Module):
+    """The model without its cache: ``forward`` yields the residual stream, ``head`` the logits of the positions that are wanted.
+
+    Args:
+        args: the checkpoint's shape, ``vocab_size`` settled.
+        max_seq_len: how many positions the rotary table holds.
+        activation_dtype: dtype of the residual stream; float32 on the CPU device, where bfloat16 arithmetic is slow.
+    """
+
+    rotary: torch.Tensor
+
+    def __init__(self, args: ModelArgs, max_seq_len: int, activation_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.args = args
+        self.activation_dtype = activation_dtype
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(layer, args) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        if not args.tie_word_embeddings:
+            self.output = Linear(args.dim, args.vocab_size)
+        with torch.device("cpu"):
+            table = rotary_table(args, max_seq_len)
+        self.register_buffer("rotary", table, persistent=False)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: CacheView | None = None) -> torch.Tensor:
+        """Run a chunk through all layers.
+
+        Args:
+            ids: [B, T] int, token ids.
+            positions: [B, T] int, the position of each in its row.
+            cache: the view that the layers write and read; without one the chunk attends to itself alone, which is how the model
+                is trained and how tests compute the whole sequence at once.
+
+        Returns:
+            [B, T, dim] in the activations' dtype, before the last norm.
+        """
+        h: torch.Tensor = self.tok_embeddings(ids).to(self.activation_dtype)
+        rotary = F.embedding(positions, self.rotary)  # [B, T, D]
+        for block in self.layers:
+            h = block(h, positions, rotary, cache)
+        return h
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocab] float32 of the residual stream ``hidden`` [..., dim]."""
+        table = self.tok_embeddings.weight if self.args.tie_word_embeddings else self.output.weight
+        return linear(self.norm(hidden), table).float()

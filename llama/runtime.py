@@ -1,0 +1,170 @@
+"""The device: where it is, how a function becomes a program on it, what was compiled, run and transferred.
+
+With ops.py (and later sharding.py) this is the only module that knows torch_xla, whose names change from release to release.
+It knows nothing of models or text.
+
+A **program** is one compiled XLA executable for one set of shapes. ``compile_program`` traces a function once by lazy tensors,
+asks XLA to compile the graph, and keeps the graph's hash; each later call hands the hash and the inputs to the runtime and
+neither traces nor guards anything. torch.compile's ``openxla`` backend reaches the same executable through dynamo, at three
+seconds of tracing a program instead of a few hundredths (docs/log.md, 2026-11-20).
+
+Written against torch_xla 2.9.0, pinned in setup.py: the calls into ``_XLAC`` are those that its own dynamo bridge makes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+TensorFn = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@dataclass
+class Counters:
+    """What the device has been asked to do since the process began.
+
+    Attributes:
+        compiled: programs compiled through ``compile_program``.
+        compile_s: seconds that tracing and compiling them took.
+        runs: program runs.
+        fetches: transfers from the device to the host.
+        uploads: tensors sent from the host to the device.
+    """
+
+    compiled: int = 0
+    compile_s: float = 0.0
+    runs: int = 0
+    fetches: int = 0
+    uploads: int = 0
+
+
+counters = Counters()
+
+
+def init() -> torch.device:
+    """Start the PJRT client, once, and return its device. PJRT_DEVICE chooses it; without it a TPU is taken where there is one.
+
+    Sets ``PJRT_DEVICE=CPU`` when neither the variable nor a TPU is there, so that a laptop needs no set-up.
+    """
+    if "PJRT_DEVICE" not in os.environ and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
+        os.environ["PJRT_DEVICE"] = "CPU"
+    import torch_xla
+
+    device: torch.device = torch_xla.device()
+    return device
+
+
+def device_kind() -> str:
+    """``CPU`` or ``TPU``: the PJRT device type that this process runs on."""
+    import torch_xla.runtime
+
+    return str(torch_xla.runtime.device_type())
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a host tensor to the device. A transfer: it compiles nothing."""
+    counters.uploads += 1
+    return tensor.to(device)
+
+
+def fetch(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a device tensor to the host. Host sync: yes, it waits until the program that makes the tensor has run."""
+    counters.fetches += 1
+    return tensor.cpu()
+
+
+def wait() -> None:
+    """Mark a step boundary and wait until the device has nothing left to do: what a clock must do before it stops."""
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+
+    torch_xla.sync(wait=True)
+    xm.wait_device_ops()
+
+
+def xla_compilations() -> int:
+    """How many computations XLA itself has compiled in this process, by torch_xla's own counter.
+
+    Independent of ``counters.compiled``: a compile that slips past ``compile_program`` shows here.
+    """
+    import torch_xla.debug.metrics as metrics
+
+    data = metrics.metric_data("CompileTime")
+    return int(data[0]) if data else 0
+
+
+def xla_compile_seconds() -> float:
+    """Seconds that XLA's compiler took in this process, without tracing; in torch_xla's own counter."""
+    import torch_xla.debug.metrics as metrics
+
+    data = metrics.metric_data("CompileTime")
+    return float(data[1]) / 1e9 if data else 0.0
+
+
+def fallback_ops() -> list[str]:
+    """Operations that torch_xla ran on the host because XLA lacks them; a program of ours must cause none."""
+    import torch_xla.debug.metrics as metrics
+
+    return list(metrics.executed_fallback_ops())
+
+
+class Program:
+    """One compiled executable; call it with device tensors of the shapes that it was compiled for.
+
+    The inputs named in ``donated`` give their memory to the outputs: the tensors passed there are dead after the call.
+    """
+
+    def __init__(self, name: str, graph_hash: object, inputs: list[torch.Tensor | int], n_outputs: int) -> None:
+        self.name = name
+        self._graph_hash = graph_hash
+        self._inputs = inputs  # per graph input: the index of an argument, or the tensor itself (weights, constants)
+        self._n_outputs = n_outputs
+
+    def __call__(self, *args: torch.Tensor) -> list[torch.Tensor]:
+        import torch_xla
+
+        counters.runs += 1
+        inputs = [args[i] if isinstance(i, int) else i for i in self._inputs]
+        outputs: list[torch.Tensor] = torch_xla._XLAC._run_cached_graph(self._graph_hash, inputs)
+        return outputs
+
+
+def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donated: Sequence[int] = ()) -> Program:
+    """Trace ``fn`` once on ``args`` and compile the graph; nothing is run and ``args`` keep their values.
+
+    Args:
+        name: how errors and logs call the program.
+        fn: takes device tensors, returns a tuple of tensors, mutates nothing. Tensors that it closes over (weights) become
+            inputs of the program; they are neither copied nor folded into it.
+        args: device tensors, materialised, of the shapes and dtypes that every later call will pass.
+        donated: indices of ``args`` whose memory an output of the same size takes over.
+
+    Compiles: once per call; the caller keeps the result.
+    """
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+    from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
+
+    xlac = torch_xla._XLAC
+    began = time.perf_counter()
+    torch_xla.sync()
+    xm.wait_device_ops()
+    index_of = {xlac._xla_get_tensor_id(arg): i for i, arg in enumerate(args)}
+    for i in donated:
+        xlac._set_buffer_donation(args[i], True)
+    outputs = list(fn(*args))
+    ids, values = xlac._get_tensors_xla_device_data_node(outputs)
+    inputs = [index_of.get(tensor_id, value) for tensor_id, value in zip(ids, values, strict=True)]
+    with alias_with_buffer_donor_config():
+        graph_hash = xlac._get_graph_hash(outputs)
+        xlac._xla_warm_up_cache(outputs, [])
+    for i in donated:
+        xlac._set_buffer_donation(args[i], False)
+    xlac._clear_pending_irs(str(torch_xla.device()))
+    counters.compiled += 1
+    counters.compile_s += time.perf_counter() - began
+    return Program(name, graph_hash, inputs, len(outputs))
