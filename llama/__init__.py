@@ -1,0 +1,52 @@
+"""Text generation with LLaMA-family models on PyTorch/XLA.
+
+    from llama import LLaMA
+    llm = LLaMA.build()                                   # the demo model; ckpt_dir="..." for yours
+    print(llm.generate(["Once upon a time"])[0].generation)
+
+Importing the package starts no device and does not even import torch: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llama.config import EngineConfig, ModelArgs, RopeScaling, SamplingParams
+    from llama.errors import LLaMAError
+    from llama.generation import Generation, LLaMA, Piece
+    from llama.tokenizer import Tokenizer
+
+_HOME = {
+    "EngineConfig": "llama.config",
+    "ModelArgs": "llama.config",
+    "RopeScaling": "llama.config",
+    "SamplingParams": "llama.config",
+    "LLaMAError": "llama.errors",
+    "Generation": "llama.generation",
+    "LLaMA": "llama.generation",
+    "Piece": "llama.generation",
+    "Tokenizer": "llama.tokenizer",
+}
+
+__all__ = [
+    "EngineConfig",
+    "Generation",
+    "LLaMA",
+    "LLaMAError",
+    "ModelArgs",
+    "Piece",
+    "RopeScaling",
+    "SamplingParams",
+    "Tokenizer",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llama' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

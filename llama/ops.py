@@ -58,6 +58,50 @@ def _cache_write_op() -> Any:
     return registry.register("llama_cache_write", lower)
 
 
+@cache
+def _float_bits_op() -> Any:
+    """The registered XLA operation behind ``float_bits``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    return registry.register("llama_float_bits", lambda x: x.bitcast(xb.Type.S32))
+
+
+def float_bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a float32 tensor as int32. torch's own ``view(dtype)`` would leave the device and cut the graph."""
+    if x.device.type != "xla":
+        return x.view(torch.int32)
+    bits: torch.Tensor = _float_bits_op()(x)
+    return bits
+
+
+@cache
+def _rotate_left_op() -> Any:
+    """The registered XLA operation behind ``rotate_left``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(x: Any, distance: int) -> Any:
+        word, builder = x.cast(xb.Type.U32), x.builder()
+        high = word << xb.Op.scalar(builder, distance, dtype=xb.Type.U32)
+        low = word / xb.Op.scalar(builder, 1 << (32 - distance), dtype=xb.Type.U32)  # the builder names no right shift; LLVM finds it
+        return (high | low).cast(xb.Type.S32)
+
+    return registry.register("llama_rotate_left", lower)
+
+
+def rotate_left(x: torch.Tensor, distance: int) -> torch.Tensor:
+    """Rotate the 32-bit words of an int32 tensor left by ``distance``, 1 to 31.
+
+    An operation of its own because torch_xla 2.9 lowers ``>>`` of integers to a division that rounds towards zero: wrong for
+    every negative word that is not a multiple.
+    """
+    if x.device.type != "xla":
+        return (x << distance) | ((x >> (32 - distance)) & ((1 << distance) - 1))
+    rotated: torch.Tensor = _rotate_left_op()(x, distance=distance)
+    return rotated
+
+
 def write_cache(kv_cache: torch.Tensor, update: torch.Tensor, starts: torch.Tensor, layer: int) -> torch.Tensor:
     """Write one layer's new keys and values into the stacked cache, each row at its own position.
 

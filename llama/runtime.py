@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llama.errors import LLaMAError
+
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -106,10 +108,18 @@ def xla_compile_seconds() -> float:
 
 
 def fallback_ops() -> list[str]:
-    """Operations that torch_xla ran on the host because XLA lacks them; a program of ours must cause none."""
+    """Operations that torch_xla has run on the host because XLA lacks them, each as often as it was run."""
     import torch_xla.debug.metrics as metrics
 
-    return list(metrics.executed_fallback_ops())
+    return [op for op in metrics.executed_fallback_ops() for _ in range(metrics.counter_value(op))]
+
+
+class UnsupportedOpError(LLaMAError):
+    """A traced function used an operation that XLA lacks: torch_xla would run it on the host now and bake its result in for ever."""
+
+    def __init__(self, program: str, fallbacks: list[str]) -> None:
+        names = ", ".join(fallbacks) or "such operation"
+        super().__init__(f"program {program}: XLA has no {names}; write it with operations that stay on the device (llama/ops.py)")
 
 
 class Program:
@@ -118,11 +128,11 @@ class Program:
     The inputs named in ``donated`` give their memory to the outputs: the tensors passed there are dead after the call.
     """
 
-    def __init__(self, name: str, graph_hash: object, inputs: list[torch.Tensor | int], n_outputs: int) -> None:
+    def __init__(self, name: str, graph_hash: object, inputs: list[torch.Tensor | int], passed_through: dict[int, int]) -> None:
         self.name = name
         self._graph_hash = graph_hash
         self._inputs = inputs  # per graph input: the index of an argument, or the tensor itself (weights, constants)
-        self._n_outputs = n_outputs
+        self._passed_through = passed_through  # index of an output that is an argument unchanged: index of the argument
 
     def __call__(self, *args: torch.Tensor) -> list[torch.Tensor]:
         import torch_xla
@@ -130,6 +140,8 @@ class Program:
         counters.runs += 1
         inputs = [args[i] if isinstance(i, int) else i for i in self._inputs]
         outputs: list[torch.Tensor] = torch_xla._XLAC._run_cached_graph(self._graph_hash, inputs)
+        for place, arg in self._passed_through.items():
+            outputs.insert(place, args[arg])
         return outputs
 
 
@@ -151,20 +163,25 @@ def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donat
 
     xlac = torch_xla._XLAC
     began = time.perf_counter()
+    known_fallbacks = fallback_ops()
     torch_xla.sync()
     xm.wait_device_ops()
     index_of = {xlac._xla_get_tensor_id(arg): i for i, arg in enumerate(args)}
     for i in donated:
         xlac._set_buffer_donation(args[i], True)
-    outputs = list(fn(*args))
-    ids, values = xlac._get_tensors_xla_device_data_node(outputs)
+    traced = fn(*args)
+    if fallback_ops() != known_fallbacks:
+        raise UnsupportedOpError(name, sorted(set(fallback_ops()) - set(known_fallbacks)))
+    origins = [index_of.get(xlac._xla_get_tensor_id(output)) for output in traced]
+    computed = [output for output, origin in zip(traced, origins, strict=True) if origin is None]
+    ids, values = xlac._get_tensors_xla_device_data_node(computed)
     inputs = [index_of.get(tensor_id, value) for tensor_id, value in zip(ids, values, strict=True)]
     with alias_with_buffer_donor_config():
-        graph_hash = xlac._get_graph_hash(outputs)
-        xlac._xla_warm_up_cache(outputs, [])
+        graph_hash = xlac._get_graph_hash(computed)
+        xlac._xla_warm_up_cache(computed, [])
     for i in donated:
         xlac._set_buffer_donation(args[i], False)
     xlac._clear_pending_irs(str(torch_xla.device()))
     counters.compiled += 1
     counters.compile_s += time.perf_counter() - began
-    return Program(name, graph_hash, inputs, len(outputs))
+    return Program(name, graph_hash, inputs, {i: origin for i, origin in enumerate(origins) if origin is not None})

@@ -1,0 +1,40 @@
+"""Where weights come from. Every source yields (Meta's canonical name, host tensor), one at a time; `place` puts them on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from llama import runtime
+from llama.model import Transformer
+
+
+def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device) -> Iterator[int]:
+    """Move tensors into a model built on the meta device, one at a time, so that no second copy of the weights is ever held.
+
+    Args:
+        model: its parameters are replaced.
+        tensors: (name, host tensor) for every parameter.
+        dtype: storage dtype on the device.
+
+    Yields:
+        The bytes of each tensor on the device, as it arrives: what a progress bar counts.
+    """
+    for name, tensor in tensors:
+        module, _, leaf = name.rpartition(".")
+        stored = runtime.upload(tensor.to(dtype), device)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(stored, requires_grad=False))
+        yield stored.numel() * stored.element_size()
+    model.rotary = runtime.upload(model.rotary, device)
+
+
+def random_tensors(model: Transformer, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Seeded random weights for every parameter of ``model``: normal with deviation 0.02, norms all one. For tests and timings."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            yield name, torch.ones(parameter.shape)
+        else:
+            yield name, torch.empty(parameter.shape).normal_(std=0.02, generator=generator)

@@ -1,0 +1,102 @@
+"""How a prompt is cut into chunks of a few fixed lengths: pure integers, no tensor, no device.
+
+XLA compiles a program for each shape it meets, so a prompt of any length is sent as chunks whose lengths come from a short list.
+``greedy`` always takes the longest chunk that still fits into the rest of the prompt; ``pad`` may fill the tail up with padding
+where one longer program costs less than several shorter ones. (Source of the idea: pytorch-tpu/llama, pull request 13.)
+
+    1501 tokens, buckets 512, 64, 8, 1:   [0, 512) [512, 1024)   7 x 64   3 x 8   5 x 1   = 17 chunks
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llama.config import EngineConfig
+from llama.errors import ConfigError
+
+# The pad policy's price of starting one program, in prompt tokens: a chunk of n tokens costs n + this.
+# A short chunk reads all weights however few tokens it holds; about 32 tokens' arithmetic takes that long on the CPU device.
+RUN_COST = 32
+
+
+class Chunk(NamedTuple):
+    """One program run of the prefill.
+
+    Attributes:
+        start: position of its first token.
+        length: its bucket: how many positions the program fills.
+        valid: how many of them hold prompt tokens; fewer than ``length`` only in a padded tail.
+        key_len: how many leading cache positions the program reads.
+    """
+
+    start: int
+    length: int
+    valid: int
+    key_len: int
+
+    @property
+    def end(self) -> int:
+        """Position behind the chunk's last prompt token."""
+        return self.start + self.valid
+
+
+def plan(prompt_len: int, config: EngineConfig) -> tuple[Chunk, ...]:
+    """Cut a prompt into chunks.
+
+    Args:
+        prompt_len: tokens of the longest prompt of a batch, 1 to ``config.max_seq_len``.
+
+    Returns:
+        Chunks in order; each begins where the one before ends, their ``valid`` sum to ``prompt_len``, and none reaches past
+        ``config.max_seq_len``, because XLA clamps a write that does not fit and would overwrite the last positions silently.
+
+    Raises:
+        ConfigError: ``prompt_len`` is out of its range.
+    """
+    if not 1 <= prompt_len <= config.max_seq_len:
+        raise ConfigError(f"prompt_len: got {prompt_len}, expected 1 to max_seq_len={config.max_seq_len}")
+    lengths = _greedy(prompt_len, config.buckets) if config.bucket_policy == "greedy" else _padded(prompt_len, config)
+    chunks, start = [], 0
+    for length in lengths:
+        valid = min(length, prompt_len - start)
+        chunks.append(Chunk(start, length, valid, key_bucket(start + length, config)))
+        start += valid
+    return tuple(chunks)
+
+
+def key_bucket(end: int, config: EngineConfig) -> int:
+    """The smallest key bucket that holds positions [0, end)."""
+    return next(k for k in config.key_buckets if k >= end)
+
+
+def _greedy(remaining: int, buckets: tuple[int, ...]) -> list[int]:
+    """The longest bucket that fits, again and again; ``buckets`` descend and end in 1."""
+    lengths = []
+    for bucket in buckets:
+        count, remaining = divmod(remaining, bucket)
+        lengths += [bucket] * count
+    return lengths
+
+
+def _padded(prompt_len: int, config: EngineConfig) -> list[int]:
+    """Full chunks of the longest bucket, then the cheapest way through the tail, which may end in one padded chunk."""
+    longest = config.buckets[0]
+    full, tail = divmod(prompt_len, longest)
+    room = config.max_seq_len - full * longest
+    # best[n]: (cost, first bucket) of covering the last n tokens; a padded chunk must not pass the end of the cache
+    best: list[tuple[int, int]] = [(0, 0)]
+    for n in range(1, tail + 1):
+        start = tail - n
+        options = [b for b in config.buckets if b <= n or start + b <= room]
+        best.append(min((b + RUN_COST + best[max(n - b, 0)][0], -b) for b in options))
+    lengths = [longest] * full
+    while tail > 0:
+        bucket = -best[tail][1]
+        lengths.append(bucket)
+        tail -= bucket
+    return lengths
+
+
+def program_shapes(config: EngineConfig) -> list[tuple[int, int]]:
+    """Every (chunk length, key bucket) that a prompt or a decode step can meet under ``config``, longest first."""
+    return [(b, k) for b in config.buckets for k in config.key_buckets if k >= b]

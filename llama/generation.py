@@ -1,0 +1,375 @@
+"""Class LLaMA: text in, text out, over an Engine and a tokenizer.
+
+Three concentric layers: the engine yields ids row by row, ``pieces`` turns them into text as it becomes certain and ends each
+prompt with its typed result, and ``generate`` and ``stream`` are what most callers want of that.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from llama import checkpoint, runtime
+from llama.checkpoint import meta_pth
+from llama.config import EngineConfig, ModelArgs, SamplingParams
+from llama.engine import MAX_STOP_IDS, BatchClock, Engine, FinishReason, Request
+from llama.errors import CheckpointError, ConfigError, PromptError, TokenizerError
+from llama.model import Transformer
+from llama.tokenizer import StreamDecoder, Tokenizer
+
+log = logging.getLogger("llama")
+
+DEMO_DIR = Path(__file__).parent / "demo"
+DEMO_CONTEXT = 512  # positions that the demo model was trained for
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds and rates of the batch that a prompt ran in.
+
+    Attributes:
+        load_s: loading the weights and the tokenizer, once a model.
+        compile_s: compiling the programs that this call needed and did not have.
+        ttft_s: from the start of the batch to its first tokens on the host; compiling is not part of it.
+        prefill_s: the prompt chunks alone, up to the first tokens on the host.
+        decode_s: from there to the last token on the host.
+        prefill_tok_s: prompt tokens of the batch's rows a second.
+        decode_tok_s: tokens a second that decode steps really produced, over all rows: stop tokens and padding do not count.
+    """
+
+    load_s: float
+    compile_s: float
+    ttft_s: float
+    prefill_s: float
+    decode_s: float
+    prefill_tok_s: float
+    decode_tok_s: float
+
+
+@dataclass(frozen=True)
+class ProgramCount:
+    """Programs compiled for the call, and program runs of the batch."""
+
+    compiled: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What became of one prompt.
+
+    Attributes:
+        index: the prompt's place in the call.
+        prompt: its text.
+        generation: the text that follows it; the prompt is not repeated, and a space between the two belongs to the generation.
+        token_ids: the generated ids, without the stop token.
+        finish_reason: ``stop`` at a stop token, ``length`` at max_gen_len, ``interrupted`` at LLaMA.interrupt().
+        prompt_tokens: tokens of the prompt, BOS included.
+        seed: the one used; repeat it for the same text.
+        timing, programs: of the batch.
+    """
+
+    index: int
+    prompt: str
+    generation: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seed: int
+    timing: Timing
+    programs: ProgramCount
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints on one line."""
+        fields = asdict(self)
+        usage = {"prompt_tokens": fields.pop("prompt_tokens"), "completion_tokens": len(self.token_ids)}
+        timing = {name: round(value, 6) for name, value in fields.pop("timing").items()}
+        return {**{k: v for k, v in fields.items() if k not in ("programs", "seed")}, "usage": usage, "timing": timing} | {
+            "programs": fields["programs"],
+            "seed": self.seed,
+        }
+
+
+class Piece(NamedTuple):
+    """Text that became certain, and at a prompt's end its result.
+
+    Attributes:
+        index: the prompt's place in the call.
+        text: possibly empty.
+        result: on the prompt's last piece only.
+    """
+
+    index: int
+    text: str
+    result: Generation | None
+
+
+class LLaMA:
+    """A model, its tokenizer and its engine. Make one with ``LLaMA.build``."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.config = engine.config
+        self.load_s = load_s
+
+    @classmethod
+    def build(
+        cls,
+        ckpt_dir: str | Path | None = None,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int | None = None,
+        max_batch_size: int = 1,
+        *,
+        config: EngineConfig | None = None,
+        random_weights: ModelArgs | None = None,
+        seed: int = 1,
+        progress: bool = False,
+    ) -> LLaMA:
+        """Load a checkpoint and its tokenizer onto the device.
+
+        Args:
+            ckpt_dir: directory in Meta's format; None means the demo model that the package ships.
+            tokenizer_path: a SentencePiece model; None means the only ``*.model`` file beside the checkpoint, or in its parent.
+            max_seq_len: positions of the cache; None means 2048, or 512 for the demo model.
+            max_batch_size: rows of every program.
+            config: every static shape, the two above included; they are read only without it.
+            random_weights: this shape with seeded random weights instead of a checkpoint, for tests and timings.
+            seed: of the random weights.
+            progress: bars on stderr while loading and compiling.
+
+        Raises:
+            CheckpointError, TokenizerError, ConfigError: see errors.py; nothing is loaded then.
+        """
+        began = time.perf_counter()
+        log.info("Loading")
+        if random_weights is not None and ckpt_dir is not None:
+            raise ConfigError("random_weights and ckpt_dir: got both, expected one (random weights would replace the checkpoint's)")
+        if config is None:
+            default = DEMO_CONTEXT if ckpt_dir is None and random_weights is None else EngineConfig.max_seq_len
+            config = EngineConfig(max_batch_size=max_batch_size, max_seq_len=max_seq_len or default)
+        directory = DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)
+        args = random_weights or meta_pth.read_params(directory)
+        tokenizer = Tokenizer(tokenizer_path or find_tokenizer(directory))
+        tensors = None if random_weights else meta_pth.open_tensors(directory)
+        args = _settle_vocab_size(args, tensors, tokenizer, directory)
+        device = runtime.init()
+        dtype, activation_dtype = _dtypes(config)
+        with torch.device("meta"):
+            model = Transformer(args, config.max_seq_len, activation_dtype)
+        if tensors is None:
+            named = checkpoint.random_tensors(model, seed)
+        else:
+            expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+            named = meta_pth.match_tensors(expected, tensors, directory)
+        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        with tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+            for loaded in checkpoint.place(model, named, dtype, device):
+                bar.update(loaded)
+        runtime.wait()
+        load_s = time.perf_counter() - began
+        log.info("Loaded in %.2f seconds", load_s)
+        return cls(Engine(model, config, device, progress=progress), tokenizer, load_s)
+
+    def warm_up(self) -> float:
+        """Compile every program that any prompt and parameter can need, and say how many seconds it took.
+
+        Afterwards nothing compiles, whatever comes. Without it, each call compiles what it needs and lacks before its clock starts.
+        """
+        return self.engine.warm_up()
+
+    def interrupt(self) -> None:
+        """End the running call after its current step; what was generated is kept. Safe from a signal handler or a thread."""
+        self.engine.interrupted = True
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_gen_len: int = 256,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        *,
+        params: Sequence[SamplingParams] | None = None,
+    ) -> list[Generation]:
+        """Generate for every prompt, in batches of ``max_batch_size``.
+
+        Args:
+            prompts: one or several; an empty one is BOS alone.
+            max_gen_len, temperature, top_p, seed: see SamplingParams; the same for all prompts.
+            params: one per prompt, instead of those.
+
+        Returns:
+            One result per prompt, in order.
+
+        Raises:
+            PromptError: a prompt that does not fit; nothing is generated then.
+            RecompileError: under ``fail_on_recompile``, when something was left to compile after warm-up.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        common = SamplingParams(max_gen_len, temperature, top_p, seed)
+        pieces = self.pieces(texts, [common] * len(texts) if params is None else params)
+        return sorted((p.result for p in pieces if p.result is not None), key=lambda result: result.index)
+
+    def stream(
+        self, prompt: str, max_gen_len: int = 256, temperature: float = 0.8, top_p: float = 0.95, seed: int | None = None
+    ) -> Iterator[str]:
+        """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the same seed."""
+        for piece in self.pieces([prompt], [SamplingParams(max_gen_len, temperature, top_p, seed)]):
+            if piece.text:
+                yield piece.text
+
+    def pieces(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> Iterator[Piece]:
+        """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``."""
+        self.engine.interrupted = False
+        requests = self._requests(prompts, params)
+        size = self.config.max_batch_size
+        batches = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
+        compiled_before = runtime.counters.compiled
+        compile_s = 0.0
+        if batches:
+            keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop])]
+            compile_s = self.engine.warm_up(list(dict.fromkeys(keys)))
+        for batch in batches:
+            rows = [_Text(i, prompts[i], requests[i], self.tokenizer) for i in batch]
+            yield from self._run_batch(rows, compile_s, compiled_before)
+
+    def _run_batch(self, rows: list[_Text], compile_s: float, compiled_before: int) -> Iterator[Piece]:
+        """One batch through the engine; results come at the batch's end, when its times are known."""
+        clock = BatchClock()
+        for progress in self.engine.run([row.request for row in rows], clock):
+            row = rows[progress.row]
+            text = row.push(progress.new_ids, progress.finish_reason)
+            if text:
+                yield Piece(row.index, text, None)
+        lengths = [len(row.request.prompt_ids) for row in rows]
+        steps = max(len(row.ids) for row in rows)
+        log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
+        log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s)
+        timing = _timing(clock, sum(lengths), self.load_s, compile_s)
+        programs = ProgramCount(runtime.counters.compiled - compiled_before, clock.runs)
+        for row in rows:
+            yield Piece(row.index, "", row.result(timing, programs))
+
+    def _requests(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[Request]:
+        """Encode and check all prompts before any of them runs."""
+        if len(prompts) != len(params):
+            raise PromptError(f"got {len(prompts)} prompts and {len(params)} sampling parameters, expected one per prompt")
+        stop_ids = self.tokenizer.stop_ids
+        assert len(stop_ids) <= MAX_STOP_IDS
+        requests = []
+        for index, (prompt, wish) in enumerate(zip(prompts, params, strict=True)):
+            ids = tuple(self.tokenizer.encode(prompt))
+            self._check_fit(index, len(ids), wish.max_gen_len)
+            seed = secrets.randbits(63) if wish.seed is None else wish.seed
+            requests.append(Request(ids, replace(wish, seed=seed), stop_ids))
+        return requests
+
+    def _check_fit(self, index: int, prompt_tokens: int, max_gen_len: int) -> None:
+        room = self.config.max_seq_len
+        if prompt_tokens + max_gen_len <= room:
+            return
+        cures = [f"--max_seq_len {prompt_tokens + max_gen_len}"]
+        if prompt_tokens < room:
+            cures.append(f"--max_gen_len {room - prompt_tokens} at most")
+        if max_gen_len < room:
+            cures.append(f"a prompt of {room - max_gen_len} tokens at most")
+        raise PromptError(
+            f"prompt {index} does not fit: {prompt_tokens} prompt tokens + max_gen_len {max_gen_len} = {prompt_tokens + max_gen_len} "
+            f"positions, max_seq_len is {room}; it takes {', or '.join(cures)}"
+        )
+
+
+class _Text:
+    """A row's text while it grows."""
+
+    def __init__(self, index: int, prompt: str, request: Request, tokenizer: Tokenizer) -> None:
+        self.index, self.prompt, self.request = index, prompt, request
+        self.ids: list[int] = []
+        self._decoder = StreamDecoder(tokenizer, request.prompt_ids)
+        self._parts: list[str] = []
+        self._finish_reason: FinishReason | None = None
+
+    def push(self, new_ids: list[int], finish_reason: FinishReason | None) -> str:
+        """Take new ids in; return the text that they made certain."""
+        self.ids += new_ids
+        self._finish_reason = finish_reason
+        text = self._decoder.push(new_ids)
+        if finish_reason is not None:
+            text += self._decoder.finish()
+        self._parts.append(text)
+        return text
+
+    def result(self, timing: Timing, programs: ProgramCount) -> Generation:
+        assert self._finish_reason is not None and self.request.params.seed is not None
+        return Generation(
+            index=self.index,
+            prompt=self.prompt,
+            generation="".join(self._parts),
+            token_ids=self.ids,
+            finish_reason=self._finish_reason,
+            prompt_tokens=len(self.request.prompt_ids),
+            seed=self.request.params.seed,
+            timing=timing,
+            programs=programs,
+        )
+
+
+def find_tokenizer(ckpt_dir: Path) -> Path:
+    """The only ``*.model`` file in a checkpoint's directory, or else in its parent, where LLaMA 1 keeps it.
+
+    Raises:
+        TokenizerError: there is none, or there are several.
+    """
+    for directory in (ckpt_dir, ckpt_dir.resolve().parent):
+        found = sorted(directory.glob("*.model"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(p.name for p in found)
+            raise TokenizerError(f"{directory} has {len(found)} tokenizers ({names}), expected one; choose with --tokenizer_path")
+    raise TokenizerError(f"no tokenizer (*.model) in {ckpt_dir} or its parent; give its path with --tokenizer_path")
+
+
+def _settle_vocab_size(args: ModelArgs, tensors: dict[str, torch.Tensor] | None, tokenizer: Tokenizer, directory: Path) -> ModelArgs:
+    """Fill in a vocabulary size of -1, and check that every id of the tokenizer has a row in the embedding."""
+    if args.vocab_size == -1:
+        if tensors is None:
+            args = args.with_vocab_size(tokenizer.n_words)
+        elif "tok_embeddings.weight" in tensors:
+            args = args.with_vocab_size(tensors["tok_embeddings.weight"].shape[0])
+        else:
+            raise CheckpointError(f"{directory}: vocab_size is -1 in params.json and the checkpoint has no tok_embeddings.weight to take it from")
+    if tokenizer.n_words > args.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: it belongs to another "
+            "model; give the right one with --tokenizer_path"
+        )
+    return args
+
+
+def _dtypes(config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16 arithmetic is slow."""
+    on_cpu = runtime.device_kind() == "CPU"
+    storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.float32 if on_cpu else torch.bfloat16}[config.dtype]
+    return storage, torch.float32 if on_cpu else storage
+
+
+def _timing(clock: BatchClock, prompt_tokens: int, load_s: float, compile_s: float) -> Timing:
+    return Timing(
+        load_s=load_s,
+        compile_s=compile_s,
+        ttft_s=clock.ttft_s,
+        prefill_s=clock.prefill_s,
+        decode_s=clock.decode_s,
+        prefill_tok_s=prompt_tokens / clock.prefill_s if clock.prefill_s else 0.0,
+        decode_tok_s=clock.decoded / clock.decode_s if clock.decode_s else 0.0,
+    )
