@@ -18,6 +18,7 @@ DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16")
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
+DEMO_CONTEXT = 512  # positions that the demo model was trained for
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,8 @@ class Engine:
             )
         log.info("Compiling %d programs", len(keys))
         for key in tqdm(keys, "Compiling", unit="program", disable=not self.progress, leave=False):
+            if self.interrupted:
+                return
             step = make_step(self.model, key)
             self._programs[key] = runtime.compile_program(str(key), step, (*state, *controls), donated=(CACHE_ARGUMENT,))
 
@@ -346,4 +348,3 @@ def _head_for(requests: Sequence[Request]) -> Head:
 def _seed_words(seed: int) -> torch.Tensor:
     """A 63-bit seed as two int32 words, low first."""
     return torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64).to(torch.int32)
-

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llama import checkpoint, runtime
 from llama.checkpoint import meta_pth
-from llama.config import EngineConfig, ModelArgs, SamplingParams
+from llama.config import DEMO_CONTEXT, EngineConfig, ModelArgs, SamplingParams
 from llama.engine import MAX_STOP_IDS, BatchClock, Engine, FinishReason, Request
 from llama.errors import CheckpointError, ConfigError, PromptError, TokenizerError
 from llama.model import Transformer
@@ -28,7 +28,9 @@ from llama.tokenizer import StreamDecoder, Tokenizer
 log = logging.getLogger("llama")
 
 DEMO_DIR = Path(__file__).parent / "demo"
-DEMO_CONTEXT = 512  # positions that the demo model was trained for
+SYNTHETIC_TOKEN = 8
+
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,17 @@ class LLaMA:
         """End the running call after its current step; what was generated is kept. Safe from a signal handler or a thread."""
         self.engine.interrupted = True
 
+    def synthetic_prompt(self, length: int) -> list[int]:
+        """BOS and ``length`` times one token, as pytorch-tpu/llama makes them for timings."""
+        return [self.tokenizer.bos_id] + [SYNTHETIC_TOKEN] * length
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """A prompt as text, also where it is given as ids."""
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[Prompt],
         max_gen_len: int = 256,
         temperature: float = 0.8,
         top_p: float = 0.95,
@@ -203,7 +213,7 @@ class LLaMA:
         """Generate for every prompt, in batches of ``max_batch_size``.
 
         Args:
-            prompts: one or several; an empty one is BOS alone.
+            prompts: one or several. A text is encoded behind BOS, so that the empty one is BOS alone; ids are taken as they are.
             max_gen_len, temperature, top_p, seed: see SamplingParams; the same for all prompts.
             params: one per prompt, instead of those.
 
@@ -220,14 +230,14 @@ class LLaMA:
         return sorted((p.result for p in pieces if p.result is not None), key=lambda result: result.index)
 
     def stream(
-        self, prompt: str, max_gen_len: int = 256, temperature: float = 0.8, top_p: float = 0.95, seed: int | None = None
+        self, prompt: Prompt, max_gen_len: int = 256, temperature: float = 0.8, top_p: float = 0.95, seed: int | None = None
     ) -> Iterator[str]:
         """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the same seed."""
         for piece in self.pieces([prompt], [SamplingParams(max_gen_len, temperature, top_p, seed)]):
             if piece.text:
                 yield piece.text
 
-    def pieces(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> Iterator[Piece]:
+    def pieces(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
         """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``."""
         self.engine.interrupted = False
         requests = self._requests(prompts, params)
@@ -238,8 +248,8 @@ class LLaMA:
         if batches:
             keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop])]
             compile_s = self.engine.warm_up(list(dict.fromkeys(keys)))
-        for batch in batches:
-            rows = [_Text(i, prompts[i], requests[i], self.tokenizer) for i in batch]
+        for batch in batches:  # an interrupt during one batch ends those behind it before their first chunk
+            rows = [_Text(i, self.prompt_text(prompts[i]), requests[i], self.tokenizer) for i in batch]
             yield from self._run_batch(rows, compile_s, compiled_before)
 
     def _run_batch(self, rows: list[_Text], compile_s: float, compiled_before: int) -> Iterator[Piece]:
@@ -259,7 +269,7 @@ class LLaMA:
         for row in rows:
             yield Piece(row.index, "", row.result(timing, programs))
 
-    def _requests(self, prompts: Sequence[str], params: Sequence[SamplingParams]) -> list[Request]:
+    def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Request]:
         """Encode and check all prompts before any of them runs."""
         if len(prompts) != len(params):
             raise PromptError(f"got {len(prompts)} prompts and {len(params)} sampling parameters, expected one per prompt")
@@ -267,11 +277,26 @@ class LLaMA:
         assert len(stop_ids) <= MAX_STOP_IDS
         requests = []
         for index, (prompt, wish) in enumerate(zip(prompts, params, strict=True)):
-            ids = tuple(self.tokenizer.encode(prompt))
+            ids = self._encode(index, prompt)
             self._check_fit(index, len(ids), wish.max_gen_len)
             seed = secrets.randbits(63) if wish.seed is None else wish.seed
             requests.append(Request(ids, replace(wish, seed=seed), stop_ids))
         return requests
+
+    def _encode(self, index: int, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt's ids; ids that are given must be in the embedding."""
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise PromptError(f"prompt {index} is not valid Unicode: character {error.start} cannot be written as UTF-8") from error
+            return tuple(self.tokenizer.encode(prompt))
+        vocab_size = self.engine.model.args.vocab_size
+        foreign = [i for i in prompt if not 0 <= i < vocab_size]
+        if foreign or not prompt:
+            got = f"id {foreign[0]}" if foreign else "no ids"
+            raise PromptError(f"prompt {index}: got {got}, expected at least one id, each from 0 to {vocab_size - 1}")
+        return tuple(prompt)
 
     def _check_fit(self, index: int, prompt_tokens: int, max_gen_len: int) -> None:
         room = self.config.max_seq_len
@@ -347,7 +372,9 @@ def _settle_vocab_size(args: ModelArgs, tensors: dict[str, torch.Tensor] | None,
         elif "tok_embeddings.weight" in tensors:
             args = args.with_vocab_size(tensors["tok_embeddings.weight"].shape[0])
         else:
-            raise CheckpointError(f"{directory}: vocab_size is -1 in params.json and the checkpoint has no tok_embeddings.weight to take it from")
+            raise CheckpointError(
+                f"{directory}: vocab_size is -1 in params.json and the checkpoint has no tok_embeddings.weight to take it from"
+            )
     if tokenizer.n_words > args.vocab_size:
         raise TokenizerError(
             f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: it belongs to another "

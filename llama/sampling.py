@@ -25,7 +25,9 @@ _ONE_BITS = 0x3F800000  # the bit pattern of 1.0: no weight is above it
 _LANES = 64  # partial reductions run side by side: XLA:CPU vectorises one over the slow axis, not over the fast one
 
 
-def choose(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def choose(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
     """The next token of each row.
 
     Args:

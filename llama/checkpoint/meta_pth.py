@@ -67,7 +67,9 @@ def open_tensors(ckpt_dir: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in loaded.items() if name not in DERIVED_TENSORS}
 
 
-def match_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], where: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def match_tensors(
+    expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], where: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Pair every tensor that the model expects with the checkpoint's, after checking all of them.
 
     Args:

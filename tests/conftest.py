@@ -1,0 +1,90 @@
+"""Fixtures that every test file shares. Tests run on the PJRT CPU device, without a network, on models they make themselves."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PJRT_DEVICE"] = "CPU"
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import EngineConfig, LLaMA, ModelArgs
+
+TINY = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, multiple_of=32)
+
+LLMFactory = Callable[..., LLaMA]
+
+
+@pytest.fixture(autouse=True)
+def _restore_globals() -> Iterator[None]:
+    """No test leaves a seed, a default dtype or an environment variable behind."""
+    environment, dtype = dict(os.environ), torch.get_default_dtype()
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+    torch.set_default_dtype(dtype)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 320 ids with byte fallback, in the manner of LLaMA's, trained on a few made-up sentences."""
+    import sentencepiece
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    words = "once upon a time there was the cat dog ran home green house and they sang".split()
+    chooser = random.Random(0)
+    lines = [" ".join(chooser.choice(words) for _ in range(12)).capitalize() + "." for _ in range(400)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+    )
+    return directory / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def make_llm(tokenizer_path: Path) -> LLMFactory:
+    """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights; the same arguments give the same, compiled, object."""
+    made: dict[tuple[ModelArgs, int, EngineConfig], LLaMA] = {}
+
+    def make(args: ModelArgs = TINY, seed: int = 1, **engine: object) -> LLaMA:
+        config = EngineConfig(**{"max_seq_len": 128, "buckets": (64, 8, 1), **engine})  # type: ignore[arg-type]
+        key = (args, seed, config)
+        if key not in made:
+            made[key] = LLaMA.build(tokenizer_path=tokenizer_path, config=config, random_weights=args, seed=seed)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
+    """A directory in Meta's format with TINY's shape, random weights and the tokenizer; tests may damage it."""
+    from llama import checkpoint
+    from llama.model import Transformer
+
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "multiple_of": 32, "norm_eps": 1e-5}
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    (directory / "params.json").write_text(json.dumps(params))
+    torch.save(dict(checkpoint.random_tensors(Transformer(TINY, 8), seed=3)), directory / "consolidated.00.pth")
+    (directory / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    return directory
