@@ -27,7 +27,7 @@ from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES,
 from llama.errors import FlagError, LLaMAError, PromptError
 
 if TYPE_CHECKING:
-    from llama.generation import Generation, LLaMA, Piece
+    from llama.generation import Generation, LLaMA, Piece, Prompt
 
 log = logging.getLogger("llama")
 
@@ -132,7 +132,7 @@ def generate(
 
     llm = LLaMA.build(ckpt_dir, tokenizer_path, config=config, random_weights=random_args, progress=not quiet and sys.stderr.isatty())
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
-    prompts = texts or [synthetic] * config.max_batch_size
+    prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size
     printer = _Printer([llm.prompt_text(p) for p in prompts], as_json=json, stream=stream, echo=echo)
     with _interruptible(llm):
         for number in range(1, repeat + 1):
@@ -199,7 +199,7 @@ def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, i
     missing = [f"--{name}" for name in ("dim", "n_layers", "n_heads") if name not in given]
     if missing:
         raise FlagError(f"--random_weights needs {', '.join(missing)} too, for instance --dim 768 --n_layers 12 --n_heads 12")
-    return ModelArgs(**given)
+    return ModelArgs(**given)  # type: ignore[arg-type]  # the five are whole numbers
 
 
 def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int | None, is_demo: bool) -> list[str]:
@@ -395,7 +395,7 @@ def _joined(name: str, kind: str, values: list[str]) -> str:
         if len(values) > 1:
             raise FlagError(f"--{name}: got it {len(values)} times, expected once")
         return values[0]
-    texts = []
+    texts: list[str] = []
     for value in values:
         try:
             parsed = json_lib.loads(value) if value.startswith("[") else None

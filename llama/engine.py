@@ -139,7 +139,8 @@ class _Batch:
             if not row.active:
                 continue
             *recent, length, done = values
-            new_ids, reason = recent[REPORT_WINDOW - (length - row.length) :], None
+            reason: FinishReason | None = None
+            new_ids = recent[REPORT_WINDOW - (length - row.length) :]
             row.length, row.active = length, not done
             if done:
                 reason = "stop" if new_ids[-1] in row.request.stop_ids else "length"
@@ -300,7 +301,8 @@ class Engine:
         surplus = runtime.xla_compilations() - compilations
         if surplus and self.config.fail_on_recompile:
             raise RecompileError(
-                f"XLA compiled {surplus} computations while a warmed-up batch ran; shapes: batch {self.config.max_batch_size}, sequence {self.config.max_seq_len}, "
+                f"XLA compiled {surplus} computations while a warmed-up batch ran, outside the engine's programs; "
+                f"its shapes: batch {self.config.max_batch_size}, positions {self.config.max_seq_len}, "
                 f"buckets {list(self.config.buckets)}, key buckets {list(self.config.key_buckets)}"
             )
 

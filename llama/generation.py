@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -100,7 +100,8 @@ class Generation:
         }
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """Text that became certain, and at a prompt's end its result.
 
     Attributes:
@@ -334,7 +335,8 @@ class _Text:
         return text
 
     def result(self, timing: Timing, programs: ProgramCount) -> Generation:
-        assert self._finish_reason is not None and self.request.params.seed is not None
+        assert self._finish_reason is not None
+        assert self.request.params.seed is not None
         return Generation(
             index=self.index,
             prompt=self.prompt,

@@ -55,7 +55,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
         x: [B, T, heads, D].
         cos, sin: [B, T, 1, D / 2] float32.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, heads, D / 2] each
+    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)  # [B, T, heads, D / 2] each
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
 
@@ -117,7 +117,8 @@ class Attention(nn.Module):
         keys, values = xk.transpose(1, 2), xv.transpose(1, 2)  # [B, K, T, D]
         if cache is not None:
             keys, values = cache.update(layer, keys, values)  # [B, K, S, D]
-        return self.wo(self._attend(xq, keys, values, positions))
+        out: torch.Tensor = self.wo(self._attend(xq, keys, values, positions))
+        return out
 
     def _attend(self, xq: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         bsz, seqlen = positions.shape

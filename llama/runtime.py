@@ -135,6 +135,7 @@ class Program:
         self._passed_through = passed_through  # index of an output that is an argument unchanged: index of the argument
 
     def __call__(self, *args: torch.Tensor) -> list[torch.Tensor]:
+        """Run it on ``args``; the outputs are device tensors that may still be being computed. Host sync: no."""
         import torch_xla
 
         counters.runs += 1

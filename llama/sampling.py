@@ -88,7 +88,8 @@ def _sum(weights: torch.Tensor) -> torch.Tensor:
 
 def _lanes(x: torch.Tensor, fill: float) -> torch.Tensor:
     """Fold [B, V] into [B, V / lanes, lanes], padded with ``fill``, for a reduction over the slow axis first."""
-    return F.pad(x, (0, -x.shape[-1] % _LANES), value=fill).unflatten(-1, (-1, _LANES))
+    padded = F.pad(x, (0, -x.shape[-1] % _LANES), value=fill)
+    return padded.view(x.shape[0], -1, _LANES)
 
 
 def exponential_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Continue a text with the shipped demo model on the PJRT CPU device; installs everything first where that is still to be done.
+#   ./scripts/demo.sh "Once upon a time"
+#   ./scripts/demo.sh "Once upon a time" --temperature 0 --max_gen_len 100      any flag of `llama-xla generate`
+set -euo pipefail
+here="$(dirname "${BASH_SOURCE[0]}")"
+"$here/setup.sh"
+
+prompt=()
+if (($#)) && [[ "$1" != --* ]]; then
+  prompt=(--prompt "$1")
+  shift
+fi
+PJRT_DEVICE="${PJRT_DEVICE:-CPU}" exec "$here/../.venv/bin/llama-xla" generate ${prompt[@]+"${prompt[@]}"} --echo --stream "$@"
