@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -107,19 +108,20 @@ def xla_compile_seconds() -> float:
     return float(data[1]) / 1e9 if data else 0.0
 
 
-def fallback_ops() -> list[str]:
-    """Operations that torch_xla has run on the host because XLA lacks them, each as often as it was run."""
+def fallback_ops() -> Counter[str]:
+    """Operations that torch_xla has run on the host because XLA lacks them, and how often."""
     import torch_xla.debug.metrics as metrics
 
-    return [op for op in metrics.executed_fallback_ops() for _ in range(metrics.counter_value(op))]
+    return Counter({op: metrics.counter_value(op) for op in metrics.executed_fallback_ops()})
 
 
 class UnsupportedOpError(LLaMAError):
     """A traced function used an operation that XLA lacks: torch_xla would run it on the host now and bake its result in for ever."""
 
     def __init__(self, program: str, fallbacks: list[str]) -> None:
-        names = ", ".join(fallbacks) or "such operation"
-        super().__init__(f"program {program}: XLA has no {names}; write it with operations that stay on the device (llama/ops.py)")
+        super().__init__(
+            f"program {program}: XLA has no {', '.join(fallbacks)}; write it with operations that stay on the device (llama/ops.py)"
+        )
 
 
 class Program:
@@ -171,8 +173,9 @@ def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donat
     for i in donated:
         xlac._set_buffer_donation(args[i], True)
     traced = fn(*args)
-    if fallback_ops() != known_fallbacks:
-        raise UnsupportedOpError(name, sorted(set(fallback_ops()) - set(known_fallbacks)))
+    fallbacks = fallback_ops() - known_fallbacks
+    if fallbacks:
+        raise UnsupportedOpError(name, sorted(fallbacks))
     origins = [index_of.get(xlac._xla_get_tensor_id(output)) for output in traced]
     computed = [output for output, origin in zip(traced, origins, strict=True) if origin is None]
     ids, values = xlac._get_tensors_xla_device_data_node(computed)

@@ -39,7 +39,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import sentencepiece
 
     directory = tmp_path_factory.mktemp("tokenizer")
-    words = "once upon a time there was the cat dog ran home green house and they sang".split()
+    words = ["once", "upon", "a", "time", "there", "was", "the", "cat", "dog", "ran", "home", "green", "house", "and", "they", "sang"]
     chooser = random.Random(0)
     lines = [" ".join(chooser.choice(words) for _ in range(12)).capitalize() + "." for _ in range(400)]
     sentencepiece.SentencePieceTrainer.train(

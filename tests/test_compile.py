@@ -1,0 +1,150 @@
+"""What is compiled, when, and into what: the zero-recompile contract and the optimised program of the decode step."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLMFactory
+
+from llama import SamplingParams, ops, runtime
+from llama.errors import RecompileError
+from llama.runtime import UnsupportedOpError, compile_program
+
+DUMP = """
+import torch
+from llama import EngineConfig, LLaMA, ModelArgs
+from llama.steps import ProgramKey
+from llama import runtime
+import llama.engine, sys
+if {undonated}:
+    compile_program = runtime.compile_program
+    runtime.compile_program = lambda name, fn, args, donated: compile_program(name, fn, args)
+args = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=320, multiple_of=32)
+config = EngineConfig(max_batch_size=2, max_seq_len=96, buckets=(8, 1), key_buckets=(32,))
+llm = LLaMA.build(tokenizer_path={tokenizer!r}, config=config, random_weights=args)
+llm.engine.warm_up([ProgramKey(1, 32, "sample")])
+"""
+CACHE = "f32[6,2,2,96,16]"  # 2 x 3 layers, 2 rows, 2 key heads, 96 positions, heads of 16
+
+
+def decode_hlo(directory: Path, tokenizer: Path, undonated: bool = False) -> str:
+    """The optimised HLO of a decode program, dumped by XLA in a process of its own."""
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text"}
+    code = DUMP.format(tokenizer=str(tokenizer), undonated=undonated)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    (dump,) = directory.glob("*after_optimizations.txt")
+    return dump.read_text()
+
+
+def cache_copies(hlo: str) -> list[str]:
+    """Instructions that make a cache-sized tensor other than by writing into the one they were given."""
+    made = [line for line in hlo.splitlines() if f"= {CACHE}" in line and " parameter(" not in line]
+    allowed = re.compile(r"dynamic-update-slice|get-tuple-element|bitcast\(")
+    return [line for line in made if not allowed.search(line)]
+
+
+def test_decode_writes_the_cache_in_place(tmp_path: Path, tokenizer_path: Path) -> None:
+    """The cache is aliased to its output and no cache-sized copy is made: a copy of it would cost more than the step."""
+    hlo = decode_hlo(tmp_path, tokenizer_path)
+    header = hlo.splitlines()[0]
+    alias = re.search(r"input_output_alias=\{ \{0\}: \((\d+),", header)
+    assert alias, header[:300]
+    parameters = re.sub(r"/\*.*?\*/", "", header[header.index("entry_computation_layout={(") :]).split("(", 1)[1]
+    assert re.findall(r"(\w+\[[\d,]*\])", parameters)[int(alias.group(1))] == CACHE
+    assert cache_copies(hlo) == []
+
+
+def test_the_copy_check_can_fail(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Without donation the alias is missing and XLA copies the cache: the check above sees it."""
+    hlo = decode_hlo(tmp_path, tokenizer_path, undonated=True)
+    assert "input_output_alias" not in hlo.splitlines()[0]
+    assert cache_copies(hlo)
+
+
+def test_nothing_compiles_after_warm_up(make_llm: LLMFactory) -> None:
+    """40 prompts of random lengths, temperatures, top-p and seeds, in batches of 1 to 3, by torch_xla's own counter."""
+    llm = make_llm(max_batch_size=3, key_buckets=(32, 64), fail_on_recompile=True)
+    llm.warm_up()
+    before = runtime.xla_compilations(), runtime.counters.compiled
+    chooser = random.Random(0)
+    left = 40
+    while left:
+        count = min(left, chooser.randint(1, 3))
+        left -= count
+        prompts = [[1] + [chooser.randrange(3, 320) for _ in range(chooser.randint(0, 90))] for _ in range(count)]
+        params = [
+            SamplingParams(chooser.randint(1, 36), chooser.choice([0, 0.3, 1.7]), chooser.uniform(0.01, 1), chooser.randrange(2**63))
+            for _ in range(count)
+        ]
+        results = llm.generate(prompts, params=params)
+        assert all(r.programs.compiled == 0 for r in results)
+    assert (runtime.xla_compilations(), runtime.counters.compiled) == before
+
+
+def test_the_counter_sees_a_compile(make_llm: LLMFactory) -> None:
+    """The test above would notice: a new shape moves torch_xla's counter and ours."""
+    device = make_llm().engine.device
+    before = runtime.xla_compilations(), runtime.counters.compiled
+    x = runtime.upload(torch.ones(3, 41), device)
+    program = compile_program("triple", lambda x: (x * 3,), [x])
+    assert (runtime.xla_compilations(), runtime.counters.compiled) == (before[0] + 1, before[1] + 1)
+    assert runtime.fetch(program(x)[0]).tolist() == torch.full((3, 41), 3.0).tolist()
+    runtime.fetch(x.sum(dim=1) / 7)  # a lazy tensor outside any program compiles, too
+    assert runtime.xla_compilations() == before[0] + 2
+
+
+def test_fail_on_recompile_names_the_shape(make_llm: LLMFactory) -> None:
+    """After a first call that warmed up short prompts, a longer one is refused and named; exit code 3 is its own."""
+    llm = make_llm(seed=77, fail_on_recompile=True)
+    llm.generate([[1] * 5], max_gen_len=4, temperature=0)
+    llm.generate([[1] * 6], max_gen_len=4, temperature=0)
+    with pytest.raises(RecompileError, match=r"chunk length 64, key bucket 128, head none") as error:
+        llm.generate([[1] * 70], max_gen_len=4, temperature=0)
+    assert error.value.exit_code == 3
+    assert llm.generate([[1] * 5], max_gen_len=4, temperature=0)[0].programs.compiled == 0
+
+
+def test_a_surprise_in_the_device_is_noticed(make_llm: LLMFactory) -> None:
+    """Under fail_on_recompile a computation that XLA compiles outside the engine's programs is an error, too."""
+    llm = make_llm(seed=78, fail_on_recompile=True, read_every=1)
+    llm.generate([[1] * 5], max_gen_len=4, temperature=0)
+    pieces = llm.pieces([[1] * 5], [SamplingParams(4, 0)])
+    next(pieces)
+    runtime.fetch(runtime.upload(torch.ones(5, 43), llm.engine.device).cumsum(dim=1))
+    with pytest.raises(RecompileError, match="outside the engine's programs"):
+        list(pieces)
+
+
+def test_an_operation_that_xla_lacks_is_refused(make_llm: LLMFactory) -> None:
+    """torch_xla would run it on the host while tracing and bake the result in: wrong for every later input."""
+    x = runtime.upload(torch.rand(4, 4), make_llm().engine.device)
+    for _ in range(2):  # also where the process has met the operation before
+        with pytest.raises(UnsupportedOpError, match="aten::"):
+            compile_program("bits", lambda x: (x.view(torch.int32) + 1,), [x])
+    program = compile_program("bits", lambda x: (ops.float_bits(x) + 1,), [x])
+    assert runtime.fetch(program(x)[0]).tolist() == (runtime.fetch(x).view(torch.int32) + 1).tolist()
+
+
+def test_programs_cause_no_fallback(make_llm: LLMFactory) -> None:
+    """No operation of a step leaves the device."""
+    before = runtime.fallback_ops()
+    make_llm(seed=79).warm_up()
+    assert runtime.fallback_ops() == before
+
+
+def test_donated_memory_is_taken_over_and_weights_are_not_copied(make_llm: LLMFactory) -> None:
+    """A program's weights are the model's own tensors: a change of one is seen by the next run, without a compile."""
+    device = make_llm().engine.device
+    weight = runtime.upload(torch.ones(2, 2), device)
+    x = runtime.upload(torch.ones(2, 2), device)
+    program = compile_program("add", lambda x: (x + weight, x), [x])
+    total, same = program(x)
+    assert runtime.fetch(total).tolist() == [[2.0, 2.0]] * 2
+    assert same is x  # an argument that is returned unchanged is passed through
