@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama import __version__, buckets as bucket_plan
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs, SamplingParams
-from llama.errors import FlagError, LLaMAError, PromptError
+from llama.errors import FlagError, InterruptedRunError, LLaMAError, PromptError
 
 if TYPE_CHECKING:
     from llama.generation import Generation, LLaMA, Piece, Prompt
@@ -35,7 +35,6 @@ SEPARATOR = "\n==================================\n"
 DEMO_PROMPT = "Once upon a time"
 SYNTHETIC_PROMPT_LEN = 6
 LARGEST_DEFAULT_BATCH = 32
-EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141
 NOT_YET = {"mp": "splitting a model over several devices is not supported yet; run without it, on one device"}
 
@@ -141,8 +140,7 @@ def generate(
             results = printer.print_pieces(llm.pieces(prompts, [params] * len(prompts)))
             _log_summary(results)
             if any(result.finish_reason == "interrupted" for result in results):
-                log.warning("Interrupted: what had been generated is printed")
-                raise SystemExit(EXIT_INTERRUPTED)
+                raise InterruptedRunError("interrupted; what had been generated is printed")
 
 
 def plan(
@@ -496,7 +494,7 @@ def _exit_code(arguments: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("llama-xla: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return InterruptedRunError.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more at exit
         return EXIT_CLOSED_PIPE

@@ -7,7 +7,8 @@
     │   ├── CheckpointError    a checkpoint directory, its params.json or its tensors
     │   ├── TokenizerError     a tokenizer file, or one that does not match the model
     │   └── PromptError        a prompt that cannot be served as asked
-    └── RecompileError         exit code 3: a program was compiled after warm-up
+    ├── RecompileError         exit code 3: a program was compiled after warm-up
+    └── InterruptedRunError    exit code 130: Ctrl-C, after what had been generated was printed
 
 A message says what happened, what was got, what was expected, and how to mend it. The command line prints the message without a
 traceback and exits with ``exit_code``. ``assert`` is kept for invariants that no input can break.
@@ -50,3 +51,9 @@ class RecompileError(LLaMAError):
     """A program was compiled after warm-up although ``fail_on_recompile`` promised that none would be."""
 
     exit_code = 3
+
+
+class InterruptedRunError(LLaMAError):
+    """The command line was interrupted; the results so far have been printed."""
+
+    exit_code = 130

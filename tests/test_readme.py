@@ -1,0 +1,104 @@
+"""What the README shows is what happens: its commands run, its flags are the command's, its outputs are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama
+from llama.cli import COMMANDS, help_text
+
+ROOT = Path(llama.__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every llama-xla and demo.sh line of the bash blocks; test.sh is what runs this test."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if "llama-xla" in line or "demo.sh" in line]
+
+
+def run(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a line as a user would, in the project's folder; `llama-xla` is this interpreter's, and generations are kept short."""
+    script = f"{shlex.quote(sys.executable)} -m llama.cli"
+    if "--max_gen_len" not in command:
+        command = re.sub(r"(llama-xla generate|demo.sh \"[^\"]*\")", r"\1 --max_gen_len 12", command)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = command.replace("llama-xla", script) if "demo.sh" not in command else command
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run(command: str) -> None:
+    """Each command of the README ends well and prints something."""
+    if "demo.sh" in command and not (ROOT / ".venv").is_dir():
+        pytest.skip("the demo would install a second environment: this one is not .venv")
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_two_commands_open_the_readme() -> None:
+    """The first block is the demo and the tests, and both scripts can be run."""
+    demo, test = (shlex.split(line)[0] for line in blocks("bash")[0].splitlines())
+    assert (demo, test) == ("./scripts/demo.sh", "./scripts/test.sh")
+    assert all(os.access(ROOT / script, os.X_OK) for script in (demo, test))
+    assert "./scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_flags_are_the_help_s() -> None:
+    """The README's flags are --help's, to the letter."""
+    assert help_text("generate").strip() + "\n" in blocks("text")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_flag(name: str) -> None:
+    """A parameter that its command's docstring forgets would be a secret flag."""
+    import inspect
+
+    shown = set(re.findall(r"^  --(\w+)", help_text(name), flags=re.MULTILINE))
+    assert shown == set(inspect.signature(COMMANDS[name]).parameters)
+
+
+def test_console_output_is_real() -> None:
+    """The plan that the README prints is the one that the command prints."""
+    (block,) = blocks("console")
+    command, _, output = block.partition("\n")
+    done = run(command.removeprefix("$ "))
+    assert done.stdout == output
+
+
+def test_json_fields_are_real() -> None:
+    """The object in the README has the fields that --json prints."""
+    (block,) = blocks("json")
+    shown = json.loads(block)
+    done = run('llama-xla generate --prompt "Once" --max_gen_len 1 --json --quiet')
+    printed = json.loads(done.stdout)
+    assert list(printed) == list(shown)
+    assert all(list(printed[key]) == list(shown[key]) for key in ("usage", "timing", "programs"))
+
+
+def test_python_runs() -> None:
+    """The library example runs as it stands."""
+    (code,) = blocks("python")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_version_is_in_the_changelog() -> None:
+    """One version, said once and listed."""
+    assert f"## [{llama.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
