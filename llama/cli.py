@@ -9,8 +9,10 @@ stdout is the result, stderr is the log. Errors of errors.py are shown without a
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import inspect
+import io
 import json as json_lib
 import logging
 import os
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llama")
 
 SEPARATOR = "\n==================================\n"
+NEWLINE = b"\n"
 DEMO_PROMPT = "Once upon a time"
 SYNTHETIC_PROMPT_LEN = 6
 LARGEST_DEFAULT_BATCH = 32
@@ -135,6 +138,8 @@ def generate(
     printer = _Printer([llm.prompt_text(p) for p in prompts], as_json=json, stream=stream, echo=echo)
     with _interruptible(llm):
         for number in range(1, repeat + 1):
+            if llm.engine.interrupted:  # Ctrl-C between two passes
+                raise InterruptedRunError("interrupted; what had been generated is printed")
             if repeat > 1:
                 log.info("Pass %d of %d", number, repeat)
             results = printer.print_pieces(llm.pieces(prompts, [params] * len(prompts)))
@@ -217,12 +222,14 @@ def _read_prompts(name: str) -> list[str]:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise PromptError(f"--prompts_file {name}: {error.strerror or error}") from error
+    mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     try:
-        text = data.decode("utf-8-sig")
+        text = data[mark:].decode()
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        place = mark + error.start
+        line = data[:place].count(b"\n") + 1
         raise PromptError(
-            f"--prompts_file {where} is not UTF-8: byte {error.start} in line {line}; convert it, for instance with iconv"
+            f"--prompts_file {where} is not UTF-8: byte {place} in line {line}; convert it, for instance with iconv"
         ) from error
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
@@ -272,9 +279,9 @@ class _Printer:
     def _print(self, piece: Piece) -> None:
         if self._as_json:
             if self._stream and piece.text:
-                _write(json_lib.dumps({"index": piece.index, "piece": piece.text}, ensure_ascii=False) + "\n")
+                _write(_json_line({"index": piece.index, "piece": piece.text}))
             if piece.result is not None:
-                _write(json_lib.dumps(piece.result.as_json(), ensure_ascii=False) + "\n")
+                _write(_json_line(piece.result.as_json()))
         elif self._stream or piece.result is not None:
             self._begin(piece.index)
             text = piece.text if self._stream or piece.result is None else piece.result.generation
@@ -291,6 +298,11 @@ class _Printer:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _json_line(value: dict[str, Any]) -> str:
+    """An object on one line; characters stay readable where stdout can carry all of them."""
+    return json_lib.dumps(value, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")) + "\n"
 
 
 def _log_summary(results: Sequence[Generation]) -> None:
@@ -372,11 +384,16 @@ def normalise(command: Callable[..., None], arguments: Sequence[str]) -> list[st
             is_separate = not has_value and bool(queue) and queue[0].lower() in ("true", "false")
             value = value if has_value else (queue.pop(0) if is_separate else "true")
         elif not has_value:
-            if not queue:
-                raise FlagError(f"--{name}: got no value, expected one behind it")
+            if not queue or _is_flag(queue[0], kinds):
+                hint = f"; if {queue[0]!r} is meant as its value, write --{name}={queue[0]}" if queue else ""
+                raise FlagError(f"--{name}: got no value, expected one behind it{hint}")
             value = queue.pop(0)
         values.setdefault(name, []).append(value)
     return [f"--{name}={_joined(name, kinds[name], found)}" for name, found in values.items()]
+
+
+def _is_flag(argument: str, known: Mapping[str, str]) -> bool:
+    return argument.startswith("--") and argument[2:].partition("=")[0].replace("-", "_") in known
 
 
 def _unknown(written: str, name: str, known: dict[str, str]) -> str:
@@ -400,6 +417,8 @@ def _joined(name: str, kind: str, values: list[str]) -> str:
         except ValueError:
             parsed = None  # a text that begins with a bracket
         texts += parsed if isinstance(parsed, list) and all(isinstance(t, str) for t in parsed) else [value]
+    if not texts:
+        raise FlagError(f"--{name}: got an empty list, expected at least one text (an empty one is --{name} '')")
     return json_lib.dumps(texts)
 
 
@@ -468,27 +487,17 @@ def run(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script ``llama-xla``: run a command, show errors without a traceback, exit with their code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_exit_code(arguments))
+    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _exit_code(arguments: Sequence[str]) -> int:
-    if arguments in (["--version"], ["version"]):
-        print(f"llama-xla {__version__}")
-        return 0
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    if arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        print(f"llama-xla: unknown command {arguments[0]!r}; {hint}", file=sys.stderr)
-        return 2
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(arguments[0]))
-        return 0
+    """Run the command line and say how it ended."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark, and the run goes on
     try:
-        run(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is expected
+        return code
     except LLaMAError as error:
         print(f"llama-xla: {error}", file=sys.stderr)
         return error.exit_code
@@ -498,6 +507,24 @@ def _exit_code(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more at exit
         return EXIT_CLOSED_PIPE
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if arguments in (["--version"], ["version"]):
+        print(f"llama-xla {__version__}")
+    elif not arguments:
+        print(USAGE, file=sys.stderr)
+        return FlagError.exit_code
+    elif arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+    elif arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        raise FlagError(f"unknown command {arguments[0]!r}; {hint}")
+    elif {"-h", "--help"} & set(arguments):
+        print(help_text(arguments[0]))
+    else:
+        run(arguments)
     return 0
 
 

@@ -21,6 +21,27 @@ SMALLEST_KEY_BUCKET = 512
 DEMO_CONTEXT = 512  # positions that the demo model was trained for
 
 
+# Bounds that no model comes near: sizes beyond them are a damaged file, and would overflow or run for ever further on.
+LARGEST_SIZE = 2**30
+LARGEST_FLOAT = 1e30
+_LARGEST = {
+    "dim": LARGEST_SIZE,
+    "n_layers": 10_000,
+    "n_heads": LARGEST_SIZE,
+    "n_kv_heads": LARGEST_SIZE,
+    "multiple_of": LARGEST_SIZE,
+    "ffn_hidden_dim": LARGEST_SIZE,
+}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_whole(value)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's stretching of the low rotary frequencies (llama-models, ``apply_scaling``).
@@ -71,26 +92,31 @@ class ModelArgs:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_hidden_dim"):
+        for name, largest in _LARGEST.items():
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}: got {value!r}, expected a positive whole number")
+            optional = name in ("n_kv_heads", "ffn_hidden_dim")
+            if not (optional and value is None) and not (_is_whole(value) and 1 <= value <= largest):
+                raise ConfigError(f"{name}: got {value!r}, expected a positive whole number up to {largest}")
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf):
+            optional = name == "ffn_dim_multiplier"
+            if not (optional and value is None) and not (_is_number(value) and 0 < value < LARGEST_FLOAT):
                 raise ConfigError(f"{name}: got {value!r}, expected a positive finite number")
-        if not isinstance(self.vocab_size, int) or isinstance(self.vocab_size, bool) or not (self.vocab_size == -1 or self.vocab_size > 0):
+        if not (_is_whole(self.vocab_size) and (self.vocab_size == -1 or 1 <= self.vocab_size <= LARGEST_SIZE)):
             raise ConfigError(f"vocab_size: got {self.vocab_size!r}, expected a positive whole number, or -1 for the embedding's own")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(f"tie_word_embeddings: got {self.tie_word_embeddings!r}, expected true or false")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ConfigError(
                 f"dim: got {self.dim} for {self.n_heads} heads, expected n_heads times an even number (rotary embedding turns pairs)"
             )
         if self.n_heads % self.kv_heads:
             raise ConfigError(f"n_kv_heads: got {self.kv_heads}, expected a divisor of n_heads={self.n_heads}")
+        if not 1 <= self.hidden_dim <= LARGEST_SIZE:
+            raise ConfigError(
+                f"ffn_dim_multiplier, multiple_of: got {self.ffn_dim_multiplier!r} and {self.multiple_of}, which make a feed-forward "
+                f"layer of width {self.hidden_dim}, expected 1 to {LARGEST_SIZE}"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -129,8 +155,8 @@ class ModelArgs:
         factor = values.pop("rope_scaling_factor", None)
         if not isinstance(scaled, bool):
             raise ConfigError(f"use_scaled_rope: got {scaled!r}, expected true or false")
-        if factor is not None and (not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor <= 0):
-            raise ConfigError(f"rope_scaling_factor: got {factor!r}, expected a positive number")
+        if factor is not None and not (_is_number(factor) and 0 < factor < LARGEST_FLOAT):
+            raise ConfigError(f"rope_scaling_factor: got {factor!r}, expected a positive finite number")
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(

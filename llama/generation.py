@@ -190,7 +190,10 @@ class LLaMA:
         return self.engine.warm_up()
 
     def interrupt(self) -> None:
-        """End the running call after its current step; what was generated is kept. Safe from a signal handler or a thread."""
+        """End the running call after its current step, or the next call where none runs; what was generated is kept.
+
+        Safe from a signal handler or another thread.
+        """
         self.engine.interrupted = True
 
     def synthetic_prompt(self, length: int) -> list[int]:
@@ -240,18 +243,22 @@ class LLaMA:
 
     def pieces(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
         """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``."""
-        self.engine.interrupted = False
         requests = self._requests(prompts, params)
         size = self.config.max_batch_size
         batches = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
         compiled_before = runtime.counters.compiled
-        compile_s = 0.0
-        if batches:
-            keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop])]
-            compile_s = self.engine.warm_up(list(dict.fromkeys(keys)))
-        for batch in batches:  # an interrupt during one batch ends those behind it before their first chunk
-            rows = [_Text(i, self.prompt_text(prompts[i]), requests[i], self.tokenizer) for i in batch]
-            yield from self._run_batch(rows, compile_s, compiled_before)
+        keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop])]
+        compile_s = self.engine.warm_up(list(dict.fromkeys(keys)))
+        was_interrupted = False
+        try:
+            for batch in batches:  # an interrupt during one batch ends those behind it before their first chunk
+                rows = [_Text(i, self.prompt_text(prompts[i]), requests[i], self.tokenizer) for i in batch]
+                for piece in self._run_batch(rows, compile_s, compiled_before):
+                    was_interrupted |= piece.result is not None and piece.result.finish_reason == "interrupted"
+                    yield piece
+        finally:
+            if was_interrupted:  # one that comes after the last step is the next call's
+                self.engine.interrupted = False
 
     def _run_batch(self, rows: list[_Text], compile_s: float, compiled_before: int) -> Iterator[Piece]:
         """One batch through the engine; results come at the batch's end, when its times are known."""
@@ -371,11 +378,11 @@ def _settle_vocab_size(args: ModelArgs, tensors: dict[str, torch.Tensor] | None,
     if args.vocab_size == -1:
         if tensors is None:
             args = args.with_vocab_size(tokenizer.n_words)
-        elif "tok_embeddings.weight" in tensors:
+        elif "tok_embeddings.weight" in tensors and tensors["tok_embeddings.weight"].dim() == 2:
             args = args.with_vocab_size(tensors["tok_embeddings.weight"].shape[0])
         else:
             raise CheckpointError(
-                f"{directory}: vocab_size is -1 in params.json and the checkpoint has no tok_embeddings.weight to take it from"
+                f"{directory}: vocab_size is -1 in params.json and the checkpoint has no matrix tok_embeddings.weight to take it from"
             )
     if tokenizer.n_words > args.vocab_size:
         raise TokenizerError(

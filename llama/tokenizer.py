@@ -88,6 +88,10 @@ class Tokenizer:
             return _REPLACEMENT  # embeddings are often padded past the tokenizer, and random weights choose from all of it
         return self._table[token_id]
 
+    def begins_with_mark(self, token_id: int) -> bool:
+        """Whether the id's piece begins with SentencePiece's word mark: the space that encoding puts before a text's first word."""
+        return 0 <= token_id < self.n_words and str(self._sp.id_to_piece(token_id)).startswith(_SPACE)
+
     @cached_property
     def _table(self) -> list[bytes]:
         return [self._bytes_of(i) for i in range(self.n_words)]
@@ -130,7 +134,7 @@ class StreamDecoder:
         for token_id in ids:
             data = self._tokenizer.token_bytes(token_id)
             if self._at_start and data:
-                data = data.removeprefix(b" ")
+                data = data[1:] if self._tokenizer.begins_with_mark(token_id) else data
                 self._at_start = False
             pieces.append(self._utf8.decode(data))
         return "".join(pieces)

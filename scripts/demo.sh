@@ -8,7 +8,7 @@ here="$(dirname "${BASH_SOURCE[0]}")"
 
 prompt=()
 if (($#)) && [[ "$1" != --* ]]; then
-  prompt=(--prompt "$1")
+  prompt=("--prompt=$1")
   shift
 fi
 PJRT_DEVICE="${PJRT_DEVICE:-CPU}" exec "$here/../.venv/bin/llama-xla" generate ${prompt[@]+"${prompt[@]}"} --echo --stream "$@"

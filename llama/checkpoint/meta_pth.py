@@ -7,7 +7,9 @@ against on torch 2.9 is said in the README (CVE-2026-24747): load a stranger's .
 from __future__ import annotations
 
 import json
-import pickle
+import re
+import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,11 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         raise CheckpointError(f"no such directory: {ckpt_dir} (--ckpt_dir expects one with params.json and consolidated.00.pth)")
     path = ckpt_dir / "params.json"
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        params = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in ckpt_dir.iterdir())[:10]) or "nothing"
         raise CheckpointError(f"{ckpt_dir} has no params.json (found: {found}); only Meta's format is read") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(params, dict):
         raise CheckpointError(f"{path}: got a JSON {type(params).__name__}, expected an object such as {{'dim': 4096, ...}}")
@@ -57,14 +59,47 @@ def open_tensors(ckpt_dir: Path) -> dict[str, torch.Tensor]:
     if len(files) > 1:
         names = ", ".join(f.name for f in files)
         raise CheckpointError(f"{ckpt_dir} is split into {len(files)} files ({names}); this version reads unsplit checkpoints only")
-    try:
-        loaded: Any = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{files[0]} is not a checkpoint that torch.load reads with weights_only: {reason}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
+    loaded = _load(files[0])
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{files[0]}: got a {type(loaded).__name__}, expected a dict of tensors by name")
+    odd = next((name for name, value in loaded.items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)), None)
+    if odd is not None:
+        raise CheckpointError(f"{files[0]}: got a {type(loaded[odd]).__name__} under {odd!r}, expected a dict of tensors by name")
+    _check_records(files[0], loaded)
     return {name: tensor for name, tensor in loaded.items() if name not in DERIVED_TENSORS}
+
+
+def _load(path: Path) -> Any:
+    """What torch.load finds in a file that it maps, without running any code of it."""
+    if not zipfile.is_zipfile(path):
+        start = path.read_bytes()[:40] if path.is_file() else b""
+        guess = "; it is a Git LFS pointer: fetch the file itself" if start.startswith(b"version https://git-lfs") else ""
+        raise CheckpointError(
+            f"{path} is not a checkpoint: got {path.stat().st_size} bytes that begin with {start[:16]!r}, expected the zip archive that "
+            f"torch.save writes since 1.6; it may be cut short{guess}"
+        )
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # the restricted unpickler fails in many ways on damaged input, all of them harmless
+        found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        message = (str(error) or "no more is known").splitlines()[0][:200]
+        code = f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else None
+        reason = code or f"{type(error).__name__}: {message}"
+        raise CheckpointError(f"{path} is not a checkpoint, or a damaged one: {reason}") from error
+
+
+def _check_records(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Every tensor's bytes are in the archive: from a record that is too short, mapping would read its neighbour's without a word."""
+    odd = [name for name, t in tensors.items() if t.layout is not torch.strided or t.device.type != "cpu"]
+    if odd:
+        raise CheckpointError(f"{path}: got sparse tensors or ones without values ({', '.join(odd[:10])}), expected plain ones")
+    storages = [t.untyped_storage() for t in tensors.values()]
+    wanted = Counter({s.data_ptr(): s.nbytes() for s in storages}.values())
+    with zipfile.ZipFile(path) as archive:
+        short = wanted - Counter(info.file_size for info in archive.infolist() if "/data/" in info.filename)
+    if short:
+        missing = f"{short.total()} tensors have no record of their size in it, for instance one of {min(short)} bytes"
+        raise CheckpointError(f"{path} is not a checkpoint, or a damaged one: {missing}")
 
 
 def match_tensors(
