@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from llama import __version__, cli
+from llama.cli.generate import SYNTHETIC_PROMPT_LEN
+from llama.cli.output import SEPARATOR
 from llama.errors import LLaMAError, PromptError, RecompileError, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -464,15 +466,15 @@ def test_text_output_is_the_generations_with_a_line_between(generate: Run) -> No
     """Without --json stdout is the text alone: no log, no prompt, a separator between two results."""
     flags = ["--prompt", "once", "--prompt", "the"]
     expected = [r["generation"] for r in generate(*flags, "--json").results]
-    assert generate(*flags).out == cli.SEPARATOR.join(f"{text}\n" for text in expected)
+    assert generate(*flags).out == SEPARATOR.join(f"{text}\n" for text in expected)
 
 
 def test_echo_puts_the_prompt_before_its_generation(generate: Run) -> None:
     """Prompt and generation join without a character between them, since a space there belongs to the generation."""
     flags = ["--prompt", "once upon", "--prompt", "the cat"]
     expected = [r["prompt"] + r["generation"] + "\n" for r in generate(*flags, "--json").results]
-    assert generate(*flags, "--echo").out == cli.SEPARATOR.join(expected)
-    assert generate(*flags, "--echo", "--stream").out == cli.SEPARATOR.join(expected)
+    assert generate(*flags, "--echo").out == SEPARATOR.join(expected)
+    assert generate(*flags, "--echo", "--stream").out == SEPARATOR.join(expected)
 
 
 @pytest.mark.parametrize("rows", ["1", "2", "4"])
@@ -575,7 +577,7 @@ def test_the_second_pass_compiles_nothing(generate: Run, extra: list[str]) -> No
 def test_text_of_two_passes_is_printed_twice(generate: Run) -> None:
     """Passes are separated like prompts."""
     once = generate("--prompt", "once").out
-    assert generate("--prompt", "once", "--repeat", "2").out == once + cli.SEPARATOR + once
+    assert generate("--prompt", "once", "--repeat", "2").out == once + SEPARATOR + once
 
 
 @pytest.mark.parametrize("flags", ["--dtype bfloat16", "--bucket_policy pad", "--top_p 1", "--temperature 0"])
@@ -601,7 +603,7 @@ def test_random_weights_need_no_checkpoint(run: Run, tokenizer_path: Path) -> No
         "2",
     ]
     assert run(*flags, "--prompt", "a", "--json").results[0]["prompt"] == "a"
-    assert run(*flags, "--json").results[0]["usage"]["prompt_tokens"] == cli.SYNTHETIC_PROMPT_LEN + 1
+    assert run(*flags, "--json").results[0]["usage"]["prompt_tokens"] == SYNTHETIC_PROMPT_LEN + 1
 
 
 @pytest.mark.parametrize("flags", ["--echo", "--json", "--echo --stream"])

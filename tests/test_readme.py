@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import llama
-from llama.cli import COMMANDS, help_text
+from llama.cli import COMMANDS
+from llama.cli.flags import help_text
 
 ROOT = Path(llama.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +61,7 @@ def test_the_two_commands_open_the_readme() -> None:
 
 def test_flags_are_the_help_s() -> None:
     """The README's flags are --help's, to the letter."""
-    assert help_text("generate").strip() + "\n" in blocks("text")
+    assert help_text("generate", COMMANDS["generate"]).strip() + "\n" in blocks("text")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -68,7 +69,7 @@ def test_help_names_every_flag(name: str) -> None:
     """A parameter that its command's docstring forgets would be a secret flag."""
     import inspect
 
-    shown = set(re.findall(r"^  --(\w+)", help_text(name), flags=re.MULTILINE))
+    shown = set(re.findall(r"^  --(\w+)", help_text(name, COMMANDS[name]), flags=re.MULTILINE))
     assert shown == set(inspect.signature(COMMANDS[name]).parameters)
 
 

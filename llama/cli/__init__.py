@@ -1,0 +1,94 @@
+"""The command line, `llama-xla`: one module a command, and what all of them share in flags.py and output.py.
+
+A command is a function whose signature declares its flags, once: name, type, default; its docstring is their help. stdout is the
+result, stderr is the log. Errors of errors.py are shown without a traceback and set the exit code; 130 is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from llama import __version__
+from llama.cli.flags import Command, help_text, normalise, parser_for
+from llama.cli.generate import generate
+from llama.cli.plan import plan
+from llama.errors import FlagError, InterruptedRunError, LLaMAError
+
+__all__ = ["COMMANDS", "main", "run"]
+
+EXIT_CLOSED_PIPE = 141
+COMMANDS: dict[str, Command] = {"generate": generate, "plan": plan}
+USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorch/XLA
+
+  llama-xla generate   continue prompts                    (llama-xla generate --help)
+  llama-xla plan       show how a prompt is cut in chunks  (llama-xla plan --help)
+  llama-xla --version
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command from raw arguments, the command's name first.
+
+    Raises:
+        LLaMAError: whatever the user has to mend; ``main`` shows it.
+    """
+    import fire
+    from fire.decorators import SetParseFns
+
+    name, *flags = arguments
+    command = COMMANDS[name]
+    parameters = inspect.signature(command).parameters
+    flags = normalise(command, flags)
+    missing = [k for k, p in parameters.items() if p.default is p.empty and not any(f.startswith(f"--{k}=") for f in flags)]
+    if missing:
+        raise FlagError(f"--{missing[0]} is needed; llama-xla {name} --help lists the flags")
+    parsers = {key: parser_for(key, str(p.annotation)) for key, p in parameters.items()}
+    fire.Fire(SetParseFns(**parsers)(command), command=flags, name=f"llama-xla {name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script ``llama-xla``: run a command, show errors without a traceback, exit with their code."""
+    sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _exit_code(arguments: Sequence[str]) -> int:
+    """Run the command line and say how it ended."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark, and the run goes on
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is expected
+        return code
+    except LLaMAError as error:
+        print(f"llama-xla: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("llama-xla: interrupted", file=sys.stderr)
+        return InterruptedRunError.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more at exit
+        return EXIT_CLOSED_PIPE
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if arguments in (["--version"], ["version"]):
+        print(f"llama-xla {__version__}")
+    elif not arguments:
+        print(USAGE, file=sys.stderr)
+        return FlagError.exit_code
+    elif arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+    elif arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        raise FlagError(f"unknown command {arguments[0]!r}; {hint}")
+    elif {"-h", "--help"} & set(arguments):
+        print(help_text(arguments[0], COMMANDS[arguments[0]]))
+    else:
+        run(arguments)
+    return 0

@@ -1,0 +1,204 @@
+"""The command `llama-xla generate`: prompts from flags, a file or stdin; text or JSON lines out."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama.cli.flags import one_of
+from llama.cli.output import Printer, interruptible, log_to_stderr
+from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs, SamplingParams
+from llama.errors import FlagError, InterruptedRunError, PromptError
+
+if TYPE_CHECKING:
+    from llama.generation import Generation, Prompt
+
+log = logging.getLogger("llama")
+
+DEMO_PROMPT = "Once upon a time"
+SYNTHETIC_PROMPT_LEN = 6
+LARGEST_DEFAULT_BATCH = 32
+
+
+def generate(
+    *,
+    prompt: list[str] | None = None,
+    prompts_file: str | None = None,
+    prompt_len: int | None = None,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    dtype: str = "auto",
+    max_gen_len: int = 256,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+    max_seq_len: int | None = None,
+    max_batch_size: int | None = None,
+    buckets: list[int] | None = None,
+    bucket_policy: str = "greedy",
+    fail_on_recompile: bool = False,
+    random_weights: bool = False,
+    dim: int | None = None,
+    n_layers: int | None = None,
+    n_heads: int | None = None,
+    n_kv_heads: int | None = None,
+    vocab_size: int | None = None,
+    repeat: int = 1,
+    echo: bool = False,
+    stream: bool = False,
+    json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Continue prompts with the demo model, or with a checkpoint.
+
+    llama-xla generate --prompt "Once upon a time" --stream
+    llama-xla generate --ckpt_dir llama-2-7b --prompts_file prompts.txt --temperature 0 --json > out.jsonl
+
+    Prompts:
+        prompt: Text to continue. May be repeated, or be a JSON list of strings.
+        prompts_file: A UTF-8 file with one prompt a line, blank lines skipped. - is stdin.
+        prompt_len: Instead of a text: a synthetic prompt of so many tokens behind BOS, for timings.
+
+    Model:
+        ckpt_dir: Directory with params.json and consolidated.00.pth. Without it: the demo model.
+        tokenizer_path: SentencePiece model. Without it: the only *.model file in ckpt_dir or its parent.
+        dtype: How weights are stored: float32, bfloat16, or auto: float32 on a CPU device, else bfloat16.
+
+    Sampling:
+        max_gen_len: Most tokens to generate for a prompt.
+        temperature: 0 takes the likeliest token; higher is more random.
+        top_p: Sample from the likeliest tokens that together have this probability, above 0, at most 1.
+        seed: Same seed, same text. Without it: a new one for each prompt, shown by --json.
+
+    Shapes, fixed when the programs are compiled:
+        max_seq_len: Positions of the cache, prompt and generated tokens together. Without it: 2048, or 512 for the demo model.
+        max_batch_size: Prompts that run together. Without it: as many as there are, at most 32.
+        buckets: Chunk lengths that prompts are cut into. Without it: 512,64,8,1.
+        bucket_policy: greedy covers a prompt exactly; pad may fill up its last chunk to run fewer programs.
+        fail_on_recompile: A program compiled after warm-up is an error with exit code 3.
+
+    Random weights, for tests and timings:
+        random_weights: Random weights instead of a checkpoint; needs --dim, --n_layers and --n_heads.
+        dim: Width of the random model.
+        n_layers: Its layers.
+        n_heads: Its query heads.
+        n_kv_heads: Its key and value heads. Without it: as many as query heads.
+        vocab_size: Its vocabulary. Without it: the tokenizer's.
+
+    Output:
+        echo: Print the prompt before its generation.
+        stream: Print text as it is generated.
+        json: Print one JSON object per prompt and line.
+        quiet: No log on stderr.
+        repeat: Timed passes over all prompts.
+    """
+    log_to_stderr(quiet)
+    if repeat < 1:
+        raise FlagError(f"--repeat: got {repeat}, expected at least 1")
+    params = SamplingParams(max_gen_len, temperature, top_p, seed)
+    shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
+    random_args = _random_shape(random_weights, ckpt_dir, shape)
+    is_demo = ckpt_dir is None and random_args is None
+    texts = _texts(prompt, prompts_file, prompt_len, is_demo)
+    config = EngineConfig(
+        max_batch_size=max_batch_size if max_batch_size is not None else min(max(len(texts), 1), LARGEST_DEFAULT_BATCH),
+        max_seq_len=max_seq_len if max_seq_len is not None else (DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len),
+        buckets=tuple(buckets or DEFAULT_BUCKETS),
+        bucket_policy=one_of("bucket_policy", bucket_policy, BUCKET_POLICIES),
+        dtype=one_of("dtype", dtype, DTYPES),
+        fail_on_recompile=fail_on_recompile,
+    )
+    from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
+
+    llm = LLaMA.build(ckpt_dir, tokenizer_path, config=config, random_weights=random_args, progress=not quiet and sys.stderr.isatty())
+    synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
+    prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size
+    printer = Printer([llm.prompt_text(p) for p in prompts], as_json=json, stream=stream, echo=echo)
+    with interruptible(llm):
+        for number in range(1, repeat + 1):
+            if llm.engine.interrupted:  # Ctrl-C between two passes
+                raise InterruptedRunError("interrupted; what had been generated is printed")
+            if repeat > 1:
+                log.info("Pass %d of %d", number, repeat)
+            results = printer.print_pieces(llm.pieces(prompts, [params] * len(prompts)))
+            _log_summary(results)
+            if any(result.finish_reason == "interrupted" for result in results):
+                raise InterruptedRunError("interrupted; what had been generated is printed")
+
+
+def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, int | None]) -> ModelArgs | None:
+    """The random model that the flags describe, or None; half a description is refused, never guessed."""
+    given = {name: value for name, value in shape.items() if value is not None}
+    flags = ", ".join(f"--{name}" for name in given)
+    if not random_weights:
+        if given and ckpt_dir is not None:
+            raise FlagError(f"{flags}: the shape of a checkpoint is what its params.json says; leave them out")
+        if given:
+            raise FlagError(f"{flags}: there is no checkpoint of this shape; give --ckpt_dir, or --random_weights to run random ones")
+        return None
+    if ckpt_dir is not None:
+        raise FlagError("--random_weights with --ckpt_dir: got both, expected one of them")
+    missing = [f"--{name}" for name in ("dim", "n_layers", "n_heads") if name not in given]
+    if missing:
+        raise FlagError(f"--random_weights needs {', '.join(missing)} too, for instance --dim 768 --n_layers 12 --n_heads 12")
+    return ModelArgs(**given)  # type: ignore[arg-type]  # the five are whole numbers
+
+
+def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int | None, is_demo: bool) -> list[str]:
+    """All prompts that the flags give as text, in order; none where a synthetic one is wanted."""
+    texts = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
+    if texts and prompt_len is not None:
+        raise FlagError("--prompt_len makes a synthetic prompt: got it beside --prompt or --prompts_file, expected one of them")
+    if prompt_len is not None and prompt_len < 1:
+        raise FlagError(f"--prompt_len: got {prompt_len}, expected at least 1")
+    return [DEMO_PROMPT] if not texts and prompt_len is None and is_demo else texts
+
+
+def _read_prompts(name: str) -> list[str]:
+    """The lines of a prompts file, or of stdin."""
+    where = "stdin" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise PromptError(f"--prompts_file {name}: {error.strerror or error}") from error
+    mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    try:
+        text = data[mark:].decode()
+    except UnicodeDecodeError as error:
+        place = mark + error.start
+        line = data[:place].count(b"\n") + 1
+        raise PromptError(
+            f"--prompts_file {where} is not UTF-8: byte {place} in line {line}; convert it, for instance with iconv"
+        ) from error
+    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise PromptError(f"--prompts_file {where}: got no prompts, expected one a line")
+    return prompts
+
+
+def _log_summary(results: Sequence[Generation]) -> None:
+    """What the pass took: the times of each batch added up, once a batch (its rows share them)."""
+    batches = list({id(r.timing): r for r in results}.values())
+    prefill_s, decode_s = sum(r.timing.prefill_s for r in batches), sum(r.timing.decode_s for r in batches)
+    prompt_tokens, generated = sum(r.prompt_tokens for r in results), sum(len(r.token_ids) for r in results)
+    decoded = sum(r.timing.decode_tok_s * r.timing.decode_s for r in batches)
+    first = batches[0]
+    log.info(
+        "load %.2f s, compile %.2f s (%d programs), first token %.3f s, prefill %.3f s (%d tokens, %.1f tok/s), "
+        "decode %.3f s (%d tokens, %.1f tok/s), %d program runs",
+        first.timing.load_s,
+        first.timing.compile_s,
+        first.programs.compiled,
+        first.timing.ttft_s,
+        prefill_s,
+        prompt_tokens,
+        prompt_tokens / prefill_s if prefill_s else 0.0,
+        decode_s,
+        generated,
+        decoded / decode_s if decode_s else 0.0,
+        sum(r.programs.runs for r in batches),
+    )

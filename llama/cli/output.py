@@ -1,0 +1,103 @@
+"""What commands print: results on stdout, whole or as they grow, and the log on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama.generation import Generation, LLaMA, Piece
+
+log = logging.getLogger("llama")
+
+SEPARATOR = "\n==================================\n"
+
+
+class Printer:
+    """Writes results to stdout in the order of the prompts, whole or as they grow.
+
+    Args:
+        prompts: the prompts' texts, for ``echo``.
+    """
+
+    def __init__(self, prompts: Sequence[str], as_json: bool, stream: bool, echo: bool) -> None:
+        self._prompts, self._as_json, self._stream, self._echo = prompts, as_json, stream, echo
+        self._begun = -1  # index of the last prompt whose text has begun
+        self._separate = False
+
+    def print_pieces(self, pieces: Iterable[Piece]) -> list[Generation]:
+        """Consume a call's pieces; text of a prompt whose turn has not come is held back until it has."""
+        held: dict[int, list[Piece]] = {i: [] for i in range(len(self._prompts))}
+        results: list[Generation] = []
+        self._begun = -1
+        for piece in pieces:
+            held[piece.index].append(piece)
+            while len(results) in held:
+                turn = len(results)
+                for ready in held[turn]:
+                    self._print(ready)
+                    if ready.result is not None:
+                        results.append(ready.result)
+                held[turn] = []
+                if len(results) == turn:
+                    break
+        return results
+
+    def _print(self, piece: Piece) -> None:
+        if self._as_json:
+            if self._stream and piece.text:
+                write(json_line({"index": piece.index, "piece": piece.text}))
+            if piece.result is not None:
+                write(json_line(piece.result.as_json()))
+        elif self._stream or piece.result is not None:
+            self._begin(piece.index)
+            text = piece.text if self._stream or piece.result is None else piece.result.generation
+            write(text + ("" if piece.result is None else "\n"))
+
+    def _begin(self, index: int) -> None:
+        """Before a prompt's first text: a line between two results, and the prompt where it is to be echoed."""
+        if index == self._begun:
+            return
+        write((SEPARATOR if self._separate else "") + (self._prompts[index] if self._echo else ""))
+        self._begun, self._separate = index, True
+
+
+def write(text: str) -> None:
+    """Send text to stdout at once, so that a reader sees it as it grows and a closed pipe is noticed."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """An object on one line; characters stay readable where stdout can carry all of them."""
+    return json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")) + "\n"
+
+
+def log_to_stderr(quiet: bool) -> None:
+    """Send the package's log to stderr as plain lines, above any progress bar."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+@contextmanager
+def interruptible(llm: LLaMA) -> Iterator[None]:
+    """Within: the first Ctrl-C ends the generation after its current step, the second one ends the process."""
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        llm.interrupt()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

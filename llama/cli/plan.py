@@ -1,0 +1,42 @@
+"""The command `llama-xla plan`: how a prompt is cut into chunks, without a device."""
+
+from __future__ import annotations
+
+import json as json_lib
+
+from llama import buckets as bucket_plan
+from llama.cli.flags import one_of
+from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, EngineConfig
+
+
+def plan(
+    *,
+    prompt_len: int,
+    max_seq_len: int = 2048,
+    buckets: list[int] | None = None,
+    bucket_policy: str = "greedy",
+    json: bool = False,
+) -> None:
+    """Show how a prompt is cut into chunks. No device is touched.
+
+    llama-xla plan --prompt_len 1501 --max_seq_len 2048
+
+    Flags:
+        prompt_len: Tokens of the prompt, BOS included.
+        max_seq_len: Positions of the cache.
+        buckets: Chunk lengths. Without it: 512,64,8,1.
+        bucket_policy: greedy covers the prompt exactly; pad may fill up its last chunk.
+        json: Print one JSON object per chunk and line.
+    """
+    policy = one_of("bucket_policy", bucket_policy, BUCKET_POLICIES)
+    config = EngineConfig(max_seq_len=max_seq_len, buckets=tuple(buckets or DEFAULT_BUCKETS), bucket_policy=policy)
+    chunks = bucket_plan.plan(prompt_len, config)
+    for chunk in chunks:
+        if json:
+            print(json_lib.dumps(chunk._asdict()))
+        else:
+            padding = f", {chunk.length - chunk.valid} of it padding" if chunk.valid < chunk.length else ""
+            print(f"prompt pos [{chunk.start}, {chunk.end}), section length {chunk.length}{padding}, reads keys [0, {chunk.key_len})")
+    if not json:
+        shapes = {(c.length, c.key_len, c is chunks[-1]) for c in chunks}
+        print(f"{len(chunks)} sections, {len(shapes)} programs, {prompt_len} of {max_seq_len} positions")
