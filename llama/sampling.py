@@ -21,6 +21,7 @@ from llama import ops
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
+SMALLEST = 1e-30  # temperatures below are computed as this one: float32 cannot divide by much less
 _ONE_BITS = 0x3F800000  # the bit pattern of 1.0: no weight is above it
 _LANES = 64  # partial reductions run side by side: XLA:CPU vectorises one over the slow axis, not over the fast one
 
@@ -41,8 +42,8 @@ def choose(
         [B] int32 token ids.
     """
     greedy = (temperature == 0).unsqueeze(-1)
-    scaled = logits / torch.where(greedy, 1.0, temperature.unsqueeze(-1))
-    scaled = scaled - scaled.amax(dim=-1, keepdim=True)
+    behind = logits - logits.amax(dim=-1, keepdim=True)  # subtracted first: a tiny temperature would make infinities of large logits
+    scaled = behind / torch.where(greedy, 1.0, temperature.clamp(min=SMALLEST).unsqueeze(-1))
     kept = top_p_mask(scaled.exp(), top_p)
     noisy = torch.where(kept, scaled - exponential_noise(seed, position, logits.shape[-1]).log(), float("-inf"))
     return argmax(torch.where(greedy, logits, noisy))
@@ -65,6 +66,7 @@ def top_p_mask(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
         candidate = threshold + (1 << bit)
         held = _sum(torch.where(bits >= candidate.unsqueeze(-1), weights, 0.0))
         threshold = torch.where(held >= wanted, candidate, threshold)
+    threshold = threshold.clamp(max=_ONE_BITS)  # a share that rounds to nothing still keeps the heaviest
     return bits >= threshold.unsqueeze(-1)
 
 
@@ -98,6 +100,7 @@ def exponential_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: in
     bits, _ = threefry_2x32((seed[:, :1], seed[:, 1:]), (ids, position.unsqueeze(-1)))
     unsigned = bits.float() + torch.where(bits < 0, 2.0**32, 0.0)
     uniform = (unsigned + 0.5) * 2.0**-32  # near 0, where races are won, as fine as float32 can say
+    uniform = uniform.clamp(max=1.0 - 2.0**-24)  # the largest words round to 1, whose noise would be infinite
     return -torch.log1p(-uniform)
 
 

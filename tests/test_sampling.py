@@ -1,0 +1,437 @@
+"""The sampler on the host and on the XLA device, against published vectors, plain NumPy and exact probabilities.
+
+``both`` runs a function uncompiled on host tensors and as a compiled program on the device, and asserts equal results: what is
+claimed of one holds for the other. All seeds are fixed, so that no test has a random outcome.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+
+from llama import SamplingParams, ops, runtime, sampling
+
+Fn = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+VOCAB = 331  # no multiple of the sampler's lanes
+INF = float("inf")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The host's tensors are too small to share: a second thread would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def as_tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@cache
+def program(fn: Fn, *shapes: tuple[torch.Size, torch.dtype]) -> runtime.Program:
+    example = [runtime.upload(torch.zeros(shape, dtype=dtype), runtime.init()) for shape, dtype in shapes]
+    return runtime.compile_program(str(fn), lambda *args: as_tuple(fn(*args)), example)
+
+
+def on_device(fn: Fn, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A compiled program's results; compiled once for each function and shapes."""
+    compiled = program(fn, *((arg.shape, arg.dtype) for arg in args))
+    return tuple(runtime.fetch(out) for out in compiled(*(runtime.upload(arg, runtime.init()) for arg in args)))
+
+
+def both(fn: Fn, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The results on the host, which must be those on the device, bit for bit."""
+    host = as_tuple(fn(*args))
+    for ours, theirs in zip(host, on_device(fn, *args), strict=True):
+        assert torch.equal(ours, theirs), (ours, theirs)
+    return host
+
+
+def words(values: Sequence[int] | np.ndarray) -> torch.Tensor:
+    """32-bit words, given without a sign, as the int32 tensor of the same bits."""
+    return torch.from_numpy(np.asarray(values, dtype=np.uint32).view(np.int32).copy())
+
+
+def unsigned(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.numpy().view(np.uint32)
+
+
+def floats(values: Sequence[float] | np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
+
+
+# --- the generator's parts --------------------------------------------------------------------------------------------------------
+
+# Random123's kat_vectors, threefry 2x32 with 20 rounds: key, counter, result.
+KNOWN_ANSWERS = (
+    ((0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+)
+
+
+def threefry(k0: torch.Tensor, k1: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return sampling.threefry_2x32((k0, k1), (c0, c1))
+
+
+def numpy_threefry(k0: np.ndarray, k1: np.ndarray, c0: np.ndarray, c1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Threefry-2x32-20 in unsigned arithmetic."""
+    keys = (k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA))
+    x0, x1 = c0 + keys[0], c1 + keys[1]
+    for i in range(20):
+        turn = (13, 15, 26, 6, 17, 29, 16, 24)[i % 8]
+        x0 = x0 + x1
+        x1 = (x1 << np.uint32(turn) | x1 >> np.uint32(32 - turn)) ^ x0
+        if i % 4 == 3:
+            block = i // 4 + 1
+            x0, x1 = x0 + keys[block % 3], x1 + keys[(block + 1) % 3] + np.uint32(block)
+    return x0, x1
+
+
+def test_threefry_known_answers() -> None:
+    """The generator is Threefry-2x32-20 as published: a seed means the same text in every release and on every device."""
+    keys, counters, answers = (np.array(column, dtype=np.uint32).T for column in zip(*KNOWN_ANSWERS, strict=True))
+    found = both(threefry, *map(words, (*keys, *counters)))
+    assert [unsigned(x).tolist() for x in found] == answers.tolist()
+    assert [x.tolist() for x in numpy_threefry(*keys, *counters)] == answers.tolist()  # the reference of the tests below
+
+
+def test_threefry_many_words() -> None:
+    """Beyond the published vectors: 4096 random keys and counters, half of whose words are negative as int32."""
+    inputs = np.random.default_rng(1).integers(0, 2**32, (4, 4096), dtype=np.uint32)
+    found = both(threefry, *map(words, inputs))
+    assert all(np.array_equal(unsigned(x), y) for x, y in zip(found, numpy_threefry(*inputs), strict=True))
+
+
+def all_rotations(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(ops.rotate_left(x, distance) for distance in range(1, 32))
+
+
+def test_rotate_left() -> None:
+    """Every distance, on words of both signs, against Python's integers: torch_xla's own ``>>`` fails for negative words."""
+    values = [0, 1, 2, 3, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0xFFFFFFFE, 0xAAAAAAAA, 0x55555555, 0xDEADBEEF]
+    values += np.random.default_rng(2).integers(0, 2**32, 500).tolist()
+    results = both(all_rotations, words(values))
+    assert len(results) == 31
+    for distance, result in enumerate(results, start=1):
+        assert unsigned(result).tolist() == [(v << distance | v >> (32 - distance)) & 0xFFFFFFFF for v in values], distance
+
+
+def test_float_bits() -> None:
+    """The bit pattern is the number's own, from zero through the smallest numbers to infinity."""
+    values = [0.0, -0.0, 1.0, -1.0, 0.1, 1e-30, 2.0**-126, 2.0**-127, 2.0**-149, 3.4028234663852886e38, INF, -INF]
+    values += np.random.default_rng(3).normal(size=500).astype(np.float32).tolist()
+    (bits,) = both(ops.float_bits, floats(values))
+    assert bits.dtype == torch.int32
+    assert bits.tolist() == [struct.unpack("<i", struct.pack("<f", v))[0] for v in values]
+
+
+def numpy_uniform(seed: np.ndarray, position: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The uniform variable in (0, 1) behind each token's noise, in float64: [B, V]. Seeds [B, 2] and positions [B] as words."""
+    ids = np.arange(vocab_size, dtype=np.uint32)[None]
+    counters = np.broadcast_arrays(ids, position[:, None])
+    bits, _ = numpy_threefry(*np.broadcast_arrays(seed[:, :1], seed[:, 1:], *counters)[:2], *counters)
+    return (bits + 0.5) * 2.0**-32
+
+
+def exponential(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    return sampling.exponential_noise(seed, position, VOCAB)
+
+
+def test_noise_is_a_function_of_seed_position_and_token() -> None:
+    """The variable of (seed, position, token id) is what NumPy makes of the three, exponentially distributed, and above 0."""
+    generator = np.random.default_rng(4)
+    seed, position = generator.integers(0, 2**32, (64, 2), dtype=np.uint32), generator.integers(0, 2**17, 64, dtype=np.uint32)
+    uniform = numpy_uniform(seed, position, VOCAB)
+    args = words(seed), words(position)
+    for noise in (exponential(*args), *on_device(exponential, *args)):
+        assert (noise > 0).all()
+        np.testing.assert_allclose(-np.expm1(-noise.double().numpy()), uniform, rtol=1e-6)
+
+
+# --- the likeliest token ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 127, VOCAB, 1000])
+def test_argmax(vocab_size: int) -> None:
+    """The index is NumPy's, the lowest among equals: rows with many ties, with none, constant ones, and -inf all but in one place."""
+    generator = np.random.default_rng(vocab_size)
+    rows = np.concatenate(
+        (
+            generator.integers(-3, 1, (32, vocab_size)),
+            generator.normal(size=(32, vocab_size)),
+            np.full((2, vocab_size), [[-5.0], [0.0]]),
+            np.where(np.arange(vocab_size) == generator.integers(0, vocab_size, (16, 1)), -1e30, -INF),
+        )
+    ).astype(np.float32)
+    (chosen,) = both(sampling.argmax, torch.from_numpy(rows))
+    assert chosen.dtype == torch.int32
+    assert chosen.tolist() == rows.argmax(axis=1).tolist()
+
+
+# --- the nucleus ------------------------------------------------------------------------------------------------------------------
+
+
+def numpy_nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """A row's nucleus by sorting: the heaviest tokens until they hold ``top_p`` of the weight, and what weighs as much as the last."""
+    wanted = float(np.float32(top_p) * np.float32(weights.sum(dtype=np.float64)))
+    heaviest = np.sort(weights.astype(np.float64))[::-1]
+    last = int(np.searchsorted(np.cumsum(heaviest), wanted))  # the first place where the sum is not below what is wanted
+    return weights >= heaviest[min(last, len(heaviest) - 1)]
+
+
+def exact_weights(rows: int, vocab_size: int, steps: int, seed: int) -> np.ndarray:
+    """Random multiples of 1 / steps, a power of two, the heaviest 1: sums of them have no rounding error, in any order."""
+    generator = np.random.default_rng(seed)
+    weights = generator.integers(0, steps + 1, (rows, vocab_size)) / steps
+    weights[generator.random((rows, vocab_size)) < generator.random((rows, 1))] = 0  # from dense rows to sparse ones
+    weights[np.arange(rows), generator.integers(0, vocab_size, rows)] = 1
+    return weights.astype(np.float32)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 1024], ids=lambda steps: f"{steps}-levels")
+@pytest.mark.parametrize("vocab_size", [5, VOCAB])
+def test_top_p_mask_equals_sorting(vocab_size: int, steps: int) -> None:
+    """256 rows with exact sums, from almost all tied to almost all distinct: the nucleus is the sorted one, ties kept together."""
+    weights = exact_weights(256, vocab_size, steps, seed=steps)
+    top_p = np.random.default_rng(steps).random(256).astype(np.float32)
+    top_p[:32] = np.tile([1.0, 0.5, 0.25, 1e-30], 8)  # all of it, shares that sums can hit exactly, and as good as nothing
+    (kept,) = both(sampling.top_p_mask, torch.from_numpy(weights), torch.from_numpy(top_p))
+    expected = np.stack([numpy_nucleus(w, p) for w, p in zip(weights, top_p, strict=True)])
+    assert np.array_equal(kept.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "top_p", "kept"),
+    [
+        ([1.0, 0.5, 0.25, 0.25], 0.5, [1, 0, 0, 0]),  # the heaviest holds exactly the half
+        ([1.0, 0.5, 0.25, 0.25], 0.500001, [1, 1, 0, 0]),
+        ([0.25, 0.25, 1.0, 0.5], 0.75, [0, 0, 1, 1]),
+        ([0.25, 0.25, 1.0, 0.5], 0.76, [1, 1, 1, 1]),  # the two lightest weigh the same
+        ([1.0, 1.0, 1.0, 1.0], 0.01, [1, 1, 1, 1]),
+        ([0.5, 1.0, 0.5, 1.0], 1e-30, [0, 1, 0, 1]),
+        ([0.5, 1.0, 0.5, 0.5 + 2.0**-24], 0.5, [0, 1, 0, 1]),  # neighbouring floats: the threshold's last bit decides
+        ([0.0, 1.0, 0.0, 0.0], 1.0, [0, 1, 0, 0]),  # what cannot occur is in no nucleus
+        ([0.0, 1.0, 0.0, 2.0**-20], 1.0, [0, 1, 0, 1]),
+    ],
+)
+def test_top_p_mask_by_hand(weights: list[float], top_p: float, kept: list[int]) -> None:
+    """Cases small enough to check by reading: the boundary itself, ties at it, one survivor, everything, nothing of weight 0."""
+    (mask,) = both(sampling.top_p_mask, floats([weights]), floats([top_p]))
+    assert mask[0].int().tolist() == kept
+
+
+def test_top_p_mask_of_real_weights() -> None:
+    """Weights as logits give them, whose sums round: the nucleus lies between those of slightly smaller and slightly larger shares."""
+    generator = np.random.default_rng(6)
+    logits = (generator.normal(size=(256, VOCAB)) * generator.uniform(0.1, 6, (256, 1))).astype(np.float32)
+    logits[generator.random(logits.shape) < 0.1] = -INF
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    top_p = generator.uniform(0.05, 0.999, 256).astype(np.float32)
+    (kept,) = both(sampling.top_p_mask, torch.from_numpy(weights), torch.from_numpy(top_p))
+    for mask, w, p in zip(kept.numpy(), weights, top_p, strict=True):
+        smaller, larger = numpy_nucleus(w, p * (1 - 1e-5)), numpy_nucleus(w, p * (1 + 1e-5))
+        assert not (smaller & ~mask).any()
+        assert not (mask & ~larger).any()
+        assert not mask[w == 0].any()
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------------------
+
+
+def random_rows(rows: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """The arguments of ``choose`` for rows that differ in everything; one in four is greedy, and a tenth of the logits are -inf."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(rows, VOCAB)) * generator.uniform(0.5, 8, (rows, 1))
+    logits[generator.random(logits.shape) < 0.1] = -INF
+    temperature = np.where(np.arange(rows) % 4 == 3, 0, generator.uniform(0.05, 2, rows))
+    top_p = np.where(np.arange(rows) % 5 == 4, 1, generator.uniform(0.01, 1, rows))
+    seeds = words(generator.integers(0, 2**32, (rows, 2), dtype=np.uint32))
+    positions = words(generator.integers(1, 2**17, rows, dtype=np.uint32))
+    return floats(logits), floats(temperature), floats(top_p), seeds, positions
+
+
+def numpy_choice(logits: np.ndarray, temperature: float, top_p: float, uniform: np.ndarray) -> int:
+    """One row's token in float64: the likeliest, or the winner of the exponential race within the sorted nucleus."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max()
+    kept = numpy_nucleus(np.exp(scaled), top_p)
+    return int(np.where(kept, scaled - np.log(-np.log1p(-uniform)), -INF).argmax())
+
+
+def test_choose_equals_numpy() -> None:
+    """1024 rows, greedy and sampled mixed: every token is the one that NumPy draws for the row's logits, wishes, seed and position."""
+    rows = random_rows(1024, seed=7)
+    (chosen,) = both(sampling.choose, *rows)
+    logits, temperature, top_p, seeds, positions = (t.numpy() for t in rows)
+    uniform = numpy_uniform(seeds.view(np.uint32), positions.view(np.uint32), VOCAB)
+    expected = [numpy_choice(*row) for row in zip(logits, temperature, top_p, uniform, strict=True)]
+    assert chosen.tolist() == expected
+    likeliest = logits.argmax(axis=1)
+    assert 0.1 < (chosen.numpy() == likeliest)[temperature > 0].mean() < 0.9  # rows that always took the likeliest would prove little
+
+
+def test_temperature_0_is_argmax_among_sampled_rows() -> None:
+    """A greedy row takes the lowest of its likeliest tokens whatever its seed and top_p, beside rows that are sampled."""
+    logits, temperature, top_p, seeds, positions = random_rows(1024, seed=8)
+    greedy = temperature == 0
+    assert 0 < greedy.sum() < len(greedy)
+    logits[greedy] = logits[greedy].clamp(max=1.0)  # many of them now share the lead
+    assert ((logits == logits.amax(dim=1, keepdim=True)).sum(dim=1) > 1)[greedy].float().mean() > 0.9
+    (chosen,) = both(sampling.choose, logits, temperature, top_p, seeds, positions)
+    assert chosen[greedy].tolist() == logits[greedy].numpy().argmax(axis=1).tolist()
+
+
+def test_row_depends_on_itself_alone() -> None:
+    """A row's token is the same alone, in another place of a batch, and beside other neighbours: text does not depend on batching."""
+    rows = random_rows(8, seed=9)
+    (chosen,) = both(sampling.choose, *rows)
+    order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
+    (moved,) = both(sampling.choose, *(t[order] for t in rows))
+    assert torch.equal(moved, chosen[order])
+    others = random_rows(8, seed=10)
+    for i in range(8):
+        alone = both(sampling.choose, *(t[i : i + 1] for t in rows))[0]
+        beside = both(sampling.choose, *(torch.cat((o[:5], t[i : i + 1], o[6:])) for t, o in zip(rows, others, strict=True)))[0]
+        assert chosen[i] == alone[0] == beside[5]
+
+
+def test_every_part_of_seed_and_position_counts() -> None:
+    """Changing either word of the seed, or the position, draws anew: no two of 256 equal rows share a stream by mistake."""
+    flat = torch.zeros(256, VOCAB), torch.ones(256), torch.ones(256)
+    count = torch.arange(256, dtype=torch.int32)
+    zero = torch.zeros_like(count)
+    for low, high, position in ((count, zero, zero), (zero, count, zero), (zero, zero, count)):
+        (chosen,) = both(sampling.choose, *flat, torch.stack((low, high), dim=1), position)
+        assert len(set(chosen.tolist())) > 120  # 256 draws of 331 equal tokens hit 178 different ones on average
+
+
+def test_impossible_tokens_are_never_chosen() -> None:
+    """Tokens of logit -inf stay out at every temperature, also where only one token is left."""
+    rows, allowed = 256, torch.arange(256) % VOCAB
+    logits = torch.full((rows, VOCAB), -INF)
+    logits[torch.arange(rows), allowed] = -7.0
+    temperature = torch.linspace(0, 4, rows)
+    seeds, positions = torch.stack((allowed, allowed), dim=1).int(), allowed.int()
+    (chosen,) = both(sampling.choose, logits, temperature, torch.ones(rows), seeds, positions)
+    assert torch.equal(chosen.long(), allowed)
+
+
+# --- frequencies ------------------------------------------------------------------------------------------------------------------
+
+FALSE_ALARM = 1e-6
+DRAWS, DRAWS_A_CALL = 20480, 2048
+LOGITS = np.array([2.0, 1.9, 1.5, 1.5, 1.5, 1.0, 0.6, 0.5, 0.0, -0.3, -0.7, -1.0, -1.2, -2.0])
+
+
+def critical_chi_square(degrees: int) -> float:
+    """What a chi-square variable exceeds with probability 1e-6, by Wilson and Hilferty's cube of a normal variable.
+
+    That lies a little above the exact value: the rate is really 1.6e-7 for 1 degree of freedom, 6.9e-7 for 13, 9e-7 for 63.
+    """
+    z = NormalDist().inv_cdf(1 - FALSE_ALARM)
+    spread = 2 / (9 * degrees)
+    return degrees * (1 - spread + z * spread**0.5) ** 3
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def nucleus_distribution(temperature: float, top_p: float) -> np.ndarray:
+    """The exact probabilities of LOGITS after temperature and top_p, in float64."""
+    weights = np.exp((LOGITS - LOGITS.max()) / temperature)
+    weights[~numpy_nucleus(weights, top_p)] = 0
+    return weights / weights.sum()
+
+
+def draw(temperature: float, top_p: float, vary: str) -> np.ndarray:
+    """DRAWS tokens from LOGITS on the device: of one seed at consecutive positions, or of consecutive seeds at one position."""
+    count = np.arange(DRAWS, dtype=np.uint32)
+    seeds = np.stack((count if vary == "seed" else np.full_like(count, 12345), np.zeros_like(count)), axis=1)
+    positions = count if vary == "position" else np.full_like(count, 17)
+    same = floats(np.tile(LOGITS, (DRAWS_A_CALL, 1))), floats([temperature] * DRAWS_A_CALL), floats([top_p] * DRAWS_A_CALL)
+    parts = [slice(i, i + DRAWS_A_CALL) for i in range(0, DRAWS, DRAWS_A_CALL)]
+    return np.concatenate([both(sampling.choose, *same, words(seeds[part]), words(positions[part]))[0].numpy() for part in parts])
+
+
+@pytest.mark.parametrize("vary", ["position", "seed"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5), (1.0, 0.35)])
+def test_frequencies_follow_the_nucleus_distribution(temperature: float, top_p: float, vary: str) -> None:
+    """Chi-square of 20480 draws against the exact distribution; false-alarm rate 1e-6, once and for all as the seeds are fixed.
+
+    Nothing outside the nucleus is drawn at all. As a control, a distribution whose temperature is off by a tenth is told apart.
+    """
+    exact = nucleus_distribution(temperature, top_p)
+    counts = np.bincount(draw(temperature, top_p, vary), minlength=len(exact))
+    inside = exact > 0
+    critical = critical_chi_square(int(inside.sum()) - 1)
+    assert counts[~inside].sum() == 0
+    assert chi_square(counts[inside], DRAWS * exact[inside]) < critical
+    if top_p > 0.9:  # a small nucleus is nearly flat at any temperature
+        wrong = nucleus_distribution(temperature * 1.1, top_p)
+        assert chi_square(counts, DRAWS * wrong) > critical
+
+
+@pytest.mark.parametrize("vary", ["position", "seed"])
+def test_neighbouring_draws_are_independent(vary: str) -> None:
+    """Pairs of consecutive positions, or seeds, are as frequent as the product of probabilities says (chi-square, rate 1e-6)."""
+    exact = nucleus_distribution(1.0, 0.9)
+    kinds = int((exact > 0).sum())
+    assert (exact[:kinds] > 0).all()  # LOGITS descend: the nucleus is the first so many
+    pairs = draw(1.0, 0.9, vary).reshape(-1, 2)
+    counts = np.zeros((kinds, kinds))
+    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+    expected = len(pairs) * np.outer(exact[:kinds], exact[:kinds])
+    assert expected.min() > 5  # below that, chi-square is no good approximation
+    assert chi_square(counts, expected) < critical_chi_square(kinds**2 - 1)
+
+
+# --- the edges of float32 ---------------------------------------------------------------------------------------------------------
+
+
+def sharp_choice(token: int, temperature: float, top_p: float, seed: int, position: int) -> list[int]:
+    """What ``choose`` takes, on the host and on the device, where ``token`` has all but nothing of the probability."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, token] = 40.0
+    row = logits, torch.tensor([temperature]), torch.tensor([top_p]), words([[seed, 0]]), words([position])
+    return [result.item() for result in (sampling.choose(*row), *on_device(sampling.choose, *row))]
+
+
+@pytest.mark.parametrize(("seed", "position", "token"), [(488, 100, 272), (1407, 117, 4)])
+def test_only_survivor_is_chosen_whatever_its_noise(seed: int, position: int, token: int) -> None:
+    """Words from 0xFFFFFF80 on, one in 2 ** 25, are where float32 rounds to 1: the noise is finite there too, and the token chosen."""
+    args = words([[seed, 0]]), words([position])
+    assert numpy_uniform(*map(unsigned, args), VOCAB)[0, token] > 1 - 2**-25
+    assert sharp_choice(token, 1.0, 0.5, seed, position) == [token, token]
+    assert all(noise.isfinite().all() for noise in (exponential(*args), *on_device(exponential, *args)))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"),
+    [
+        (1.0, 1e-37),
+        (1.0, 1e-38),
+        (1.0, 1e-40),
+        (1.0, 1e-46),
+        (1e-36, 0.9),
+        (1e-37, 0.9),
+        (1e-40, 0.9),
+        (1e-46, 0.9),
+    ],
+)
+def test_parameters_near_zero(temperature: float, top_p: float) -> None:
+    """Whatever SamplingParams accepts, down to what float32 cannot hold: towards 0 both parameters come to the likeliest token."""
+    SamplingParams(temperature=temperature, top_p=top_p)
+    assert sharp_choice(token=5, temperature=temperature, top_p=top_p, seed=1, position=1) == [5, 5]
