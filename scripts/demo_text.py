@@ -14,24 +14,31 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from demo_stories import ENDINGS, FILLERS, ONCE_UPON_A_TIME, OTHER_OPENINGS, PLOTS, TOGETHER, TRAITS, WEATHER, Plot
+from demo_stories import FILLERS, MACROS, ONCE_UPON_A_TIME, OTHER_OPENINGS, PLOTS, TRAITS, WEATHER, Plot
 
-KINDS = ("story", "question", "repeat", "complete")
-KIND_SHARES = (0.42, 0.27, 0.19, 0.12)
+KIND_SHARES = {"story": 0.34, "question": 0.30, "repeat": 0.24, "complete": 0.12}
+KINDS = tuple(KIND_SHARES)
 
-GIRLS = "Mia Lily Anna Zoe Emma Nora Ella Ruby Ivy Clara Rosa Maya Lucy Alice Sara Nina Tara Hana Wren Poppy Julia Molly".split()
-BOYS = "Tom Ben Max Leo Sam Jack Finn Noah Omar Luca Hugo Theo Eli Oscar Ravi Felix Peter Kofi Dan Milo Simon Paul".split()
+GIRLS = (
+    "Mia", "Lily", "Anna", "Zoe", "Emma", "Nora", "Ella", "Ruby", "Ivy", "Clara", "Rosa", "Maya", "Lucy", "Alice", "Sara", "Nina", "Tara",
+    "Hana", "Wren", "Poppy", "Julia", "Molly",
+)  # fmt: skip
+BOYS = (
+    "Tom", "Ben", "Max", "Leo", "Sam", "Jack", "Finn", "Noah", "Omar", "Luca", "Hugo", "Theo", "Eli", "Oscar", "Ravi", "Felix", "Peter",
+    "Kofi", "Dan", "Milo", "Simon", "Paul",
+)  # fmt: skip
 PEOPLE = ("little girl", "young girl", "cheerful girl"), ("little boy", "young boy", "cheerful boy")
 ANIMALS = ("fox", "rabbit", "bear", "mouse", "hedgehog", "duck", "squirrel", "owl", "frog", "cat", "goat", "otter", "turtle", "pony")
 ANIMAL_SIZES = ("little", "small", "young", "tiny", "fluffy")
-PETS = ("kitten", "puppy", "bird", "lamb", "duckling", "rabbit", "hedgehog", "turtle", "squirrel", "butterfly")
+PETS = ("kitten", "puppy", "bird", "lamb", "duckling", "rabbit", "hedgehog", "turtle", "squirrel", "goose")
 COLORS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "white", "black", "brown", "silver", "golden", "grey")
 LOOKS = ("big", "small", "old", "new", "round", "shiny", "soft", "tiny", "heavy", "lovely", "warm", "strange", "pretty", "wooden")
 THINGS = (
-    "kite ball drum boat hat book bell lamp basket scarf cup doll puzzle whistle blanket shell ring key wagon umbrella box stone "
-    "flute mirror feather ribbon coat spoon bucket rope mask map pencil pillow candle button clock apron bag train"
-).split()
-FOODS = ("apple pie", "soup", "bread", "cake", "rice", "porridge", "cheese", "jam", "salad", "corn", "honey", "butter")
+    "kite", "ball", "drum", "boat", "hat", "book", "bell", "lamp", "basket", "scarf", "cup", "doll", "puzzle", "whistle", "blanket",
+    "shell", "ring", "key", "wagon", "umbrella", "box", "stone", "flute", "mirror", "feather", "ribbon", "coat", "spoon", "bucket",
+    "rope", "mask", "map", "pencil", "pillow", "candle", "button", "clock", "apron", "bag", "train",
+)  # fmt: skip
+FOODS = ("apple pie", "soup", "bread", "cake", "rice", "porridge", "cheese", "jam", "salad", "stew", "pudding", "butter")
 COUNTED = ("apples", "pears", "shells", "books", "marbles", "stones", "eggs", "nuts", "buttons", "flowers", "coins", "cups", "plums")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 PLACES = (
@@ -42,7 +49,7 @@ PLACES = (
 ROOMS = (("in", "kitchen"), ("in", "attic"), ("in", "barn"), ("at", "school"), ("in", "library"), ("at", "bakery"), ("in", "cellar"))
 SPOTS = (
     "under a bench", "behind a big rock", "in the tall grass", "behind a bush", "under an old tree", "beside the fence", "near the gate",
-    "in a small hole", "under a pile of leaves", "between two stones", "behind a log", "on a low branch", "next to the path",
+    "beside a wall", "under a pile of leaves", "between two stones", "behind a log", "behind the hedge", "next to the path",
 )  # fmt: skip
 HOBBIES = (
     "run in the grass", "draw pictures", "sing songs", "count the clouds", "climb trees", "read books", "dance in the rain", "pick flowers",
@@ -72,11 +79,19 @@ WHY = (
     ("proud", ("{he} had made the {thing}", "{he} had helped {his} {kin}", "{he} could read the whole book", "{he} had told the truth")),
     ("hungry", ("{he} had not eaten", "there was no {food} left", "{he} had played all morning", "{his} {kin} was still cooking")),
 )
-ONSETS = "b bl br d dr f fl g gr h j k kl l m n p pl r s sh sk st t tr v w y z".split()
-VOWELS = "a e i o u a e i o u ee oo ai".split()
-CODAS = "b ck d f g k l ll m n nd p r rn s sh st t x z".split() + [""] * 8
+ONSETS = (
+    "b", "bl", "br", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh", "sk", "st", "t",
+    "tr", "v", "w", "y", "z",
+)  # fmt: skip
+VOWELS = (
+    "a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ee", "oo", "ai",
+)  # fmt: skip
+CODAS = (
+    "b", "ck", "d", "f", "g", "k", "l", "ll", "m", "n", "nd", "p", "r", "rn", "s", "sh", "st", "t", "x", "z", *[""] * 8,
+)  # fmt: skip
 
 INNERMOST = re.compile(r"\[([^\[\]]*)\]")
+SENTENCE_START = re.compile(r'((?:^|[.!?] )"?)([a-z])')
 
 
 @dataclass(frozen=True)
@@ -105,10 +120,9 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def capital(sentence: str) -> str:
-    """The sentence with its first letter, quoted or not, as a capital."""
-    at = 1 if sentence.startswith('"') else 0
-    return sentence[:at] + sentence[at : at + 1].upper() + sentence[at + 1 :]
+def capital(text: str) -> str:
+    """The text with the first letter of each sentence, quoted or not, as a capital."""
+    return SENTENCE_START.sub(lambda found: found[1] + found[2].upper(), text)
 
 
 class TextMaker:
@@ -130,7 +144,7 @@ class TextMaker:
 
     def document(self) -> Document:
         """The next document, its kind drawn by the fixed shares."""
-        return self.of_kind(self.rng.choices(KINDS, KIND_SHARES)[0])
+        return self.of_kind(self.rng.choices(KINDS, tuple(KIND_SHARES.values()))[0])
 
     def of_kind(self, kind: str) -> Document:
         """The next document of one kind."""
@@ -168,9 +182,10 @@ class TextMaker:
             nouns[self.noun(made)] = None
         return list(zip(self.rng.sample(COLORS + LOOKS, count), nouns, strict=True))
 
-    def place(self, indoors: bool) -> tuple[str, str]:
+    @staticmethod
+    def located(place: tuple[str, str]) -> tuple[str, str]:
         """Where something is ("in the park"), and the place itself ("the park")."""
-        preposition, noun = self.rng.choice(PLACES + ROOMS if indoors else PLACES)
+        preposition, noun = place
         the = noun if noun == "school" else f"the {noun}"
         return f"{preposition} {the}", the
 
@@ -183,13 +198,13 @@ class TextMaker:
         animals = self.rng.random() < 0.35
         kinds = self._kinds(animals, gender, friend_gender)
         (look, thing), (look2, thing2) = self.objects(2, made=0.0)
-        place, the_place = self.place(indoors=False)
+        (place, the_place), (_, home) = (self.located(spot) for spot in self.rng.sample(PLACES, 2))
         elder = self.rng.choice(("girl", "boy"))
         spots = self.rng.sample(SPOTS, 3)
         world = {"A": hero, "B": friend, "kind": kinds[0], "bkind": kinds[1], "role": "neighbor" if animals else "friend"}
         world |= self._pronouns("", gender) | self._pronouns("b", friend_gender) | self._pronouns("g", elder)
         world |= {"obj": f"{look} {thing}", "thing": thing, "obj2": f"{look2} {thing2}", "thing2": thing2}
-        world |= {"place": place, "home": self.place(indoors=False)[1], "to": f"to {the_place}", "the_place": the_place}
+        world |= {"place": place, "home": home, "to": f"to {the_place}", "the_place": the_place}
         world |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2], "kin": self.rng.choice(FAMILY[elder])}
         world |= {"pet": self.rng.choice([p for p in PETS if p not in kinds[0] and p not in kinds[1]]), "food": self.rng.choice(FOODS)}
         world |= {"hobby": self.rng.choice(HOBBIES), "trait": self.rng.choice(GOOD_TRAITS), "day": self.rng.choice(DAYS)}
@@ -211,6 +226,8 @@ class TextMaker:
 
     def shape(self, template: str) -> str:
         """Choose every alternative of a template, innermost brackets first."""
+        for macro, bracket in MACROS.items():
+            template = template.replace(macro, bracket)
         while "[" in template:
             template = INNERMOST.sub(lambda found: self.rng.choice(found[1].split("|")), template)
         self.shapes.add(template)
@@ -231,9 +248,9 @@ class TextMaker:
         """A story's sentences."""
         opening = self.say(ONCE_UPON_A_TIME if self.rng.random() < 0.55 else OTHER_OPENINGS, world)
         beats = [self.say(beat, world) for beat in plot.beats]
-        beats.insert(1, self.say(WEATHER, world))
-        endings = ENDINGS + TOGETHER if plot.with_friend else ENDINGS
-        return [s for s in (opening, self.say(TRAITS, world), *beats, self.say(endings, world)) if s]
+        if plot.weather:
+            beats.insert(1, self.say(WEATHER, world))
+        return [s for s in (opening, self.say(TRAITS, world), *beats, self.say(plot.endings, world)) if s]
 
     def story(self) -> Document:
         """A little story about one hero."""
@@ -273,28 +290,35 @@ class TextMaker:
         places = self.rng.sample(PLACES + ROOMS, count)
         times = self.rng.sample(TIMES, count)
         pets = self.rng.sample(PETS, count)
-        makers = (self._did, self._did, self._did, self._did, self._gave, self._felt, self._had, self._went, self._pet, self._color, self._ate)
+        others = (self._gave, self._felt, self._had, self._went, self._pet, self._color, self._ate)
         found = []
         for i, (look, thing) in enumerate(things):
             (who, gender), (other, _) = people[2 * i], people[2 * i + 1]
-            preposition, noun = places[i]
-            the = noun if noun == "school" else f"the {noun}"
+            place, the = self.located(places[i])
             world = {"A": who, "B": other, "obj": f"{look} {thing}", "thing": thing, "a_obj": article(f"{look} {thing}")}
-            world |= {"place": f"{preposition} {the}", "to": f"to {the}", "time": times[i], "look": look, "pet": pets[i]}
+            world |= {"place": place, "to": f"to {the}", "time": times[i], "look": look, "pet": pets[i]}
             world |= self._pronouns("", gender) | {"food": self.rng.choice(FOODS), "number": self.rng.choice(NUMBERS)}
             world |= {"many": self.rng.choice(COUNTED), "kin": self.rng.choice(FAMILY["girl"] + FAMILY["boy"]), "a_pet": article(pets[i])}
-            found.append(self.rng.choice(makers)(world))
+            maker = self._did if self.rng.random() < 0.36 else self.rng.choice(others)
+            found.append(maker(world))
         return found
 
     def _did(self, world: dict[str, str]) -> Fact:
         """Somebody did something to a thing, somewhere: the workhorse."""
         past, base = self.rng.choice(PAST_AND_BASE)
-        statement, timed = self.rng.choice((
-            (f"{{A}} {past} {{a_obj}} {{place}}.", False), (f"{{A}} {past} {{a_obj}} {{place}} {{time}}.", True),
-            (f"{{time}}, {{A}} {past} {{a_obj}} {{place}}.", True), (f"{{A}} [went {{to}} and|was {{place}} and] {past} {{a_obj}} there.", False),
-            (f"{{A}} and {{his}} {{kin}} were {{place}} when {{A}} {past} {{a_obj}}.", False),
-            (f"It was {{A}} who {past} {{a_obj}} {{place}}.", False),
-        ))  # fmt: skip
+        statement, timed = self.rng.choice(
+            (
+                (f"{{A}} {past} {{a_obj}} {{place}}.", False),
+                (f"{{A}} {past} {{a_obj}} {{place}} {{time}}.", True),
+                (f"{{time}}, {{A}} {past} {{a_obj}} {{place}}.", True),
+                (f"{{place}}, {{A}} {past} {{a_obj}}.", False),
+                (f"{{place}}, {{A}} {past} {{a_obj}} {{time}}.", True),
+                (f"{{A}} [went {{to}} and|was {{place}} and] {past} {{a_obj}} there.", False),
+                (f"{{A}} {past} {{a_obj}} [while|when] {{he}} was {{place}}.", False),
+                (f"{{A}} and {{his}} {{kin}} were {{place}} when {{A}} {past} {{a_obj}}.", False),
+                (f"It was {{A}} who {past} {{a_obj}} {{place}}.", False),
+            )
+        )
         pairs = [
             (f"Where did {{A}} {base} the {{obj}}?", f"{{A}} {past} the {{obj}} {{place}}."),
             (f"Who {past} the {{obj}}?", f"{{A}} {past} the {{obj}}."),
@@ -303,6 +327,8 @@ class TextMaker:
         ]
         if timed:
             pairs.append((f"When did {{A}} {base} the {{obj}}?", f"{{A}} {past} the {{obj}} {{time}}."))
+        if world["look"] in COLORS:
+            pairs.append(("What color was the {thing}?", "The {thing} was {look}."))
         return self.fact_text(world, statement, *pairs)
 
     def _gave(self, world: dict[str, str]) -> Fact:
@@ -354,13 +380,13 @@ class TextMaker:
         )
 
     def _color(self, world: dict[str, str]) -> Fact:
-        world = world | {"look": self.rng.choice(COLORS)}
+        world = world | {"look": self.rng.choice(COLORS), "a_thing": article(world["thing"])}
         return self.fact_text(
             world,
-            "[{A} had a {thing}, and it was {look}|The {thing} of {A} was {look}|{A} chose the {look} {thing}[ {time}|]].",
+            "[{A} had {a_thing}, and it was {look}|The {thing} of {A} was {look}|{A} chose the {look} {thing}[ {time}|]].",
             ("What color was the {thing}?", "The {thing} was {look}."),
             ("Whose {thing} was {look}?", "The {thing} of {A} was {look}."),
-        ) if world["thing"][0] not in "aeiou" else self._did(world)
+        )
 
     def _ate(self, world: dict[str, str]) -> Fact:
         past, base = self.rng.choice(ATE_AND_EAT)
@@ -386,7 +412,24 @@ class TextMaker:
         return self.rng.choice(makers)()
 
     def _words(self) -> str:
-        pool = [*THINGS, *COLORS, *LOOKS, *GOOD_TRAITS, *NUMBERS, *ANIMALS, *GIRLS, *BOYS, "the", "and", "of", "to", "was", "in", "she", "he"]
+        pool = [
+            *THINGS,
+            *COLORS,
+            *LOOKS,
+            *GOOD_TRAITS,
+            *NUMBERS,
+            *ANIMALS,
+            *GIRLS,
+            *BOYS,
+            "the",
+            "and",
+            "of",
+            "to",
+            "was",
+            "in",
+            "she",
+            "he",
+        ]
         words = [self.rng.choice(pool) if self.rng.random() < 0.8 else self.made_word(1) for _ in range(self.rng.randint(3, 24))]
         return " ".join(words) + self.rng.choice((".", "", "!"))
 
@@ -399,7 +442,9 @@ class TextMaker:
 
     def _list(self) -> str:
         count = self.rng.randint(3, 12)
-        source = self.rng.choice((lambda: self.noun(0.3), lambda: self.name("girl", 0.5), lambda: self.rng.choice(COLORS), lambda: self.made_word(2)))
+        source = self.rng.choice(
+            (lambda: self.noun(0.3), lambda: self.name("girl", 0.5), lambda: self.rng.choice(COLORS), lambda: self.made_word(2))
+        )
         return ", ".join(source() for _ in range(count))
 
     def _digits(self) -> str:
@@ -426,10 +471,18 @@ class TextMaker:
         """Several sentences of one pattern, and then some of them again in another order."""
         count = self.rng.randint(2, 7)
         world = [
-            {"A": name, "a_obj": article(f"{look} {thing}"), "place": self.place(True)[0], "look": self.rng.choice(COLORS), "n": str(i)}
+            {
+                "A": name,
+                "a_obj": article(f"{look} {thing}"),
+                "place": self.located(self.rng.choice(PLACES + ROOMS))[0],
+                "look": self.rng.choice(COLORS),
+                "n": str(i),
+            }
             for i, ((name, _), (look, thing)) in enumerate(zip(self.names(count, 0.5), self.objects(count, 0.25), strict=True))
         ]
-        head, tail = self.rng.choice((("{A} has", " {a_obj}."), ("{A} is", " {place}."), ("{A} likes", " {look}."), ("{A} wants", " {a_obj}.")))
+        head, tail = self.rng.choice(
+            (("{A} has", " {a_obj}."), ("{A} is", " {place}."), ("{A} likes", " {look}."), ("{A} wants", " {a_obj}."))
+        )
         given = " ".join(self.say(head + tail, w) for w in world)
         asked = self.rng.sample(world, self.rng.randint(1, count))
         line = "\n" if self.rng.random() < 0.8 else " "
