@@ -269,13 +269,13 @@ class LLaMA:
             if text:
                 yield Piece(row.index, text, None)
         lengths = [len(row.request.prompt_ids) for row in rows]
-        steps = max(len(row.ids) for row in rows)
-        log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
-        log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s)
         timing = _timing(clock, sum(lengths), self.load_s, compile_s)
         programs = ProgramCount(runtime.counters.compiled - compiled_before, clock.runs)
         for row in rows:
             yield Piece(row.index, "", row.result(timing, programs))
+        steps = max(len(row.ids) for row in rows)
+        log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
+        log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s)
 
     def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Request]:
         """Encode and check all prompts before any of them runs."""
