@@ -1,4 +1,12 @@
-"""Where weights come from. Every source yields (Meta's canonical name, host tensor), one at a time; `place` puts them on the device."""
+"""Where weights come from: `open_checkpoint` recognises a format, `checked` reads weight by weight, `place` puts them on the device.
+
+In here:
+
+    files.py       one file: JSON, or tensors mapped from it     names.py       one table: names, shapes, axes of a split
+    source.py      an opened checkpoint, whatever its format     partition.py   fairscale's arithmetic of a split
+    meta_pth.py, hf_safetensors.py, native.py: the formats       recognise.py   which of them a directory holds
+    reshard.py     writing whole checkpoints                     writing.py     writing files
+"""
 
 from __future__ import annotations
 
@@ -8,7 +16,11 @@ import torch
 from torch import nn
 
 from llama import runtime
+from llama.checkpoint.recognise import open_checkpoint
+from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
 from llama.model import Transformer
+
+__all__ = ["Source", "TensorInfo", "checked", "is_finite", "open_checkpoint", "place", "random_tensors"]
 
 
 def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device) -> Iterator[int]:
