@@ -481,7 +481,7 @@ def test_no_pth_is_refused(tiny_checkpoint: Path) -> None:
     refusal(tiny_checkpoint, "no .pth file", PTH)
 
 
-def test_several_pth_are_refused_by_name(tiny_checkpoint: Path) -> None:
+def test_a_pth_too_many_is_refused(tiny_checkpoint: Path) -> None:
     """A checkpoint that is split over devices is not loaded in part."""
     shutil.copy(tiny_checkpoint / PTH, tiny_checkpoint / "consolidated.01.pth")
     refusal(tiny_checkpoint, "2 files", PTH, "consolidated.01.pth", "unsplit")
