@@ -1,4 +1,4 @@
-"""The three frozen dataclasses that say everything static: a checkpoint's shape, the engine's shapes, one request's wishes.
+"""The frozen dataclasses that say everything static: a checkpoint's shape and wishes, the engine's shapes, one request's wishes.
 
 No tensor and no device here. Validation happens at construction, so that a wrong number is refused before any file is opened.
 """
@@ -6,54 +6,88 @@ No tensor and no device here. Validation happens at construction, so that a wron
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from llama.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16"]
 BucketPolicy = Literal["greedy", "pad"]
+RopeKind = Literal["llama3", "linear"]
 
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16")
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
 DEMO_CONTEXT = 512  # positions that the demo model was trained for
-
-
-# Bounds that no model comes near: sizes beyond them are a damaged file, and would overflow or run for ever further on.
-LARGEST_SIZE = 2**30
-LARGEST_FLOAT = 1e30
-_LARGEST = {
-    "dim": LARGEST_SIZE,
-    "n_layers": 10_000,
-    "n_heads": LARGEST_SIZE,
-    "n_kv_heads": LARGEST_SIZE,
-    "multiple_of": LARGEST_SIZE,
-    "ffn_hidden_dim": LARGEST_SIZE,
-}
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or _is_whole(value)
+ROPE_KINDS: tuple[RopeKind, ...] = ("llama3", "linear")
+LARGEST_SIZE = 2**31 - 1  # of any dimension: what a damaged params.json says beyond it must not reach arithmetic
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies (llama-models, ``apply_scaling``).
+    """How rotary frequencies are stretched for a longer context than the model was first trained for.
 
-    Wavelengths shorter than ``original_max_seq_len / high_freq_factor`` stay, those longer than
-    ``original_max_seq_len / low_freq_factor`` are divided by ``factor``, the ones between are blended.
+    ``linear`` divides all of them by ``factor``. ``llama3`` is Llama 3.1's (llama-models, ``apply_scaling``): wavelengths shorter
+    than ``original_max_seq_len / high_freq_factor`` stay, those longer than ``original_max_seq_len / low_freq_factor`` are divided
+    by ``factor``, the ones between are blended; the other three fields are read by this kind only.
+
+    Raises:
+        ConfigError: a number is not positive and finite, or the two frequency factors are not in order.
     """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    kind: RopeKind = "llama3"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise ConfigError(f"rope_scaling: got kind {_short(self.kind)}, expected one of {', '.join(ROPE_KINDS)}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check_number(f"rope_scaling {name}", getattr(self, name))
+        _check_size("rope_scaling original_max_seq_len", self.original_max_seq_len)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"rope_scaling: got low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}, "
+                "expected the first to be the smaller"
+            )
+
+    @classmethod
+    def from_params(cls, params: dict[str, Any]) -> RopeScaling | None:
+        """Take the scaling out of the content of a params.json; the keys that say it are removed from ``params``.
+
+        Meta spells it ``use_scaled_rope``, with ``rope_scaling_factor`` where that is not 8; what Meta has no spelling for is an object
+        ``rope_scaling`` with this class's fields.
+
+        Raises:
+            ConfigError: both spellings at once, an unknown field, or a value out of its range.
+        """
+        scaled = params.pop("use_scaled_rope", False)
+        factor = params.pop("rope_scaling_factor", None)
+        spelled_out = params.pop("rope_scaling", None)
+        if not isinstance(scaled, bool):
+            raise ConfigError(f"use_scaled_rope: got {_short(scaled)}, expected true or false")
+        if spelled_out is not None:
+            if scaled or factor is not None:
+                raise ConfigError("got both rope_scaling and use_scaled_rope or rope_scaling_factor, expected one spelling")
+            known = {f.name for f in fields(cls)}
+            if not isinstance(spelled_out, dict) or not set(spelled_out) <= known:
+                raise ConfigError(f"rope_scaling: got {_short(spelled_out)}, expected an object with the keys {', '.join(sorted(known))}")
+            return cls(**spelled_out)
+        if factor is not None:
+            _check_number("rope_scaling_factor", factor)
+        if not scaled:
+            return None
+        return cls() if factor is None else cls(factor=float(factor))
+
+    def to_params(self) -> dict[str, Any]:
+        """The entries of a params.json that ``from_params`` reads back as this object, in Meta's spelling where there is one."""
+        if self != RopeScaling(factor=self.factor):
+            return {"rope_scaling": asdict(self)}
+        return {"use_scaled_rope": True} | ({} if self.factor == RopeScaling.factor else {"rope_scaling_factor": self.factor})
 
 
 @dataclass(frozen=True)
@@ -92,30 +126,27 @@ class ModelArgs:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name, largest in _LARGEST.items():
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_hidden_dim"):
             value = getattr(self, name)
-            optional = name in ("n_kv_heads", "ffn_hidden_dim")
-            if not (optional and value is None) and not (_is_whole(value) and 1 <= value <= largest):
-                raise ConfigError(f"{name}: got {value!r}, expected a positive whole number up to {largest}")
+            if value is not None or name in ("dim", "n_layers", "n_heads", "multiple_of"):
+                _check_size(name, value)
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
             value = getattr(self, name)
-            optional = name == "ffn_dim_multiplier"
-            if not (optional and value is None) and not (_is_number(value) and 0 < value < LARGEST_FLOAT):
-                raise ConfigError(f"{name}: got {value!r}, expected a positive finite number")
-        if not (_is_whole(self.vocab_size) and (self.vocab_size == -1 or 1 <= self.vocab_size <= LARGEST_SIZE)):
-            raise ConfigError(f"vocab_size: got {self.vocab_size!r}, expected a positive whole number, or -1 for the embedding's own")
+            if value is not None or name != "ffn_dim_multiplier":
+                _check_number(name, value)
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings: got {self.tie_word_embeddings!r}, expected true or false")
+            raise ConfigError(f"tie_word_embeddings: got {_short(self.tie_word_embeddings)}, expected true or false")
+        if self.vocab_size != -1 or not isinstance(self.vocab_size, int):
+            _check_size("vocab_size", self.vocab_size, "; or -1 for the embedding's own")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ConfigError(
                 f"dim: got {self.dim} for {self.n_heads} heads, expected n_heads times an even number (rotary embedding turns pairs)"
             )
         if self.n_heads % self.kv_heads:
             raise ConfigError(f"n_kv_heads: got {self.kv_heads}, expected a divisor of n_heads={self.n_heads}")
-        if not 1 <= self.hidden_dim <= LARGEST_SIZE:
+        if not 1 <= 8 * self.dim / 3 * (self.ffn_dim_multiplier or 1.0) <= LARGEST_SIZE:
             raise ConfigError(
-                f"ffn_dim_multiplier, multiple_of: got {self.ffn_dim_multiplier!r} and {self.multiple_of}, which make a feed-forward "
-                f"layer of width {self.hidden_dim}, expected 1 to {LARGEST_SIZE}"
+                f"ffn_dim_multiplier: got {self.ffn_dim_multiplier}, which makes the feed-forward width of dim={self.dim} absurd"
             )
 
     @property
@@ -143,34 +174,80 @@ class ModelArgs:
         """Read the content of a params.json.
 
         Args:
-            params: the parsed file. Meta's ``use_scaled_rope`` (with ``rope_scaling_factor``) becomes ``rope_scaling``;
+            params: the parsed file. Meta's ``use_scaled_rope`` becomes ``rope_scaling`` (see RopeScaling.from_params);
                 ``max_seq_len`` and ``max_batch_size``, which some releases carry, are the engine's business and are ignored.
 
         Raises:
             ConfigError: a key that is not known (it would change what must be computed), or a value out of its range.
         """
-        known = {f.name for f in fields(cls)} - {"rope_scaling"}
+        known = {f.name for f in fields(cls)}
         values = {k: v for k, v in params.items() if k not in ("max_seq_len", "max_batch_size")}
-        scaled = values.pop("use_scaled_rope", False)
-        factor = values.pop("rope_scaling_factor", None)
-        if not isinstance(scaled, bool):
-            raise ConfigError(f"use_scaled_rope: got {scaled!r}, expected true or false")
-        if factor is not None and not (_is_number(factor) and 0 < factor < LARGEST_FLOAT):
-            raise ConfigError(f"rope_scaling_factor: got {factor!r}, expected a positive finite number")
+        scaling = RopeScaling.from_params(values)
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
                 f"unknown keys {', '.join(unknown)}: they may change what the model computes, so they are not ignored; "
                 f"known are {', '.join(sorted(known))}, use_scaled_rope, rope_scaling_factor"
             )
-        scaling = None
-        if scaled:
-            scaling = RopeScaling() if factor is None else RopeScaling(factor=float(factor))
         return cls(**values, rope_scaling=scaling)
+
+    def to_params(self) -> dict[str, Any]:
+        """The content of a params.json that ``from_params`` reads back as this object.
+
+        Keys that Meta's code does not know stand in it only where they say something. ``rope_theta`` always does: Meta's generations
+        of code differ in what they assume without it.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope_scaling", "tie_word_embeddings")}
+        values = {name: value for name, value in values.items() if value is not None}
+        if self.rope_scaling is not None:
+            values |= self.rope_scaling.to_params()
+        return values | ({"tie_word_embeddings": True} if self.tie_word_embeddings else {})
 
     def with_vocab_size(self, vocab_size: int) -> ModelArgs:
         """The same shape with another number of embedding rows."""
         return replace(self, vocab_size=vocab_size)
+
+
+def _check_size(name: str, value: object, also: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+        raise ConfigError(f"{name}: got {_short(value)}, expected a positive whole number{also}")
+
+
+def _check_number(name: str, value: object, also: str = "", most: float = sys.float_info.max) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= most:
+        raise ConfigError(f"{name}: got {_short(value)}, expected a positive finite number{also}")
+
+
+def _short(value: object) -> str:
+    """A value for an error; a damaged file can hold one of any length."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a checkpoint's generation_config.json wishes; a flag or an argument of the caller overrides it.
+
+    Attributes:
+        temperature, top_p: as in SamplingParams, or None where the file says nothing.
+        stop_ids: ids that end a generation besides the tokenizer's own; empty where the file says nothing.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and (self.temperature != 0 or isinstance(self.temperature, bool)):
+            _check_number("temperature", self.temperature, "; or 0")
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p, " of at most 1", most=1.0)
+        for stop_id in self.stop_ids:
+            if not isinstance(stop_id, int) or isinstance(stop_id, bool) or not 0 <= stop_id <= LARGEST_SIZE:
+                raise ConfigError(f"eos_token_id: got {_short(stop_id)}, expected token ids")
 
 
 @dataclass(frozen=True)

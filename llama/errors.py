@@ -6,7 +6,9 @@
     │   ├── ConfigError        two settings contradict each other, or one is out of its range
     │   ├── CheckpointError    a checkpoint directory, its params.json or its tensors
     │   ├── TokenizerError     a tokenizer file, or one that does not match the model
-    │   └── PromptError        a prompt that cannot be served as asked
+    │   ├── PromptError        a prompt that cannot be served as asked
+    │   └── ChatError          a dialog that no prompt can be made of, or a chat template that does not work
+    ├── ProblemsFoundError     exit code 2: `inspect` found problems, which have been printed
     ├── RecompileError         exit code 3: a program was compiled after warm-up
     └── InterruptedRunError    exit code 130: Ctrl-C, after what had been generated was printed
 
@@ -45,6 +47,14 @@ class TokenizerError(UserError):
 
 class PromptError(UserError, ValueError):
     """A prompt that does not fit, or that cannot be read."""
+
+
+class ChatError(UserError, ValueError):
+    """A dialog whose roles or contents are not allowed, or a chat template that is absent, damaged, or takes too much."""
+
+
+class ProblemsFoundError(UserError):
+    """A checkpoint was looked at, and something stands in the way of using it."""
 
 
 class RecompileError(LLaMAError):

@@ -26,7 +26,9 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
     """The angle per position of each pair of a head's columns: [D / 2] float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     freqs = 1.0 / (theta**exponents)
-    return freqs if scaling is None else scale_frequencies(freqs, scaling)
+    if scaling is None:
+        return freqs
+    return freqs / scaling.factor if scaling.kind == "linear" else scale_frequencies(freqs, scaling)
 
 
 def scale_frequencies(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

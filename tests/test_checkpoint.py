@@ -287,7 +287,7 @@ def test_a_directory_in_place_of_params_is_refused(tiny_checkpoint: Path) -> Non
     ("changes", "words"),
     [
         ({"n_experts": 8}, ["n_experts", "known are", "n_kv_heads", "use_scaled_rope"]),
-        ({"rope_scaling": {"factor": 8}}, ["rope_scaling", "known are"]),
+        ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling", "expected an object with the keys"]),
         ({"Dim": 64, "": 1}, ["Dim", "known are"]),
         ({"dim": "64"}, ["dim", "'64'", "positive whole number"]),
         ({"dim": 64.0}, ["dim", "64.0", "positive whole number"]),
@@ -343,7 +343,7 @@ def test_params_of_a_wrong_kind_are_refused(tiny_checkpoint: Path, changes: dict
         ({"vocab_size": 400}, ["2 of another shape", "tok_embeddings.weight [320, 64] instead of [400, 64]", "output.weight"]),
         ({"n_layers": 3}, ["9 missing", "layers.2.attention.wq.weight"]),
         ({"n_layers": 1}, ["9 not known to this model", "layers.1.attention.wq.weight"]),
-        ({"tie_word_embeddings": True}, ["1 not known to this model", "output.weight"]),
+        ({"tie_word_embeddings": True}, ["output.weight differs from the embedding", "tie them"]),
         ({"vocab_size": 2**60}, [str(2**60)]),
         ({"ffn_hidden_dim": 10**30}, [str(10**30)]),
         ({"dim": 2**40, "n_heads": 4, "n_kv_heads": 4}, [str(2**40)]),
@@ -482,9 +482,9 @@ def test_no_pth_is_refused(tiny_checkpoint: Path) -> None:
 
 
 def test_a_pth_too_many_is_refused(tiny_checkpoint: Path) -> None:
-    """A checkpoint that is split over devices is not loaded in part."""
+    """A file too many is no part of a split checkpoint."""
     shutil.copy(tiny_checkpoint / PTH, tiny_checkpoint / "consolidated.01.pth")
-    refusal(tiny_checkpoint, "2 files", PTH, "consolidated.01.pth", "unsplit")
+    refusal(tiny_checkpoint, "2 shards", PTH, "expected one file")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,12 @@
-"""Where weights come from. Every source yields (Meta's canonical name, host tensor), one at a time; `place` puts them on the device."""
+"""Where weights come from: `open_checkpoint` recognises a format, `checked` reads weight by weight, `place` puts them on the device.
+
+In here:
+
+    files.py       one file: JSON, or tensors mapped from it     names.py       one table: names, shapes, axes of a split
+    source.py      an opened checkpoint, whatever its format     partition.py   fairscale's arithmetic of a split
+    meta_pth.py, hf_safetensors.py, native.py: the formats       recognise.py   which of them a directory holds
+    reshard.py     writing whole checkpoints                     writing.py     writing files
+"""
 
 from __future__ import annotations
 
@@ -8,7 +16,13 @@ import torch
 from torch import nn
 
 from llama import runtime
+from llama.checkpoint.recognise import open_checkpoint
+from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
 from llama.model import Transformer
+
+__all__ = ["Source", "TensorInfo", "checked", "is_finite", "open_checkpoint", "place", "random_tensors"]
+
+WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
 
 
 def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device) -> Iterator[int]:
@@ -22,10 +36,16 @@ def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype
     Yields:
         The bytes of each tensor on the device, as it arrives: what a progress bar counts.
     """
+    on_the_way = 0
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
         stored = runtime.upload(tensor.to(dtype), device)
         setattr(model.get_submodule(module), leaf, nn.Parameter(stored, requires_grad=False))
+        del tensor  # or it would stay in memory while the next one is read
+        on_the_way += stored.numel() * stored.element_size()
+        if on_the_way > WAIT_AFTER and device.type == "xla":
+            runtime.wait()  # a transfer keeps its host tensor until it is done
+            on_the_way = 0
         yield stored.numel() * stored.element_size()
     model.rotary = runtime.upload(model.rotary, device)
 

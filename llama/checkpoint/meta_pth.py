@@ -1,26 +1,94 @@
-"""Meta's own format: a directory with params.json and consolidated.00.pth.
+"""Meta's own format: params.json and consolidated.00.pth to consolidated.NN.pth, one file a model-parallel rank.
 
-Tensors are read one at a time from the memory-mapped file. ``weights_only`` keeps pickled code out; what it does not guard
-against on torch 2.9 is said in the README (CVE-2026-24747): load a stranger's .pth file in a sandbox only.
+How the files' parts make up a weight is fairscale's convention (names.py, partition.py). An unsplit weight stays a view of the mapped
+file; a split one is put together when it is read. Nothing about a split is guessed: sizes that do not fit are refused.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from llama.checkpoint import names, partition
+from llama.checkpoint.files import PickleFile, read_json
+from llama.checkpoint.source import Found, Settings, Source, same_bits
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 
-# LLaMA 1 and 2 checkpoints carry a table of rotary frequencies, which follows from params.json
-DERIVED_TENSORS = frozenset({"rope.freqs"})
+SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+NOTES = "llama-xla.json"  # what params.json has no key for; written by reshard where there is something to say
+
+
+class MetaSource(Source):
+    """A checkpoint in Meta's format, of any number of shards.
+
+    Args:
+        directory: with params.json and the shards.
+
+    Raises:
+        CheckpointError: a missing or damaged file, shards that do not belong together, or see Source.
+    """
+
+    format = "meta"
+
+    def __init__(self, directory: Path) -> None:
+        args = read_params(directory)
+        self._shards = [PickleFile(path) for path in shard_files(directory)]
+        _check_alike(self._shards)
+        _check_count(self._shards, args)
+        self._axes = dict(_axes(self._shards[0], args, len(self._shards)))
+        self._found = {name: self._info(name, args) for name in self._shards[0].headers if not names.DERIVED.fullmatch(name)}
+        sliding_window, noted_axis = _read_notes(directory)
+        axis = noted_axis if len(self._shards) == 1 else self._axes.get(names.EMBEDDING)
+        settings = Settings(args, directory / "params.json", sliding_window, axis)
+        super().__init__(directory, settings, self._found, tuple(shard.path for shard in self._shards))
+
+    def _info(self, name: str, args: ModelArgs) -> Found:
+        header, axis, count = self._shards[0].headers[name], self._axes.get(name), len(self._shards)
+        shape = list(header.shape)
+        if axis is not None and axis < len(shape):
+            shape[axis] *= args.kv_heads if self._replicated(name, args) else count
+        return Found(tuple(shape), header.dtype, self._shards[0].path)
+
+    def _replicated(self, name: str, args: ModelArgs) -> bool:
+        """Whether the shards hold one key/value head each, and neighbours the same one; their sizes say it."""
+        weight = names.weight_of(name)
+        one_head = self._shards[0].headers[name].shape[:1] == (args.head_dim,)
+        return weight is not None and one_head and partition.replicates_heads(weight, args, len(self._shards))
+
+    def _read(self, name: str) -> torch.Tensor:
+        if len(self._shards) == 1:
+            return self._shards[0].read(name).contiguous()
+        axis = self._axes[name]
+        if axis is None:
+            return self._same(name, self._shards)
+        pieces: list[Sequence[PickleFile]] = [[shard] for shard in self._shards]
+        if self._replicated(name, self.args):
+            pieces = [self._shards_of_head(head) for head in range(self.args.kv_heads)]
+        whole = self._shards[0].read(name).new_empty(self._found[name].shape)
+        for rank, shards in enumerate(pieces):
+            partition.cut(whole, rank, len(pieces), axis).copy_(self._same(name, shards))
+            for shard in shards:
+                shard.let_go()
+        return whole
+
+    def _shards_of_head(self, head: int) -> list[PickleFile]:
+        count = len(self._shards)
+        return [shard for rank, shard in enumerate(self._shards) if partition.head_of(rank, self.args.kv_heads, count) == head]
+
+    def _same(self, name: str, shards: Sequence[PickleFile]) -> torch.Tensor:
+        """The tensor that all of ``shards`` hold."""
+        first = shards[0].read(name)
+        for other in shards[1:]:
+            if not same_bits(first, other.read(name)):
+                raise CheckpointError(
+                    f"{other.path}: tensor {name} differs from the one in {shards[0].path.name}, expected equal copies: "
+                    "the files belong to two models, or one is damaged"
+                )
+        return first.contiguous()
 
 
 def read_params(ckpt_dir: Path) -> ModelArgs:
@@ -29,105 +97,111 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
     Raises:
         CheckpointError: no such directory or file, not JSON, an unknown key, or a value out of its range.
     """
-    if not ckpt_dir.is_dir():
-        raise CheckpointError(f"no such directory: {ckpt_dir} (--ckpt_dir expects one with params.json and consolidated.00.pth)")
     path = ckpt_dir / "params.json"
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in ckpt_dir.iterdir())[:10]) if ckpt_dir.is_dir() else "no such directory"
+        raise CheckpointError(
+            f"{ckpt_dir} has no params.json (found: {found or 'nothing'}), which Meta's format and that of llama-xla convert need"
+        )
     try:
-        params = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        found = ", ".join(sorted(p.name for p in ckpt_dir.iterdir())[:10]) or "nothing"
-        raise CheckpointError(f"{ckpt_dir} has no params.json (found: {found}); only Meta's format is read") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path}: got a JSON {type(params).__name__}, expected an object such as {{'dim': 4096, ...}}")
-    try:
-        return ModelArgs.from_params(params)
+        return ModelArgs.from_params(read_json(path))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def open_tensors(ckpt_dir: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by Meta's names, mapped from the file and not read yet; derived ones are left out.
+def shard_files(directory: Path) -> list[Path]:
+    """The .pth files of a checkpoint in the order of their ranks: consolidated.00.pth and on, or the only one of any name.
 
     Raises:
-        CheckpointError: no .pth file, several (a checkpoint split over devices), or one that torch cannot read safely.
+        CheckpointError: none, several that are not numbered, or a number that is missing.
     """
-    files = sorted(ckpt_dir.glob("*.pth"))
-    if not files:
-        raise CheckpointError(f"{ckpt_dir} has no .pth file; expected consolidated.00.pth")
-    if len(files) > 1:
-        names = ", ".join(f.name for f in files)
-        raise CheckpointError(f"{ckpt_dir} is split into {len(files)} files ({names}); this version reads unsplit checkpoints only")
-    loaded = _load(files[0])
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{files[0]}: got a {type(loaded).__name__}, expected a dict of tensors by name")
-    odd = next((name for name, value in loaded.items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)), None)
-    if odd is not None:
-        raise CheckpointError(f"{files[0]}: got a {type(loaded[odd]).__name__} under {odd!r}, expected a dict of tensors by name")
-    _check_records(files[0], loaded)
-    return {name: tensor for name, tensor in loaded.items() if name not in DERIVED_TENSORS}
+    every = sorted(directory.glob("*.pth"))
+    if not every:
+        raise CheckpointError(f"{directory} has no .pth file; expected consolidated.00.pth")
+    ranks = {int(found.group(1)): path for path in every if (found := SHARD.fullmatch(path.name))}
+    if not ranks and len(every) == 1:
+        return every
+    listed = ", ".join(path.name for path in every)
+    missing = [rank for rank in range(len(ranks)) if rank not in ranks]
+    if missing:
+        raise CheckpointError(f"{directory}: consolidated.{missing[0]:02}.pth is missing (found: {listed})")
+    if len(ranks) != len(every):
+        raise CheckpointError(f"{directory} has several .pth files ({listed}), expected consolidated.00.pth and on, each number once")
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _load(path: Path) -> Any:
-    """What torch.load finds in a file that it maps, without running any code of it."""
-    if not zipfile.is_zipfile(path):
-        start = path.read_bytes()[:40] if path.is_file() else b""
-        guess = "; it is a Git LFS pointer: fetch the file itself" if start.startswith(b"version https://git-lfs") else ""
-        raise CheckpointError(
-            f"{path} is not a checkpoint: got {path.stat().st_size} bytes that begin with {start[:16]!r}, expected the zip archive that "
-            f"torch.save writes since 1.6; it may be cut short{guess}"
-        )
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # the restricted unpickler fails in many ways on damaged input, all of them harmless
-        found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        message = (str(error) or "no more is known").splitlines()[0][:200]
-        code = f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else None
-        reason = code or f"{type(error).__name__}: {message}"
-        raise CheckpointError(f"{path} is not a checkpoint, or a damaged one: {reason}") from error
+def _check_alike(shards: Sequence[PickleFile]) -> None:
+    """Every shard must hold the same names, in the same shapes and dtypes."""
+    first = shards[0]
+    for other in shards[1:]:
+        for name in sorted(first.headers.keys() ^ other.headers.keys()):
+            has, lacks = (first, other) if name in first.headers else (other, first)
+            raise CheckpointError(f"{lacks.path} has no tensor {name}, which is in {has.path.name}: a shard of another model, or damaged")
+        for name, header in first.headers.items():
+            if other.headers[name] != header:
+                raise CheckpointError(
+                    f"{other.path}: tensor {name} is {_described(other, name)}, but {_described(first, name)} in {first.path.name}: "
+                    "a shard of another model, or damaged"
+                )
 
 
-def _check_records(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Every tensor's bytes are in the archive: from a record that is too short, mapping would read its neighbour's without a word."""
-    odd = [name for name, t in tensors.items() if t.layout is not torch.strided or t.device.type != "cpu"]
-    if odd:
-        raise CheckpointError(f"{path}: got sparse tensors or ones without values ({', '.join(odd[:10])}), expected plain ones")
-    storages = [t.untyped_storage() for t in tensors.values()]
-    wanted = Counter({s.data_ptr(): s.nbytes() for s in storages}.values())
-    with zipfile.ZipFile(path) as archive:
-        short = wanted - Counter(info.file_size for info in archive.infolist() if "/data/" in info.filename)
-    if short:
-        missing = f"{short.total()} tensors have no record of their size in it, for instance one of {min(short)} bytes"
-        raise CheckpointError(f"{path} is not a checkpoint, or a damaged one: {missing}")
+def _described(shard: PickleFile, name: str) -> str:
+    return f"{list(shard.headers[name].shape)} {shard.headers[name].dtype}"
 
 
-def match_tensors(
-    expected: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], where: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pair every tensor that the model expects with the checkpoint's, after checking all of them.
+def _check_count(shards: Sequence[PickleFile], args: ModelArgs) -> None:
+    """The first layer's queries tell how many shards there must be."""
+    name = names.IN_LAYER[0].meta.format(0)
+    shape = shards[0].headers[name].shape if name in shards[0].headers else ()
+    if len(shape) != 2 or shape[1] != args.dim or shape[0] < 1 or args.dim % shape[0]:
+        return  # it is no part of this model's: Source's comparison with the model says more
+    count = args.dim // shape[0]
+    if count == len(shards):
+        return
+    expected = f"consolidated.00.pth to consolidated.{count - 1:02}.pth" if count > 1 else "one file"
+    raise CheckpointError(
+        f"{shards[0].path.parent} has {len(shards)} shards, but {name} in {shards[0].path.name} is one of {count} parts of {args.dim}: "
+        f"expected {expected}"
+    )
 
-    Args:
-        expected: name to shape, as the model built from params.json has them.
-        tensors: what the checkpoint holds.
-        where: the checkpoint, for the error.
 
-    Yields:
-        (name, tensor), in the model's order.
+def _axes(shard: PickleFile, args: ModelArgs, count: int) -> Iterator[tuple[str, int | None]]:
+    """(name, axis that it is split along) of every weight in a shard that the table knows.
 
     Raises:
-        CheckpointError: missing, extra or misshapen tensors; the first ten of each are named.
+        CheckpointError: an embedding that is split neither as LLaMA 1 and 2 nor as Llama 3 do it.
     """
-    missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected]
-    misshapen = [
-        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    integers = [f"{name} {tensors[name].dtype}" for name in expected if name in tensors and not tensors[name].is_floating_point()]
-    kinds = (("missing", missing), ("not known to this model", extra), ("of another shape", misshapen), ("not floating point", integers))
-    problems = [f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" for kind, names in kinds if names]
-    if problems:
-        raise CheckpointError(f"{where}: the tensors do not match params.json; " + "; ".join(problems))
-    return ((name, tensors[name]) for name in expected)
+    for name, header in shard.headers.items():
+        weight = names.weight_of(name)
+        if weight is None:
+            continue
+        if weight.meta != names.EMBEDDING or count == 1:
+            yield name, weight.axis if count > 1 else None
+            continue
+        yield name, _embedding_axis(shard.path, header.shape, args, count)
+
+
+def _embedding_axis(path: Path, shape: tuple[int, ...], args: ModelArgs, count: int) -> int:
+    """1 where each shard has a part of every vector (LLaMA 1 and 2), 0 where it has a part of the vocabulary (Llama 3)."""
+    rows, width = shape if len(shape) == 2 else (0, 0)
+    if width * count == args.dim and args.vocab_size in (-1, rows):
+        return 1
+    if width == args.dim and args.vocab_size in (-1, rows * count):
+        return 0
+    raise CheckpointError(
+        f"{path}: tensor {names.EMBEDDING} is {list(shape)}, expected [{args.vocab_size}, {args.dim / count:g}] as LLaMA 1 and 2 split it "
+        f"into {count}, or [{abs(args.vocab_size) / count:g}, {args.dim}] as Llama 3 does"
+    )
+
+
+def _read_notes(directory: Path) -> tuple[int | None, int | None]:
+    """(sliding window, axis that the embedding was split along), each None where nothing is noted."""
+    path = directory / NOTES
+    if not path.exists():
+        return None, None
+    notes = read_json(path)
+    window, axis = notes.get("sliding_window"), notes.get("embedding_axis")
+    valid = (window is None or (type(window) is int and window > 0)) and axis in (None, 0, 1) and type(axis) is not bool
+    if not valid or set(notes) - {"sliding_window", "embedding_axis"}:
+        raise CheckpointError(f"{path}: got {str(notes)[:100]}, expected sliding_window (a positive number) and embedding_axis (0 or 1)")
+    return window, axis

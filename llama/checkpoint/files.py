@@ -1,0 +1,209 @@
+"""One file of a checkpoint: JSON, or tensors that are mapped into memory and touched one at a time.
+
+Only headers are read when a file is opened. A tensor that is read is a view of the mapping: its bytes come from the disk when somebody
+computes with them. Touched pages of a mapping count as resident memory until it is closed, so a file is mapped anew after every
+thirty-second part of it; a view keeps the mapping that it belongs to.
+
+``weights_only`` keeps pickled code out; what it does not guard against on torch 2.9 is said in the README (CVE-2026-24747): load a
+stranger's .pth or .bin file in a sandbox only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llama.errors import CheckpointError
+
+SMALLEST_REMAP = 32 * 2**20  # bytes
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+GIT_LFS = b"version https://git-lfs"
+
+
+class Header(NamedTuple):
+    """What a file's header says of one tensor; ``dtype`` is a string where we do not compute with it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+
+class TensorFile(ABC):
+    """A file of named tensors.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        headers: of all tensors, by name.
+        metadata: what else the header says.
+
+    Raises:
+        CheckpointError: the file cannot be opened, or its header is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._touched = 0
+        self._get: Callable[[str], torch.Tensor] | None = self._open()
+        self.headers = self._headers()
+        try:
+            self._remap_after = max(SMALLEST_REMAP, path.stat().st_size // 32)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    @abstractmethod
+    def _open(self) -> Callable[[str], torch.Tensor]:
+        """Map the file; the function returned gives a tensor of it by name."""
+
+    @abstractmethod
+    def _headers(self) -> dict[str, Header]:
+        """Shape and dtype of every tensor, without touching one."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as a view of the mapped file: do not write to it.
+
+        Raises:
+            CheckpointError: the file is not the one any more that was opened.
+        """
+        self.let_go()
+        if self._get is None:
+            self._get = self._open()
+        try:
+            tensor = self._get(name)
+        except (KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name} cannot be read: {_reason(error)}") from error
+        if (tuple(tensor.shape), tensor.dtype) != self.headers[name]:
+            raise CheckpointError(f"{self.path} was changed while it was being read: tensor {name} has another shape or dtype now")
+        self._touched += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def let_go(self) -> None:
+        """Close the mapping if enough of it was touched; views that somebody holds keep it, the next ``read`` maps the file anew."""
+        if self._touched > self._remap_after:
+            self._get = None
+            self._close()
+            self._touched = 0
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Forget the mapping."""
+
+
+class SafetensorsFile(TensorFile):
+    """A .safetensors file; its library checks that the header covers the file without gaps or overlaps."""
+
+    def _open(self) -> Callable[[str], torch.Tensor]:
+        try:
+            self._handle = cast(Any, safe_open(self.path, framework="pt"))
+            self.metadata = self._handle.metadata() or {}
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is not a safetensors file, or a damaged one: {_reason(error)}{_hint(self.path)}") from error
+        get: Callable[[str], torch.Tensor] = self._handle.get_tensor
+        return get
+
+    def _close(self) -> None:
+        self._handle = None
+
+    def _headers(self) -> dict[str, Header]:
+        slices = ((name, self._handle.get_slice(name)) for name in self._handle.keys())  # noqa: SIM118 (it is no dict)
+        return {name: Header(tuple(s.get_shape()), FLOATING.get(s.get_dtype(), s.get_dtype())) for name, s in slices}
+
+    def table(self) -> dict[str, Any]:
+        """The header's entries as they are written: dtype, shape and data_offsets by name."""
+        with self.path.open("rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        return header
+
+
+class PickleFile(TensorFile):
+    """A .pth or .bin file that torch.save wrote."""
+
+    def _open(self) -> Callable[[str], torch.Tensor]:
+        if self.path.is_file() and not zipfile.is_zipfile(self.path):
+            with self.path.open("rb") as file:
+                start = file.read(16)
+            raise CheckpointError(
+                f"{self.path} is not a checkpoint: got {self.path.stat().st_size} bytes that begin with {start!r}, expected the zip "
+                f"archive that torch.save writes since 1.6; it may be cut short{_hint(self.path)}"
+            )
+        try:
+            loaded: Any = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # the restricted unpickler fails in many ways on damaged input, all of them harmless
+            found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", str(error))
+            reason = f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else _reason(error)
+            raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {reason}") from error
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{self.path}: got a {type(loaded).__name__}, expected a dict of tensors by name")
+        for name, tensor in loaded.items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(f"{self.path}: got a {type(tensor).__name__} under {name!r}, expected a dict of tensors by name")
+            if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+                raise CheckpointError(f"{self.path}: tensor {name} is not a plain one (sparse, quantised, or without data)")
+        self._loaded: dict[str, torch.Tensor] = loaded
+        return lambda name: loaded[name].detach()
+
+    def _close(self) -> None:
+        self._loaded = {}
+
+    def _headers(self) -> dict[str, Header]:
+        self._check_records()
+        known = set(FLOATING.values())
+        return {n: Header(tuple(t.shape), t.dtype if t.dtype in known else str(t.dtype)) for n, t in self._loaded.items()}
+
+    def _check_records(self) -> None:
+        """Every tensor's bytes are in the archive: from a record that is too short, mapping would read its neighbour's without a word."""
+        storages = [tensor.untyped_storage() for tensor in self._loaded.values()]
+        wanted = Counter({s.data_ptr(): s.nbytes() for s in storages}.values())
+        with zipfile.ZipFile(self.path) as archive:
+            short = wanted - Counter(info.file_size for info in archive.infolist() if "/data/" in info.filename)
+        if short:
+            missing = f"{short.total()} tensors have no record of their size in it, for instance one of {min(short)} bytes"
+            raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {missing}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON, is no object, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError(f"a key twice in the object that begins with {pairs[0][0]!r}")
+        return made
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable as JSON: {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _hint(path: Path) -> str:
+    """The commonest cause of a file that is none, where it is that."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(GIT_LFS)) == GIT_LFS
+    except OSError:
+        return ""
+    return "; it is a Git LFS pointer: fetch the file itself with git lfs pull" if pointer else ""
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

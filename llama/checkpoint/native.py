@@ -1,0 +1,119 @@
+"""Our own format: safetensors with Meta's names, and params.json beside them.
+
+    model.safetensors   or   model-00001-of-0000N.safetensors and on, with model.safetensors.index.json
+
+The files' metadata say what they are: format and its version, the format that they were converted from, the dtype, what params.json
+says, and a digest of all that with the table of tensors. So a header that was changed is refused even where it still makes sense.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.checkpoint.files import SafetensorsFile, TensorFile
+from llama.checkpoint.hf_safetensors import open_weights
+from llama.checkpoint.meta_pth import read_params
+from llama.checkpoint.source import Found, Settings, Source
+from llama.config import ModelArgs
+from llama.errors import CheckpointError
+
+FORMAT = "llama-xla"
+VERSION = "1"
+INDEX = "model.safetensors.index.json"
+
+
+class NativeSource(Source):
+    """A checkpoint that ``llama-xla convert`` wrote.
+
+    Args:
+        directory: with params.json and the weights.
+
+    Raises:
+        CheckpointError: a missing or damaged file, a newer version, or see Source.
+    """
+
+    format = FORMAT
+
+    def __init__(self, directory: Path) -> None:
+        args = read_params(directory)
+        files = open_weights(directory)
+        notes = [_checked_metadata(file, args, directory) for file in files]
+        self._home = {name: file for file in files for name in file.headers}
+        found = {name: Found(*file.headers[name], file.path) for name, file in self._home.items()}
+        window, axis = notes[0].get("sliding_window"), notes[0].get("embedding_axis")
+        settings = Settings(args, directory / "params.json", int(window) if window else None, int(axis) if axis else None)
+        super().__init__(directory, settings, found, tuple(file.path for file in files))
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._home[name].read(name)
+
+
+def is_native(file: TensorFile) -> bool:
+    """Whether a file's metadata name this format."""
+    return file.metadata.get("format") == FORMAT
+
+
+def make_metadata(notes: Mapping[str, str], table: Mapping[str, Any], args: ModelArgs) -> dict[str, str]:
+    """The metadata of one file.
+
+    Args:
+        notes: ``source``, ``dtype``, and where they are known ``sliding_window`` and ``embedding_axis``.
+        table: the header's entries: dtype, shape and data_offsets by name.
+        args: what params.json says.
+    """
+    metadata = {"format": FORMAT, "version": VERSION, **notes, "params": json.dumps(args.to_params(), sort_keys=True)}
+    return {**metadata, "digest": _digest(metadata, table)}
+
+
+def _digest(metadata: Mapping[str, str], table: Mapping[str, Any]) -> str:
+    covered = {"metadata": dict(metadata), "tensors": dict(table)}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _checked_metadata(file: TensorFile, args: ModelArgs, directory: Path) -> dict[str, str]:
+    """A file's metadata, after they have been compared with its table and with params.json."""
+    if not isinstance(file, SafetensorsFile) or not is_native(file):
+        raise CheckpointError(f"{file.path} was not written by llama-xla convert, other files of {directory} were")
+    metadata = dict(file.metadata)
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(f"{file.path}: got format version {metadata.get('version')}, expected {VERSION}: update llama-xla")
+    digest = metadata.pop("digest", None)
+    if digest != _digest(metadata, file.table()):
+        raise CheckpointError(f"{file.path}: the header does not have the digest that it says: it was changed after it had been written")
+    if metadata["params"] != json.dumps(args.to_params(), sort_keys=True):
+        raise CheckpointError(f"{file.path} belongs to another params.json than {directory / 'params.json'}, which was changed or mistaken")
+    return metadata
+
+
+def dtype_label(dtypes: set[torch.dtype]) -> str:
+    """The dtypes of a checkpoint in one word: ``bfloat16``, or ``bfloat16+float32``."""
+    return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def shards_of(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:
+    """Group weights in their order into files of at most ``most`` bytes; a weight that is larger gets a file of its own."""
+    groups: list[list[str]] = [[]]
+    room = most
+    for name, size in sizes.items():
+        if room is not None and size > room and groups[-1]:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room = None if room is None else room - size
+    return groups
+
+
+def file_names(count: int) -> list[str]:
+    """The names of so many files."""
+    return ["model.safetensors"] if count == 1 else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def index_of(groups: Mapping[str, list[str]], total_size: int) -> dict[str, Any]:
+    """The index of several files: which weight is in which, as Hugging Face's index has it."""
+    return {"metadata": {"total_size": total_size}, "weight_map": {weight: file for file, group in groups.items() for weight in group}}

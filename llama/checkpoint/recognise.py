@@ -1,0 +1,71 @@
+"""Which format a directory holds, by what is in its files and not by what it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama.checkpoint.files import SafetensorsFile
+from llama.checkpoint.hf_safetensors import HFSource
+from llama.checkpoint.meta_pth import SHARD, MetaSource
+from llama.checkpoint.native import NativeSource, is_native
+from llama.checkpoint.source import Source
+from llama.errors import CheckpointError
+
+SOURCES: dict[str, type[MetaSource | HFSource | NativeSource]] = {each.format: each for each in (MetaSource, HFSource, NativeSource)}
+EXPECTED = (
+    "params.json with consolidated.00.pth (Meta), config.json with model.safetensors (Hugging Face), "
+    "or params.json with model.safetensors (llama-xla convert)"
+)
+LISTED_AT_MOST = 12
+
+
+def open_checkpoint(directory: Path) -> Source:
+    """Open a checkpoint in whatever format it is; only headers are read.
+
+    Raises:
+        CheckpointError: no checkpoint, several formats at once, or one that is damaged: see the formats' classes.
+    """
+    found = recognise(directory)
+    if len(found) == 1:
+        return SOURCES[next(iter(found))](directory)
+    if found:
+        listed = "; ".join(f"{name}: {', '.join(files[:LISTED_AT_MOST])}" for name, files in found.items())
+        raise CheckpointError(f"{directory} holds several formats ({listed}), expected one: move the others out of it")
+    every = sorted(path.name for path in directory.iterdir())
+    listed = ", ".join(every[:LISTED_AT_MOST]) + (", ..." if len(every) > LISTED_AT_MOST else "")
+    if "params.json" in every:
+        listed += "; no .pth file and no model.safetensors beside params.json"
+    raise CheckpointError(f"{directory} holds no checkpoint (found: {listed or 'nothing'}); expected {EXPECTED}")
+
+
+def recognise(directory: Path) -> dict[str, list[str]]:
+    """The formats whose weights a directory holds, with the files' names.
+
+    Raises:
+        CheckpointError: it is no directory, or the header of a safetensors file is damaged.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"no such directory: {directory} (--ckpt_dir expects one with {EXPECTED})")
+    names = sorted(path.name for path in directory.iterdir())
+    found: dict[str, list[str]] = {}
+    for name in names:
+        kind = _format_of(directory / name, "params.json" in names)
+        if kind is not None:
+            found.setdefault(kind, []).append(name)
+    if not found and "config.json" in names and any(name.endswith(".index.json") for name in names):
+        found[HFSource.format] = [name for name in names if name.endswith(".index.json")]  # it will say which files are missing
+    return found
+
+
+def _format_of(path: Path, beside_params: bool) -> str | None:
+    """The format that a file of weights belongs to, or None for any other file.
+
+    A .pth file of any name counts beside a params.json; transformers' trainer leaves some of its own beside its weights.
+    """
+    if SHARD.fullmatch(path.name) or (beside_params and path.suffix == ".pth"):
+        return MetaSource.format
+    if path.name.startswith("model") and path.suffix == ".safetensors":
+        return NativeSource.format if is_native(SafetensorsFile(path)) else HFSource.format
+    if path.name.startswith("pytorch_model") and path.suffix == ".bin":
+        return HFSource.format
+    return None

@@ -1,0 +1,220 @@
+"""Rewriting checkpoints: ``reshard`` into Meta's format with any number of shards, ``convert`` into our own safetensors.
+
+Any source will do. Weights are read one at a time and leave memory before the next one comes; see writing.py for what happens to a run
+that does not end. Beside the weights stand params.json, the tokenizer's files and generation_config.json of the source, and
+checksums.json with the sha256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llama.checkpoint import names, native, partition, writing
+from llama.checkpoint.meta_pth import NOTES
+from llama.checkpoint.recognise import open_checkpoint
+from llama.checkpoint.source import Source, TensorInfo, is_finite
+from llama.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("llama")
+
+COMPANIONS = (
+    *("*.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+CONVERTED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LLAMA_3_THETA = 500000.0
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def reshard(
+    src: str | Path, dst: str | Path, model_parallel: int, *, embedding_axis: int | None = None, progress: bool = False
+) -> tuple[Path, ...]:
+    """Write a checkpoint in Meta's format, split for a number of model-parallel ranks.
+
+    Args:
+        src: a checkpoint of any format.
+        dst: a directory that does not exist yet.
+        model_parallel: number of shards; 1 joins all.
+        embedding_axis: 1 splits the embedding's vectors (LLaMA 1 and 2), 0 its vocabulary (Llama 3). Without it: as the source is, or
+            was, split; else as Meta's code does that goes with the model.
+        progress: a bar on stderr.
+
+    Returns:
+        The shards.
+
+    Raises:
+        CheckpointError: see open_checkpoint; sizes that cannot be divided; ``dst`` is there; too little room on the disk.
+        ConfigError: model_parallel or embedding_axis out of their range.
+    """
+    source, target = open_checkpoint(Path(src)), Path(dst)
+    if model_parallel < 1 or embedding_axis not in (None, 0, 1):
+        raise ConfigError(f"got model_parallel {model_parallel} and embedding_axis {embedding_axis}, expected 1 or more, and 0 or 1")
+    known_axis = source.embedding_axis if embedding_axis is None else embedding_axis
+    axis = _usual_axis(source) if known_axis is None else known_axis
+    partition.check_divisible(source.args, model_parallel, axis)
+    size = _total_bytes(source)
+    with writing.new_directory(target) as directory:
+        _check_room(directory, size + -(-size // model_parallel))
+        sums = _write_shards(source, directory, model_parallel, axis, progress)
+        shards = tuple(target / name for name in sums)
+        notes = _notes(source, known_axis if model_parallel == 1 else None)
+        if notes:
+            sums[NOTES] = writing.write_bytes(directory / NOTES, writing.json_bytes(notes))
+        in_metas_words = source.format == "meta"  # then the file itself, so that a vocab_size of -1 stays
+        params = (source.directory / "params.json").read_bytes() if in_metas_words else writing.json_bytes(source.args.to_params())
+        _write_companions(source, directory, sums, params)
+    log.info("Wrote %s: %d shards, %d bytes of weights", target, model_parallel, size)
+    return shards
+
+
+def convert(
+    src: str | Path, dst: str | Path, dtype: str | None = None, max_shard_size: int | str | None = None, *, progress: bool = False
+) -> tuple[Path, ...]:
+    """Write a checkpoint in our own format: safetensors with Meta's names.
+
+    Args:
+        src: a checkpoint of any format.
+        dst: a directory that does not exist yet.
+        dtype: float32, bfloat16 or float16; None keeps every weight as it is, bit by bit.
+        max_shard_size: most bytes of weights in a file, a number or one with a unit such as ``5GB``; None writes one file.
+        progress: a bar on stderr.
+
+    Returns:
+        The files with weights.
+
+    Raises:
+        CheckpointError: see open_checkpoint; a number that the dtype cannot hold; ``dst`` is there; too little room on the disk.
+        ConfigError: a dtype or a size that is none.
+    """
+    if dtype is not None and dtype not in CONVERTED_DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(CONVERTED_DTYPES)}")
+    most = None if max_shard_size is None else parse_size(max_shard_size)
+    source, target = open_checkpoint(Path(src)), Path(dst)
+    infos = {name: info if dtype is None else info._replace(dtype=CONVERTED_DTYPES[dtype]) for name, info in source.infos().items()}
+    sizes = {name: _bytes(info) for name, info in infos.items()}
+    with writing.new_directory(target) as directory:
+        _check_room(directory, sum(sizes.values()))
+        groups = native.shards_of(sizes, most)
+        sums = _write_native(source, infos, groups, directory, progress)
+        files = tuple(target / name for name in sums)
+        if len(groups) > 1:
+            index = native.index_of(dict(zip(sums, groups, strict=True)), sum(sizes.values()))
+            sums[native.INDEX] = writing.write_bytes(directory / native.INDEX, writing.json_bytes(index))
+        _write_companions(source, directory, sums, writing.json_bytes(source.args.to_params()))
+    log.info("Wrote %s: %d files, %d bytes of weights", target, len(files), sum(sizes.values()))
+    return files
+
+
+def parse_size(text: int | str) -> int:
+    """Bytes, from a number or a text such as ``5GB`` or ``500 MiB``.
+
+    Raises:
+        ConfigError: it is neither, or not positive.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
+    size = math.floor(float(found.group(1)) * UNITS.get(found.group(2).upper(), 0)) if found else 0
+    if size < 1:
+        raise ConfigError(f"max_shard_size: got {text!r}, expected a number of bytes, or one with a unit such as 5GB or 500MiB")
+    return size
+
+
+def _write_shards(source: Source, directory: Path, parts: int, embedding_axis: int, progress: bool) -> dict[str, str]:
+    """Cut every weight and write the shards; returns their sha256 by name."""
+    heads = source.args.kv_heads
+    with ExitStack() as stack, _bar(2 * _total_bytes(source), "Resharding", progress) as bar:
+        scratches = [stack.enter_context(writing.Scratch(directory / f"{rank:02}.scratch")) for rank in range(parts)]
+        for name, tensor in source.tensors():
+            weight = names.weight_of(name)
+            assert weight is not None
+            axis = embedding_axis if name == names.EMBEDDING else weight.axis
+            replicated = partition.replicates_heads(weight, source.args, parts)
+            for rank, scratch in enumerate(scratches):
+                place, count = (partition.head_of(rank, heads, parts), heads) if replicated else (rank, parts)
+                scratch.append(name, partition.cut(tensor, place, count, axis))
+            bar.update(tensor.numel() * tensor.element_size())
+            del tensor  # or it would stay in memory while the next one is read
+        files = {f"consolidated.{rank:02}.pth": scratch for rank, scratch in enumerate(scratches)}
+        return {name: scratch.pack(directory / name, bar.update) for name, scratch in files.items()}
+
+
+def _write_native(
+    source: Source, infos: Mapping[str, TensorInfo], groups: list[list[str]], directory: Path, progress: bool
+) -> dict[str, str]:
+    """Write the files of our format; returns their sha256 by name."""
+    notes = {"source": source.format, "dtype": native.dtype_label({info.dtype for info in infos.values()})}
+    notes |= {name: str(value) for name, value in _notes(source, source.embedding_axis).items()}
+    sums = {}
+    with _bar(_total_bytes(source), "Converting", progress) as bar:
+        for name, group in zip(native.file_names(len(groups)), groups, strict=True):
+            table = writing.safetensors_table({weight: (infos[weight].shape, infos[weight].dtype) for weight in group})
+            metadata = native.make_metadata(notes, table, source.args)
+            tensors = (_cast(source, weight, infos[weight].dtype, bar) for weight in table)
+            sums[name] = writing.write_safetensors(directory / name, table, metadata, tensors)
+    return sums
+
+
+def _cast(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> torch.Tensor:
+    """A weight in another dtype; one that becomes infinite by it is refused."""
+    tensor = source.read(name)
+    bar.update(tensor.numel() * tensor.element_size())
+    made = tensor.to(dtype)
+    if made is not tensor and not is_finite(made) and is_finite(tensor):
+        raise CheckpointError(f"{source.infos()[name].file}: tensor {source.label(name)} holds numbers that {dtype} cannot")
+    return made
+
+
+def _write_companions(source: Source, directory: Path, sums: dict[str, str], params: bytes) -> None:
+    """Copy the tokenizer and the defaults, write the checksums and params.json; that last, since nothing loads without it."""
+    for path in companions(source.directory):
+        sums[path.name] = writing.write_bytes(directory / path.name, path.read_bytes())
+    sums["params.json"] = hashlib.sha256(params).hexdigest()
+    writing.write_bytes(directory / writing.CHECKSUMS, writing.json_bytes(sums))
+    writing.write_bytes(directory / "params.json", params)
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files of a checkpoint that travel with its weights; LLaMA 1 and 2 keep the tokenizer in the parent directory."""
+    found = [path for pattern in COMPANIONS for path in sorted(directory.glob(pattern)) if path.is_file()]
+    if not any(path.name.startswith("tokenizer") or path.suffix == ".model" for path in found):
+        above = sorted(directory.resolve().parent.glob("*.model"))
+        found += above if len(above) == 1 else []
+    return found
+
+
+def _notes(source: Source, embedding_axis: int | None) -> dict[str, int]:
+    """What params.json has no key for, where there is something to say."""
+    notes = {"sliding_window": source.sliding_window, "embedding_axis": embedding_axis}
+    return {name: value for name, value in notes.items() if value is not None}
+
+
+def _usual_axis(source: Source) -> int:
+    """How Meta's code for the model splits the embedding; Llama 3 is known by its rotary base."""
+    return 0 if source.args.rope_theta == LLAMA_3_THETA else 1
+
+
+def _bytes(info: TensorInfo) -> int:
+    return torch.Size(info.shape).numel() * info.dtype.itemsize
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise CheckpointError(f"{directory.parent} has {free} bytes free, {needed} are needed")
+
+
+def _total_bytes(source: Source) -> int:
+    return sum(_bytes(info) for info in source.infos().values())
+
+
+def _bar(total: int, title: str, progress: bool) -> tqdm[None]:
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not progress, leave=False)

@@ -1,0 +1,260 @@
+"""A source of weights: an opened checkpoint, whatever its format, of which only headers have been read.
+
+Every source speaks Meta's names, shapes and layout: shards are merged, Hugging Face's rotary order is turned back. When a source is
+there, its tensors are exactly those of the model that its settings describe; what can only be seen in the weights themselves
+(replicated norms that differ, NaN) is found when they are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llama.checkpoint import names
+from llama.checkpoint.files import read_json
+from llama.config import GenerationDefaults, ModelArgs
+from llama.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("llama")
+
+NAMED_AT_MOST = 10
+CHUNK = 2**22  # numbers compared in one go
+
+
+class Found(NamedTuple):
+    """What a file's header says of a tensor, the shape that of the whole; the dtype is a string where it is not computed with."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    file: Path
+
+
+class TensorInfo(NamedTuple):
+    """What headers say of one weight.
+
+    Attributes:
+        shape: of the whole weight, its shards merged.
+        dtype: as it is stored.
+        file: that holds it, the first of several.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+
+class Settings(NamedTuple):
+    """What a checkpoint says about itself besides its weights.
+
+    Attributes:
+        args: the shape; a vocabulary size of -1 is settled by the embedding.
+        file: the file that says it, for errors.
+        sliding_window: how many positions back attention was trained to see, where that is limited.
+        embedding_axis: the axis that the embedding is, or was, split along; None where nothing says it.
+    """
+
+    args: ModelArgs
+    file: Path
+    sliding_window: int | None = None
+    embedding_axis: int | None = None
+
+
+class Source(ABC):
+    """An opened checkpoint; ``open_checkpoint`` makes one.
+
+    Args:
+        directory: where it is.
+        settings: what it says about itself.
+        found: every tensor in it, by Meta's name; derived ones left out.
+        files: the files that hold them.
+
+    Attributes:
+        format: ``meta``, ``huggingface`` or ``llama-xla``.
+        args: the shape, with the vocabulary size settled.
+        sliding_window: the model may be used up to so many positions only, or None; the caller compares.
+        embedding_axis: see Settings.
+        defaults: the wishes of generation_config.json.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown or misshapen.
+    """
+
+    format: str
+
+    def __init__(self, directory: Path, settings: Settings, found: Mapping[str, Found], files: tuple[Path, ...]) -> None:
+        self.directory = directory
+        self.files = files
+        self.args = settle_vocab_size(settings, found)
+        self.sliding_window = settings.sliding_window
+        self.embedding_axis = settings.embedding_axis
+        self.defaults = read_defaults(directory)
+        weights = dict(found)
+        self._spare_head = weights.pop(names.HEAD, None) if self.args.tie_word_embeddings else None
+        self._infos = match(self.args, weights, settings.file, self.label)
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """Shape, dtype and file of every weight by Meta's name, in the model's order."""
+        return dict(self._infos)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole weight in Meta's layout, a host tensor in the dtype it is stored in. Do not write to it: it may be the mapped file.
+
+        Raises:
+            CheckpointError: replicated parts that differ, or a file that was changed since it was opened.
+            KeyError: a name that is not in ``infos()``.
+        """
+        info = self._infos[name]
+        tensor = self._read(name)
+        if name == names.EMBEDDING and self._spare_head is not None and not same_bits(tensor, self._read(names.HEAD)):
+            raise CheckpointError(
+                f"{self._spare_head.file}: the head {names.HEAD} differs from the embedding {names.EMBEDDING}, "
+                f"although the settings of {self.directory} tie them; expected equal tensors, or none for the head"
+            )
+        assert tuple(tensor.shape) == info.shape
+        return tensor
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) of every weight, in the model's order; see ``read``."""
+        for name in self._infos:
+            yield name, self.read(name)
+
+    def label(self, name: str) -> str:
+        """How errors call a weight."""
+        return name
+
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor:
+        """One whole weight; also the head of a tied model where the files hold one."""
+
+
+def checked(source: Source, allow_nan: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of every weight of a source, and let no NaN or infinity pass.
+
+    Args:
+        source: an opened checkpoint.
+        allow_nan: warn by name in the log and go on.
+
+    Raises:
+        CheckpointError: the first weight that is not finite, with its file.
+    """
+    for name, tensor in source.tensors():
+        if not is_finite(tensor):
+            where = f"{source.infos()[name].file}: tensor {source.label(name)} holds NaN or infinity"
+            if not allow_nan:
+                raise CheckpointError(f"{where}: the checkpoint is damaged, or its training went wrong; --allow_nan goes on all the same")
+            log.warning("%s", where)
+        yield name, tensor
+        del tensor  # or it would stay in memory while the next one is read
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every number of a tensor is finite: NaN and infinity both show in the least and the largest number."""
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit, also where they hold NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pairs = zip(torch.split(one.reshape(-1), CHUNK), torch.split(other.reshape(-1), CHUNK), strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+def settle_vocab_size(settings: Settings, found: Mapping[str, Found]) -> ModelArgs:
+    """The shape with a vocabulary size of -1 replaced by the embedding's number of rows.
+
+    Raises:
+        CheckpointError: it is -1 and there is no embedding.
+    """
+    if settings.args.vocab_size != -1:
+        return settings.args
+    if names.EMBEDDING not in found or len(found[names.EMBEDDING].shape) != 2:
+        raise CheckpointError(f"{settings.file}: vocab_size is -1 and the checkpoint has no {names.EMBEDDING} to take it from")
+    return settings.args.with_vocab_size(found[names.EMBEDDING].shape[0])
+
+
+def match(args: ModelArgs, found: Mapping[str, Found], settings_file: Path, label: Callable[[str], str] = str) -> dict[str, TensorInfo]:
+    """Compare the tensors that were found with those of the model.
+
+    Args:
+        args: the model's shape, its vocabulary size settled.
+        found: by Meta's names.
+        settings_file: what says the shape, for errors.
+        label: how errors call a weight.
+
+    Returns:
+        ``found`` in the model's order.
+
+    Raises:
+        CheckpointError: missing, extra or misshapen tensors, or dtypes that are not computed with; the first ten of each are named.
+    """
+    if args.n_layers > len(found):  # a damaged number could name billions of layers
+        last = names.IN_LAYER[0].meta.format(args.n_layers - 1)
+        raise CheckpointError(f"{settings_file}: n_layers is {args.n_layers}, but {last} and others are missing from {len(found)} tensors")
+    files = sorted({info.file.name for info in found.values()})
+    shapes = {name: names.shape_of(weight, args) for name, weight in names.expected_weights(args)}
+
+    def described(name: str) -> str:
+        return f"{label(name)} in {found[name].file.name}" if len(files) > 1 else label(name)
+
+    matched, misshapen = {}, []
+    for name, shape in shapes.items():
+        info = found.get(name)
+        if info is not None and info.shape != shape:
+            misshapen.append(f"{described(name)} {list(info.shape)} instead of {list(shape)}")
+        if info is not None and isinstance(info.dtype, torch.dtype):
+            matched[name] = TensorInfo(info.shape, info.dtype, info.file)
+    odd = {name: info.dtype for name, info in found.items() if isinstance(info.dtype, str)}
+    floats = {name for name, dtype in odd.items() if dtype.startswith(("F", "torch.float"))}
+    problems = {
+        "missing": [label(name) for name in shapes if name not in found],
+        "not known to this model": [described(name) for name in found if name not in shapes],
+        "of another shape": misshapen,
+        "not floating point": [f"{described(name)} {dtype}" for name, dtype in odd.items() if name not in floats],
+        "of a type that is not computed with": [f"{described(name)} {odd[name]}" for name in odd if name in floats],
+        "of the other 16-bit type": [f"{described(name)} {found[name].dtype}" for name in _mixed_halves(found)],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(each)} {kind}: {_first_of(each)}" for kind, each in problems.items() if each)
+        where = f"{settings_file.parent} ({_first_of(files)})"
+        raise CheckpointError(f"{where}: the tensors do not match {settings_file.name}; {listed}")
+    return matched
+
+
+def _first_of(items: Sequence[str]) -> str:
+    return ", ".join(items[:NAMED_AT_MOST]) + (", ..." if len(items) > NAMED_AT_MOST else "")
+
+
+def _mixed_halves(found: Mapping[str, Found]) -> list[str]:
+    """The fewer of float16 and bfloat16 tensors where both are there: no checkpoint has both, but a damaged header can say so."""
+    halves = [[n for n, info in found.items() if info.dtype == dtype] for dtype in (torch.float16, torch.bfloat16)]
+    return min(halves, key=len)
+
+
+def read_defaults(directory: Path) -> GenerationDefaults:
+    """The wishes of a directory's generation_config.json; none where there is no such file.
+
+    ``do_sample: false`` is the wish for temperature 0.
+
+    Raises:
+        CheckpointError: the file is damaged, or a value is out of its range.
+    """
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return GenerationDefaults()
+    content = read_json(path)
+    eos: Any = content.get("eos_token_id")
+    temperature: Any = 0.0 if content.get("do_sample") is False else content.get("temperature")
+    try:
+        return GenerationDefaults(
+            temperature=temperature,
+            top_p=content.get("top_p"),
+            stop_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error

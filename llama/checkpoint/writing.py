@@ -1,0 +1,254 @@
+"""Writing checkpoint files so that they are whole or not there, are what was meant, and never stand in memory.
+
+A directory is written under a temporary name beside its own and renamed at the end. Every file's bytes are hashed on their way to the
+disk, then read back from it and hashed again. Of the tensors, only those that are being moved are in memory: torch.save, which wants
+all of a file's tensors at once, gets them as a mapped scratch file whose pages are let go of as they are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn, cast
+
+import torch
+
+from llama.checkpoint.files import FLOATING, read_json
+from llama.errors import CheckpointError
+
+CHECKSUMS = "checksums.json"
+ALIGNMENT = 64  # bytes; of tensors in a scratch file
+RELEASE_AFTER = 16 * 2**20  # bytes
+BLOCK = 2**22  # bytes read in one go
+DTYPE_NAMES = {dtype: name for name, dtype in FLOATING.items()}
+TERMINATED = 128 + signal.SIGTERM
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``target``, and rename it to that when the block ends well.
+
+    When the block does not end well (an error, Ctrl-C, SIGTERM), the temporary directory is removed.
+
+    Raises:
+        CheckpointError: ``target`` is there already, its parent is not, or the file system refuses something.
+    """
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} is there already and is not overwritten; remove it, or choose another name")
+    if not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{target.absolute().parent} is not a directory; make it first")
+    temporary = target.absolute().parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        temporary.mkdir()
+        with _sigterm_raises():
+            yield temporary
+            temporary.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}; nothing of it was kept") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM end the block by an exception, so that it can clean up; only the main thread can."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class HashedFile:
+    """A new file that is written from front to back and hashed on the way; a context, which closes it.
+
+    Args:
+        path: must not exist.
+        wrote: called with the number of bytes after every write.
+    """
+
+    def __init__(self, path: Path, wrote: Callable[[int], None] | None = None) -> None:
+        self.path = path
+        self._wrote = wrote
+        self._hash = hashlib.sha256()
+        self._file = path.open("xb")
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        self._hash.update(data)
+        written = self._file.write(data)
+        if self._wrote is not None:
+            self._wrote(written)
+        return written
+
+    def flush(self) -> None:
+        """What torch.save expects of a file."""
+        self._file.flush()
+
+    def finish(self) -> str:
+        """Bring the file to the disk, read it back, and return its sha256.
+
+        Raises:
+            CheckpointError: what was read back is not what was written.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read and not the page cache
+        if sha256_of(self.path) != self._hash.hexdigest():
+            raise CheckpointError(f"{self.path}: what was read back is not what was written: the disk or the file system is at fault")
+        return self._hash.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal sha256 of a file's bytes."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> str:
+    """Write a small file; returns its sha256."""
+    with HashedFile(path) as file:
+        file.write(content)
+        return file.finish()
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """An object as the JSON files of a checkpoint have it."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Scratch:
+    """A file that collects the tensors of one shard and then gives them to torch.save; a context, which closes it.
+
+    Args:
+        path: must not exist; removed by ``pack``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("xb")
+        self._places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor behind those that are there."""
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+        self._places[name] = (self._file.tell(), tensor.dtype, tensor.shape)
+        self._file.write(raw_bytes(tensor))
+
+    def pack(self, path: Path, wrote: Callable[[int], None]) -> str:
+        """Write all tensors as a .pth file, remove this one, and return the new one's sha256; ``wrote`` as for HashedFile."""
+        self._file.close()
+        with self.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        tensors = {
+            name: torch.frombuffer(mapped, dtype=dtype, count=shape.numel(), offset=start).view(shape)
+            for name, (start, dtype, shape) in self._places.items()
+        }
+        pending = 0
+
+        def let_go(written: int) -> None:
+            nonlocal pending
+            pending += written
+            if pending > RELEASE_AFTER:
+                mapped.madvise(mmap.MADV_DONTNEED)
+                pending = 0
+            wrote(written)
+
+        with HashedFile(path, let_go) as target:
+            try:
+                torch.save(tensors, cast(IO[bytes], target))  # it asks for write and flush only
+            except RuntimeError as error:  # after Ctrl-C or a full disk it complains about the unfinished file instead
+                raise error.__context__ or error from None
+            self.path.unlink()
+            return target.finish()
+
+
+def write_safetensors(
+    path: Path, table: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str], tensors: Iterable[torch.Tensor]
+) -> str:
+    """Write a .safetensors file tensor by tensor; returns its sha256.
+
+    Not by the library, whose writer wants all tensors of the file at once. The file is 8 bytes with the header's length, the header
+    in JSON, and the tensors.
+
+    Args:
+        path: must not exist.
+        table: from ``safetensors_table``.
+        metadata: of the file.
+        tensors: in the table's order.
+    """
+    header = json.dumps({"__metadata__": dict(metadata), **table}).encode()
+    header += b" " * (-len(header) % 8)
+    with HashedFile(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for tensor in tensors:
+            file.write(raw_bytes(tensor))
+        return file.finish()
+
+
+def safetensors_table(infos: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, dict[str, Any]]:
+    """The header's entries for tensors of these shapes and dtypes; the widest dtypes stand first, so that all are aligned."""
+    table: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name, (shape, dtype) in sorted(infos.items(), key=lambda item: -item[1][1].itemsize):
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    return table
+
+
+def verify_checksums(directory: Path) -> list[str]:
+    """Compare every file that a directory's checksums.json names with its sha256.
+
+    Returns:
+        The names of the files, all of which are what they were when they were written.
+
+    Raises:
+        CheckpointError: there is no checksums.json, or a file is missing or was changed.
+    """
+    sums = read_json(directory / CHECKSUMS)
+    for name, expected in sums.items():
+        path = directory / Path(name).name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: {CHECKSUMS} names it")
+        found = sha256_of(path)
+        if found != expected:
+            raise CheckpointError(f"{path} was changed after it had been written: its sha256 is {found}, {CHECKSUMS} says {expected}")
+    return list(sums)
