@@ -300,7 +300,7 @@ def test_half_a_character_of_the_prompt_stays_the_prompts(tokenizer: Tokenizer) 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """The path and the flag that gives another are named; a directory is no file."""
     for path in (tmp_path / "absent.model", tmp_path):
-        with pytest.raises(TokenizerError, match=r"no tokenizer at .*expected a SentencePiece model file.*--tokenizer_path") as caught:
+        with pytest.raises(TokenizerError, match=r"no tokenizer at .*expected a SentencePiece model, a tiktoken ranks file or a tokenizer\.json.*--tokenizer_path") as caught:
             Tokenizer(path)
         assert str(path) in str(caught.value)
 

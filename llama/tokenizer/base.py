@@ -1,0 +1,174 @@
+"""What every kind of tokenizer has in common: the class Tokenizer, which picks the kind, and the decoder of streams."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+from llama.errors import PromptError
+
+TokenizerKind = Literal["sentencepiece", "tiktoken", "tokenizers"]
+
+REPLACEMENT = "\ufffd".encode()
+
+
+class Part(NamedTuple):
+    """A stretch of a text, and whether control tokens written in it are meant as such or stay text."""
+
+    text: str
+    allow_special: bool = False
+
+
+class Tokenizer:
+    """A tokenizer file of any kind; the object is of the class that reads its kind.
+
+    What the kinds differ in are the methods that raise NotImplementedError here. They are not marked abstract, because type
+    checkers refuse calls of abstract classes, and calling this one is how a tokenizer is made.
+
+    Args:
+        model_path: a SentencePiece model, a tiktoken ranks file, or a tokenizer.json; recognised by content.
+
+    Attributes:
+        kind: ``sentencepiece``, ``tiktoken`` or ``tokenizers``: the library that the file is for.
+        n_words: number of ids: the largest one and one more.
+        bos_id: beginning of sequence.
+        eos_id: end of sequence.
+        stop_ids: every id that ends a generation.
+        special_ids: the control tokens by how they are written, for instance ``<s>``.
+
+    Raises:
+        TokenizerError: the file is absent or damaged, has no BOS or EOS, or needs a library that is not installed.
+    """
+
+    kind: ClassVar[TokenizerKind]
+    n_words: int
+    bos_id: int
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    special_ids: dict[str, int]
+
+    def __new__(cls, model_path: str | Path) -> Tokenizer:
+        """An object of the file's kind, whose own constructor reads it."""
+        if cls is not Tokenizer:
+            return super().__new__(cls)
+        from llama.tokenizer.files import class_for
+
+        return super().__new__(class_for(Path(model_path)))
+
+    def __init__(self, model_path: str | Path) -> None:
+        raise NotImplementedError
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False, allow_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any string of valid Unicode; the empty one gives BOS alone.
+            bos: begin with BOS.
+            eos: end with EOS.
+            allow_special: read control tokens written in the text as those tokens. Off, they are encoded like any other text.
+
+        Raises:
+            PromptError: the text holds half of a surrogate pair, which is no character.
+        """
+        ids = self.encode_parts([Part(text, allow_special)])
+        return [*([self.bos_id] if bos else []), *ids, *([self.eos_id] if eos else [])]
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Token ids of the parts joined to one text: words and merges run across their borders, control tokens do not.
+
+        Args:
+            parts: in order. Where ``allow_special`` is off, nothing that is written becomes a control token, whatever its neighbours.
+
+        Raises:
+            PromptError: the text holds half of a surrogate pair, or a control token that this file cannot keep as text.
+        """
+        for part in parts:
+            try:
+                part.text.encode()
+            except UnicodeEncodeError as error:
+                raise PromptError(f"not valid Unicode: character {error.start} cannot be written as UTF-8") from error
+        return self._encode_parts(parts)
+
+    def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Each stretch between two control tokens is encoded by itself, as the kinds' libraries do."""
+        ids: list[int] = []
+        stretch: list[str] = []
+        for text, special_id in self._split(parts):
+            stretch.append(text)
+            if special_id is not None:
+                ids += [*self._encode_text("".join(stretch)), special_id]
+                stretch = []
+        return ids + self._encode_text("".join(stretch))
+
+    def _split(self, parts: Sequence[Part]) -> Iterator[tuple[str, int | None]]:
+        """Cut the parts behind every control token that is meant: (the text before it, its id), and (the rest, None)."""
+        for part in parts:
+            end = 0
+            for match in self.special_pattern.finditer(part.text) if part.allow_special else ():
+                yield part.text[end : match.start()], self.special_ids[match.group()]
+                end = match.end()
+            yield part.text[end:], None
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """What finds control tokens written in a text; the longer one, where one begins with another."""
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that an id stands for; none for a control token, U+FFFD for an id beyond the vocabulary."""
+        if not 0 <= token_id < self.n_words:
+            return REPLACEMENT  # embeddings are often padded past the tokenizer, and random weights choose from all of it
+        return self._bytes_of(token_id)
+
+    def first_bytes(self, token_id: int) -> bytes:
+        """The bytes that an id stands for at the very beginning of a text, where some kinds drop the space before a word."""
+        return self.token_bytes(token_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a whole sequence; a space that the tokenizer itself puts before the first word is taken off again."""
+        decoder = StreamDecoder(self)
+        return decoder.push(ids) + decoder.finish()
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is a control token."""
+        raise NotImplementedError
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """``token_bytes`` of an id within the vocabulary."""
+        raise NotImplementedError
+
+
+class StreamDecoder:
+    """Decodes ids as they come; the pieces joined are exactly the text of the whole.
+
+    Args:
+        tokenizer: what the ids mean.
+        context: ids that stand before the stream, whose text has been shown already. A continuation keeps the space before its
+            first word; a text that begins the sequence does not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = True
+        self.push(list(context))
+        self._utf8.reset()  # half a character at the end of the context belongs to the context
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became certain with these ids; empty while a character is incomplete."""
+        pieces = []
+        for token_id in ids:
+            data = self._tokenizer.token_bytes(token_id)
+            if self._at_start and data:
+                data, self._at_start = self._tokenizer.first_bytes(token_id), False
+            pieces.append(self._utf8.decode(data))
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """What is left when no more ids come: U+FFFD for an incomplete character, or nothing."""
+        return self._utf8.decode(b"", final=True)

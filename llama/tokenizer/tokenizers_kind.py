@@ -1,0 +1,246 @@
+"""Hugging Face's tokenizer.json, read with the library tokenizers.
+
+The library encodes; decoding goes through bytes as with the other kinds, so the bytes of each id are worked out here, for the two
+sorts of decoder that LLaMA-family models have: byte-level (Llama 3) and SentencePiece's manner (Llama 2, Mistral). What ends a
+sequence does not stand in tokenizer.json but in the files beside it, or follows from the well-known names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from llama.errors import PromptError, TokenizerError
+from llama.tokenizer.base import REPLACEMENT, Part, Tokenizer
+from llama.tokenizer.files import generation_ids, read_object, special_names
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_SPACE = "\u2581"
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+_SENTENCEPIECE_LIKE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
+_WELL_KNOWN = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>")}
+_WELL_KNOWN_STOPS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+
+class JSONTokenizer(Tokenizer):
+    """A tokenizer.json and the files beside it; see Tokenizer."""
+
+    kind = "tokenizers"
+
+    def __init__(self, model_path: str | Path) -> None:
+        self._path = Path(model_path)
+        content = read_object(self._path)
+        _check_model(content.get("model"), self._path)
+        self._library = _load(self._path.read_text(encoding="utf-8"), self._path)
+        self._lock = Lock()  # encode_special_tokens is a switch on the library's object, not an argument
+        self._bytes = _PieceBytes(self._library, content.get("decoder"), self._path)
+        self._added = self._library.get_added_tokens_decoder()
+        self._vocabulary = self._library.get_vocab(with_added_tokens=True)
+        self.n_words = max(self._vocabulary.values(), default=-1) + 1
+        self.special_ids = {token.content: i for i, token in self._added.items() if token.special}
+        self.bos_id, self.eos_id = self._end_id("bos"), self._end_id("eos")
+        self.stop_ids = self._stops()
+
+    def _end_id(self, which: str) -> int:
+        """BOS or EOS: by the name that the files beside give it, by its id there, or by a well-known name."""
+        directory = self._path.parent
+        name = special_names(directory).get(f"{which}_token")
+        if name is not None and name not in self._vocabulary:
+            raise TokenizerError(f"{directory}: its files name {name!r} as {which}_token, which is not in {self._path.name}")
+        if name is not None:
+            return self._vocabulary[name]
+        known = [self._vocabulary[n] for n in _WELL_KNOWN[which] if n in self._vocabulary]
+        ids = [*generation_ids(directory, f"{which}_token_id"), *known]
+        if not ids:
+            raise TokenizerError(
+                f"{self._path} has no {which.upper()} token: LLaMA needs one; expected {which}_token in tokenizer_config.json beside "
+                f"it, or a token {' or '.join(_WELL_KNOWN[which])}"
+            )
+        return ids[0]
+
+    def _stops(self) -> tuple[int, ...]:
+        """EOS, what generation_config.json adds to it, and the well-known ends of turns."""
+        known = [self.special_ids[name] for name in _WELL_KNOWN_STOPS if name in self.special_ids]
+        ids = tuple(dict.fromkeys([self.eos_id, *generation_ids(self._path.parent, "eos_token_id"), *known]))
+        if max(self.bos_id, *ids) >= self.n_words:
+            raise TokenizerError(
+                f"{self._path.parent}: its files give token ids {self.bos_id} and {list(ids)}, of which {self._path.name} has only "
+                f"those below {self.n_words}: they belong to different models"
+            )
+        return ids
+
+    def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Encode the joined text in one go, as the library does, with exactly those control tokens that are meant.
+
+        The library knows two ways only: every control token in a text, or none. Where a text holds both sorts, a second tokenizer
+        encodes it in which the control tokens have other names, which nobody can guess.
+        """
+        text = "".join(part.text for part in parts)
+        meant = sum(len(self.special_pattern.findall(part.text)) for part in parts if part.allow_special)
+        ids = self._run(text, allow_special=meant > 0)
+        controls = set(self.special_ids.values())
+        if meant and sum(i in controls for i in ids) != meant:
+            ids = self._renamed.encode(parts, self.special_pattern)
+        if sum(i in controls - self._unknown for i in ids) > meant:
+            written = ", ".join(sorted({found for part in parts for found in self.special_pattern.findall(part.text)}))
+            raise PromptError(f"the text holds {written or 'a control token'}, which {self._path.name} cannot encode as plain text")
+        return ids
+
+    def _run(self, text: str, allow_special: bool) -> list[int]:
+        with self._lock:
+            self._library.encode_special_tokens = not allow_special
+            return _encode(self._library, text, self._path)
+
+    @cached_property
+    def _unknown(self) -> set[int]:
+        """The id, if any, that some models write for characters that they do not know."""
+        name = getattr(self._library.model, "unk_token", None)
+        return {self.special_ids[name]} if name in self.special_ids else set()
+
+    @cached_property
+    def _renamed(self) -> _RenamedTokenizer:
+        return _RenamedTokenizer(read_object(self._path), self._added, self._path)
+
+    def first_bytes(self, token_id: int) -> bytes:
+        """As the file's decoder begins a text."""
+        piece = self._library.id_to_token(token_id) if 0 <= token_id < self.n_words else None
+        return self.token_bytes(token_id) if piece is None else self._bytes.first(piece)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        piece = self._library.id_to_token(token_id)
+        if piece is None:
+            return REPLACEMENT  # ids may have gaps
+        return b"" if token_id in self._added and self._added[token_id].special else self._bytes.of(piece)
+
+
+class _RenamedTokenizer:
+    """The same tokenizer with other names for its control tokens, made at random, so that no user's text can hold them.
+
+    Args:
+        content: the tokenizer.json.
+        added: the tokens that were added to its model, by id.
+        path: its file, for errors.
+    """
+
+    def __init__(self, content: dict[str, Any], added: dict[int, tokenizers.AddedToken], path: Path) -> None:
+        from tokenizers import AddedToken
+
+        self._path = path
+        nonce = secrets.token_hex(16)
+        self._library = _load(json.dumps({**content, "added_tokens": [], "post_processor": None}), path)
+        self._names = {token.content: f"\U000f0000{nonce}.{i}\U000f0001" for i, token in added.items() if token.special}
+        self._ids: dict[int, int] = {}  # by the id that the token got here
+        for i, token in added.items():
+            name = self._names.get(token.content, token.content)
+            flags = {k: getattr(token, k) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            self._library.add_tokens([AddedToken(name, **flags)])
+            own_id = self._library.token_to_id(name)
+            assert own_id is not None
+            self._ids[own_id] = i
+
+    def encode(self, parts: Sequence[Part], pattern: re.Pattern[str]) -> list[int]:
+        """Ids of the joined text, in which ``pattern`` finds control tokens in the parts that allow them, and nowhere else."""
+        texts = [pattern.sub(lambda m: self._names[m.group()], p.text) if p.allow_special else p.text for p in parts]
+        return [self._ids.get(i, i) for i in _encode(self._library, "".join(texts), self._path)]
+
+
+class _PieceBytes:
+    """How a file's decoder turns pieces into bytes.
+
+    Args:
+        library: whose decoder is tried out on a few pieces: the same parts in another order decode differently.
+        decoder: the file's section of that name.
+        path: the file, for errors.
+
+    Raises:
+        TokenizerError: a decoder that is neither byte-level nor in SentencePiece's manner.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, decoder: Any, path: Path) -> None:
+        names = _decoder_names(decoder)
+        self._byte_level = names == ["ByteLevel"]
+        if self._byte_level:
+            return
+        # how many of three leading spaces are left: Strip takes one off, Metaspace all of the first piece, without both none goes
+        first = library.decoder.decode([f"{_SPACE * 3}a", f"{_SPACE}b{_SPACE}", f"{_SPACE}b{_SPACE}"]) if names else ""
+        self._first_spaces = len(first) - len(first.lstrip(" "))
+        self._byte_fallback = "ByteFallback" in names
+        if not set(names) <= _SENTENCEPIECE_LIKE or first.lstrip(" ") != "a b  b " or self._first_spaces not in (0, 2, 3):
+            raise TokenizerError(
+                f"{path}: its decoder is {' + '.join(names) or 'absent'}, expected ByteLevel or SentencePiece's manner (Replace or "
+                "Metaspace, ByteFallback, Fuse, Strip); where a SentencePiece *.model lies beside it, give that with --tokenizer_path"
+            )
+
+    def of(self, piece: str) -> bytes:
+        """The bytes of a piece within a text."""
+        if self._byte_level:
+            known = all(c in _BYTE_LEVEL for c in piece)
+            return bytes(_BYTE_LEVEL[c] for c in piece) if known else piece.encode()
+        if self._byte_fallback and _BYTE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def first(self, piece: str) -> bytes:
+        """The bytes of a text's first piece."""
+        if self._byte_level or self._first_spaces == 3:
+            return self.of(piece)
+        return self.of(piece.replace(_SPACE, "")) if self._first_spaces == 0 else self.of(piece).removeprefix(b" ")
+
+
+def _check_model(model: Any, path: Path) -> None:
+    """Refuse vocabularies that mark where in a word a piece stands: their bytes are not those of the piece."""
+    marks = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")] if isinstance(model, dict) else []
+    if any(marks):
+        raise TokenizerError(f"{path}: its model marks pieces within words (by {marks}), expected a model of the LLaMA family, without")
+
+
+def _decoder_names(decoder: Any) -> list[str]:
+    """The types of a decoder section, sequences taken apart."""
+    if not isinstance(decoder, dict):
+        return []
+    if decoder.get("type") != "Sequence":
+        return [str(decoder.get("type"))]
+    return [name for part in decoder.get("decoders", ()) for name in _decoder_names(part)]
+
+
+def _load(content: str, path: Path) -> tokenizers.Tokenizer:
+    """The library's object of a tokenizer.json, which neither truncates nor pads."""
+    try:
+        from tokenizers import Tokenizer as Library
+    except ImportError as error:
+        raise TokenizerError(f"{path} needs the library tokenizers: pip install tokenizers") from error
+    try:
+        library = Library.from_str(content)
+        library.no_truncation()
+        library.no_padding()
+        return library
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exceptions, and the library's panics, which are not even that
+        raise TokenizerError(f"{path} is not a tokenizer.json that the library tokenizers reads: {error}") from error
+
+
+def _encode(library: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
+    """Ids of a text, without what the file's post-processor would put around it."""
+    try:
+        return library.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises plain ones
+        raise TokenizerError(f"{path} cannot encode a text, so it is damaged: {error}") from error
+
+
+def _byte_level_table() -> dict[str, int]:
+    """GPT-2's way to write bytes as visible characters: those that are visible as themselves, the others from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+
+
+_BYTE_LEVEL = _byte_level_table()
