@@ -1,0 +1,133 @@
+"""The process that renders chat templates: ``python -I -S render.py`` with a request on stdin and the results on stdout.
+
+A template is somebody else's program. jinja2's sandbox keeps it from Python's objects, but not from looping for ever or from
+``"a" * 10**12``, and a single operation of that sort cannot be interrupted within the process that runs it. So templates run here:
+the system limits this process's memory and computing time, and the caller stops it at a deadline.
+
+Standard input holds a JSON object: ``template``, ``variables``, ``dialogs``, the limits ``seconds``, ``memory`` and ``characters``,
+and ``path``, where jinja2 is installed. Standard output gets a JSON list with ``{"text": ...}`` or ``{"problem": ...}`` for each
+dialog. Nothing else of the package is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+class TooLongError(Exception):
+    """The text has more characters than its argument."""
+
+
+def compile_template(text: str) -> Template:
+    """A template with the names and filters that chat templates count on, as transformers defines them.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is not valid.
+    """
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}``, which marks answers for training, and changes nothing here."""
+
+        tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = to_json  # jinja2's own writes < and > as escapes, for HTML
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(text)
+
+
+def describe(error: BaseException) -> str:
+    """What went wrong, for the user."""
+    from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
+    from jinja2.exceptions import SecurityError
+
+    if isinstance(error, TemplateSyntaxError):
+        return f"the chat template is not valid, line {error.lineno}: {error.message}"
+    if isinstance(error, SecurityError):
+        return f"the chat template tries what its sandbox forbids: {error}"
+    if isinstance(error, TemplateError) and not isinstance(error, TemplateRuntimeError):
+        return f"the chat template refuses this dialog: {error}"
+    if isinstance(error, MemoryError):
+        return "the chat template takes too much memory"
+    if isinstance(error, TooLongError):
+        return f"the chat template writes more than {error} characters"
+    return f"the chat template fails: {type(error).__name__}: {error}"
+
+
+def limited(chunks: Iterator[str], characters: int) -> str:
+    """The chunks joined.
+
+    Raises:
+        TooLongError: there are more characters than that.
+    """
+    kept: list[str] = []
+    length = 0
+    for chunk in chunks:
+        kept.append(chunk)
+        length += len(chunk)
+        if length > characters:
+            raise TooLongError(characters)
+    return "".join(kept)
+
+
+def answer(request: dict[str, Any]) -> list[dict[str, str]]:
+    """The result for each dialog of a request."""
+    try:
+        template = compile_template(request["template"])
+    except Exception as error:
+        return [{"problem": describe(error)}] * len(request["dialogs"])
+    return [render(template, {**request["variables"], "messages": dialog}, request["characters"]) for dialog in request["dialogs"]]
+
+
+def render(template: Template, variables: dict[str, Any], characters: int) -> dict[str, str]:
+    """The result for one dialog."""
+    try:
+        return {"text": limited(template.generate(variables), characters)}
+    except Exception as error:
+        return {"problem": describe(error)}
+
+
+def main() -> None:
+    """Serve one request."""
+    request = json.load(sys.stdin.buffer)
+    sys.path += request["path"]
+    import jinja2.debug  # imported when a template fails, which may be when no memory is left
+    import jinja2.sandbox  # noqa: F401
+
+    for limit, value in (
+        (resource.RLIMIT_AS, request["memory"]),
+        (resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1),  # where the caller is gone, and stops nothing any more
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(limit, (value, value))
+    results = answer(request)
+    sys.stdout.buffer.write(json.dumps(results).encode())
+
+
+if __name__ == "__main__":
+    main()
