@@ -40,23 +40,28 @@ class Chunk(NamedTuple):
         return self.start + self.valid
 
 
-def plan(prompt_len: int, config: EngineConfig) -> tuple[Chunk, ...]:
+def plan(prompt_len: int, config: EngineConfig, cached: int = 0) -> tuple[Chunk, ...]:
     """Cut a prompt into chunks.
 
     Args:
         prompt_len: tokens of the longest prompt of a batch, 1 to ``config.max_seq_len``.
+        cached: how many of them are in the cache already, fewer than ``prompt_len``; the first chunk begins behind them.
 
     Returns:
-        Chunks in order; each begins where the one before ends, their ``valid`` sum to ``prompt_len``, and none reaches past
+        Chunks in order; each begins where the one before ends, the last one ends at ``prompt_len``, and none reaches past
         ``config.max_seq_len``, because XLA clamps a write that does not fit and would overwrite the last positions silently.
 
     Raises:
-        ConfigError: ``prompt_len`` is out of its range.
+        ConfigError: ``prompt_len`` or ``cached`` is out of its range.
     """
     if not 1 <= prompt_len <= config.max_seq_len:
         raise ConfigError(f"prompt_len: got {prompt_len}, expected 1 to max_seq_len={config.max_seq_len}")
-    lengths = _greedy(prompt_len, config.buckets) if config.bucket_policy == "greedy" else _padded(prompt_len, config)
-    chunks, start = [], 0
+    if not 0 <= cached < prompt_len:
+        raise ConfigError(f"cached: got {cached}, expected 0 to prompt_len - 1 = {prompt_len - 1}")
+    new = prompt_len - cached
+    greedy = config.bucket_policy == "greedy"
+    lengths = _greedy(new, config.buckets) if greedy else _padded(new, config.max_seq_len - cached, config.buckets)
+    chunks, start = [], cached
     for length in lengths:
         valid = min(length, prompt_len - start)
         chunks.append(Chunk(start, length, valid, key_bucket(start + length, config)))
@@ -78,18 +83,22 @@ def _greedy(remaining: int, buckets: tuple[int, ...]) -> list[int]:
     return lengths
 
 
-def _padded(prompt_len: int, config: EngineConfig) -> list[int]:
-    """Full chunks of the longest bucket, then the cheapest way through the tail, which may end in one padded chunk."""
-    longest = config.buckets[0]
-    full, tail = divmod(prompt_len, longest)
-    room = config.max_seq_len - full * longest
+def _padded(tokens: int, room: int, buckets: tuple[int, ...]) -> list[int]:
+    """Full chunks of the longest bucket, then the cheapest way through the tail, which may end in one padded chunk.
+
+    Args:
+        tokens: how many to cover.
+        room: positions of the cache that are left for them.
+    """
+    full, tail = divmod(tokens, buckets[0])
+    room -= full * buckets[0]
     # best[n]: (cost, first bucket) of covering the last n tokens; a padded chunk must not pass the end of the cache
     best: list[tuple[int, int]] = [(0, 0)]
     for n in range(1, tail + 1):
         start = tail - n
-        options = [b for b in config.buckets if b <= n or start + b <= room]
+        options = [b for b in buckets if b <= n or start + b <= room]
         best.append(min((b + RUN_COST + best[max(n - b, 0)][0], -b) for b in options))
-    lengths = [longest] * full
+    lengths = [buckets[0]] * full
     while tail > 0:
         bucket = -best[tail][1]
         lengths.append(bucket)

@@ -28,7 +28,7 @@ from llama.steps import CACHE_ARGUMENT, HEADS, REPORT_WINDOW, Controls, Head, Pr
 
 log = logging.getLogger("llama")
 
-MAX_STOP_IDS = 8  # a row; more would widen a tensor of every program
+MAX_STOP_IDS = 16  # a row; more would widen a tensor of every program
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -111,10 +111,10 @@ class BatchClock:
 
 @dataclass
 class _Row:
-    """What the host knows of a row."""
+    """What the host knows of a row: ``ids`` are the prompt's and the generated ones, a stop token included."""
 
     request: Request
-    length: int
+    ids: list[int]
     active: bool = True
 
 
@@ -126,6 +126,7 @@ class _Batch:
     controls: Controls
     head: Head
     rows: list[_Row]
+    cached: int = 0  # leading positions of every row whose keys and values are in the cache already
 
     @property
     def active(self) -> list[Request]:
@@ -140,12 +141,18 @@ class _Batch:
                 continue
             *recent, length, done = values
             reason: FinishReason | None = None
-            new_ids = recent[REPORT_WINDOW - (length - row.length) :]
-            row.length, row.active = length, not done
+            new_ids = recent[REPORT_WINDOW - (length - len(row.ids)) :]
+            row.ids += new_ids
+            row.active = not done
             if done:
                 reason = "stop" if new_ids[-1] in row.request.stop_ids else "length"
             progress.append(Progress(i, new_ids[:-1] if reason == "stop" else new_ids, reason))
         return progress
+
+    def forget_from(self, position: int) -> None:
+        """Drop what the prefill has not reached from the rows' ids; one more id stays, as one that was chosen but not run."""
+        for row in self.rows:
+            del row.ids[position + 1 :]
 
     def end_interrupted(self) -> list[Progress]:
         """End the rows that are still active."""
@@ -177,6 +184,7 @@ class Engine:
     interrupted: bool = False
     _programs: dict[ProgramKey, runtime.Program] = field(default_factory=dict)
     _cache: torch.Tensor | None = None
+    _resident: list[list[int]] = field(default_factory=list)  # per row of the cache: the ids whose keys and values it holds
     _warm: bool = False
 
     def all_keys(self) -> list[ProgramKey]:
@@ -184,9 +192,20 @@ class Engine:
         shapes = buckets.program_shapes(self.config)
         return [ProgramKey(length, key_len, head) for length, key_len in shapes for head in HEADS]
 
-    def keys_for(self, requests: Sequence[Request]) -> list[ProgramKey]:
+    def reusable(self, requests: Sequence[Request]) -> int:
+        """How many leading positions of every row the cache still holds from the last batch, for prompts that begin alike.
+
+        The smallest of the rows' common prefixes, because the rows run through one plan; at least one token of each prompt is
+        left to run, for its hidden state.
+        """
+        if len(requests) > len(self._resident):
+            return 0
+        shared = (common_prefix(ids, r.prompt_ids) for ids, r in zip(self._resident, requests, strict=False))
+        return min(min(count, len(r.prompt_ids) - 1) for count, r in zip(shared, requests, strict=True))
+
+    def keys_for(self, requests: Sequence[Request], cached: int = 0) -> list[ProgramKey]:
         """The programs that a batch of these requests can need, in the order of their first use."""
-        chunks = buckets.plan(max(len(r.prompt_ids) for r in requests), self.config)
+        chunks = buckets.plan(max(len(r.prompt_ids) for r in requests), self.config, cached)
         head = _head_for(requests)
         keys = [ProgramKey(c.length, c.key_len, "none") for c in chunks[:-1]]
         keys.append(ProgramKey(chunks[-1].length, chunks[-1].key_len, head))
@@ -213,9 +232,10 @@ class Engine:
         began = time.perf_counter()
         missing = [key for key in (self.all_keys() if keys is None else keys) if key not in self._programs]
         if missing:
+            resident = self._resident
             state = self._fresh_state([])
             self._compile(missing, state, self._controls([]))
-            self._cache = state.kv_cache
+            self._cache, self._resident = state.kv_cache, resident  # compiling runs nothing
         self._warm = True
         return time.perf_counter() - began
 
@@ -233,37 +253,44 @@ class Engine:
             step = make_step(self.model, key)
             self._programs[key] = runtime.compile_program(str(key), step, (*state, *controls), donated=(CACHE_ARGUMENT,))
 
-    def run(self, requests: Sequence[Request], clock: BatchClock) -> Iterator[Progress]:
+    def run(self, requests: Sequence[Request], clock: BatchClock, cached: int = 0) -> Iterator[Progress]:
         """Generate for up to ``max_batch_size`` requests.
 
         Args:
             requests: one a row. A program that they need and that no warm-up compiled is compiled on the way, on the clock.
             clock: filled in on the way.
+            cached: how many leading tokens of every row are not run again; at most ``reusable(requests)``.
 
         Yields:
             Progress of the rows as their tokens become known; each row's last one carries a finish reason.
         """
+        assert cached <= (self.reusable(requests) if cached else 0)
         clock.start()
         compilations = runtime.xla_compilations()
-        batch = _Batch(
-            self._fresh_state(requests), self._controls(requests), _head_for(requests), [_Row(r, len(r.prompt_ids)) for r in requests]
-        )
+        rows = [_Row(r, list(r.prompt_ids)) for r in requests]
+        batch = _Batch(self._fresh_state(requests, cached), self._controls(requests), _head_for(requests), rows, cached)
         try:
             for progress in itertools.chain(self._prefill(batch, clock), self._decode(batch)):
                 clock.tick(progress)
                 yield from progress
         except GeneratorExit:  # the caller stopped listening, between two steps: the cache is whole
-            self._cache = batch.state.kv_cache
+            self._keep(batch)
             raise
-        self._cache = batch.state.kv_cache
+        self._keep(batch)
         self._check_no_compile(compilations)
+
+    def _keep(self, batch: _Batch) -> None:
+        """Take the cache back; the last token of each row was chosen but not run, so its keys are not in it."""
+        self._cache = batch.state.kv_cache
+        self._resident = [row.ids[:-1] for row in batch.rows]
 
     def _prefill(self, batch: _Batch, clock: BatchClock) -> Iterator[list[Progress]]:
         """Run the chunks of the longest prompt; the last one chooses the first token of every row."""
         clock.start_prefill()
-        chunks = buckets.plan(max(len(r.prompt_ids) for r in batch.active), self.config)
+        chunks = buckets.plan(max(len(r.prompt_ids) for r in batch.active), self.config, batch.cached)
         for chunk in chunks:
             if self.interrupted:
+                batch.forget_from(chunk.start)
                 yield batch.end_interrupted()
                 return
             log.info("Processing prompt pos [%d, %d), section length %d", chunk.start, chunk.end, chunk.length)
@@ -308,13 +335,13 @@ class Engine:
 
     def _take_cache(self) -> torch.Tensor:
         """The cache, out of the engine's hands while a batch owns it: what an abandoned batch donated is never used again."""
-        cache, self._cache = self._cache, None
+        cache, self._cache, self._resident = self._cache, None, []
         if cache is None:
             cache = kv_cache.allocate(self.model.args, self.config, self.model.activation_dtype, self.device)
         return cache
 
-    def _fresh_state(self, requests: Sequence[Request]) -> State:
-        """The state before the first chunk; rows without a request are marked done and hold one token."""
+    def _fresh_state(self, requests: Sequence[Request], cached: int = 0) -> State:
+        """The state before the first chunk at position ``cached``; rows without a request are marked done and hold one token."""
         rows, positions = self.config.max_batch_size, self.config.max_seq_len
         tokens = torch.zeros(rows, positions, dtype=torch.int32)
         length = torch.ones(rows, dtype=torch.int32)
@@ -324,7 +351,7 @@ class Engine:
             length[i], done[i] = len(request.prompt_ids), False
         hidden = torch.zeros(rows, self.model.args.dim, dtype=self.model.activation_dtype)
         report = torch.zeros(rows, REPORT_WINDOW + 2, dtype=torch.int32)
-        host = (tokens, torch.zeros(rows, dtype=torch.int32), length, hidden, done, report)
+        host = (tokens, torch.full((rows,), cached, dtype=torch.int32), length, hidden, done, report)
         return State(self._take_cache(), *(runtime.upload(t, self.device) for t in host))
 
     def _controls(self, requests: Sequence[Request]) -> Controls:
@@ -340,6 +367,11 @@ class Engine:
             limit[i] = request.limit
             stop_ids[i, : len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.int32)
         return Controls(*(runtime.upload(t, self.device) for t in (temperature, top_p, seed, limit, stop_ids)))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids two sequences share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _head_for(requests: Sequence[Request]) -> Head:

@@ -68,6 +68,26 @@ def device_kind() -> str:
     return str(torch_xla.runtime.device_type())
 
 
+def host_memory() -> int:
+    """Bytes that the host can still give out without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that the device has free: of the host on the CPU device, else what the device reports, or None where it does not."""
+    if device_kind() == "CPU":
+        return host_memory()
+    import torch_xla.core.xla_model as xm
+
+    try:
+        info = xm.get_memory_info(device)
+    except RuntimeError:
+        return None
+    return int(info["bytes_limit"] - info["bytes_used"])
+
+
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a host tensor to the device. A transfer: it compiles nothing."""
     counters.uploads += 1

@@ -1,0 +1,112 @@
+"""What a model will need on the device, before any weight is read: weights, cache, the largest chunk's activations.
+
+Pure arithmetic over shapes, so that a configuration that cannot fit is refused in a moment, with one that does, and not by the
+operating system after minutes of loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import torch
+
+from llama.config import EngineConfig, ModelArgs
+from llama.errors import ConfigError
+from llama.kv_cache import cache_shape
+from llama.model import Transformer
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device.
+
+    Attributes:
+        weights: in their storage dtype.
+        cache: keys and values of every row and position.
+        activations: an upper estimate for the largest chunk: the stream, queries, keys, the feed-forward layer's two inputs, the
+            scores before and after the softmax, and the logits.
+        available: what the device has free; None where it does not say.
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room, as far as it says."""
+        return self.available is None or self.total <= self.available
+
+    def __str__(self) -> str:
+        parts = f"weights {gib(self.weights)} + cache {gib(self.cache)} + activations {gib(self.activations)} = {gib(self.total)}"
+        return f"{parts} of {gib(self.available)} free" if self.available is not None else parts
+
+
+def gib(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
+
+
+def plan_memory(args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None) -> MemoryPlan:
+    """Count the bytes that a model of this shape needs under this configuration.
+
+    Args:
+        args: the checkpoint's shape, its vocabulary settled.
+        storage: dtype that the weights are kept in.
+        activation: dtype of stream and cache.
+        available: the device's free bytes, None where it does not say.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Transformer(args, 2).parameters())
+    chunk = config.buckets[0] * config.max_batch_size
+    per_token = 3 * args.dim + 2 * args.head_dim * (args.n_heads + args.kv_heads) + 2 * args.hidden_dim
+    scores = 2 * args.n_heads * config.max_seq_len
+    logits = config.max_batch_size * args.vocab_size * torch.float32.itemsize
+    activations = chunk * (per_token + scores) * max(activation.itemsize, torch.float32.itemsize) + logits
+    cache = prod(cache_shape(args, config)) * activation.itemsize
+    return MemoryPlan(parameters * storage.itemsize, cache, activations, available)
+
+
+def check_fits(args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None) -> MemoryPlan:
+    """The plan, where it fits.
+
+    Raises:
+        ConfigError: it does not; the message names the largest ``max_seq_len`` and the largest ``max_batch_size`` that would, each
+            with the other left as it is.
+    """
+
+    def fits(name: str, value: int) -> bool:
+        changed = replace(config, **{name: value})  # type: ignore[arg-type]  # both are whole numbers
+        return plan_memory(args, changed, storage, activation, available).fits
+
+    plan = plan_memory(args, config, storage, activation, available)
+    if plan.fits:
+        return plan
+    cures = []
+    for name, least in (("max_seq_len", 2), ("max_batch_size", 1)):
+        largest = _largest(least, getattr(config, name), partial(fits, name))
+        if largest is not None:
+            cures.append(f"--{name} {largest} at most")
+    cure = ", or ".join(cures) or "a narrower --dtype, or a device with more memory: the weights alone are too large"
+    raise ConfigError(f"the model does not fit: {plan}; it takes {cure}")
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest value in [low, high) that fits, by bisection; None where not even ``low`` does."""
+    if low >= high or not fits(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,62 @@
+"""The memory plan: what it counts is what is allocated, and what it advises fits."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from conftest import TINY, LLMFactory
+
+from llama import EngineConfig, ModelArgs
+from llama.errors import ConfigError
+from llama.memory import check_fits, plan_memory
+
+SEVEN_B = ModelArgs(vocab_size=32000)
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_weights_and_cache_are_counted_to_the_byte(make_llm: LLMFactory) -> None:
+    """Against the tensors that a built model and its engine really hold."""
+    llm = make_llm(max_batch_size=3)
+    llm.generate(["x"], max_gen_len=1)
+    plan = plan_memory(TINY, llm.config, F32, F32, None)
+    assert plan.weights == sum(p.numel() * p.element_size() for p in llm.engine.model.parameters())
+    assert llm.engine._cache is not None
+    assert plan.cache == llm.engine._cache.numel() * llm.engine._cache.element_size()
+
+
+def test_known_sizes() -> None:
+    """LLaMA 7B: 6,738,415,616 parameters, and half a gibibyte of bfloat16 keys and values per 1,024 positions."""
+    plan = plan_memory(SEVEN_B, EngineConfig(max_seq_len=1024), BF16, BF16, None)
+    assert plan.weights == 6_738_415_616 * 2
+    assert plan.cache == 2 * 32 * 4096 * 1024 * 2
+    assert plan.fits
+    assert "of" not in str(plan)
+
+
+def test_activations_cover_the_largest_tensors() -> None:
+    """The estimate is at least the scores and the logits of the largest chunk."""
+    config = EngineConfig(max_batch_size=4, max_seq_len=4096)
+    plan = plan_memory(SEVEN_B, config, BF16, BF16, None)
+    assert plan.activations > 4 * 512 * 32 * 4096 * 4 + 4 * 32000 * 4
+
+
+@pytest.mark.parametrize("available", [14 * 2**30, 16 * 2**30, 20 * 2**30])
+def test_what_is_advised_fits_and_one_more_does_not(available: int) -> None:
+    """The largest max_seq_len and the largest max_batch_size of the message, each with the other as it was."""
+    config = EngineConfig(max_batch_size=16, max_seq_len=32768, buckets=(64, 8, 1))
+    with pytest.raises(ConfigError, match="does not fit") as error:
+        check_fits(SEVEN_B, config, BF16, BF16, available)
+    advised = {name: int(value) for name, value in re.findall(r"--(max_\w+) (\d+) at most", str(error.value))}
+    assert advised
+    for name, value in advised.items():
+        settings = {"max_batch_size": 16, "max_seq_len": 32768, "buckets": (64, 8, 1), name: value}
+        assert plan_memory(SEVEN_B, EngineConfig(**settings), BF16, BF16, available).fits  # type: ignore[arg-type]
+        assert not plan_memory(SEVEN_B, EngineConfig(**{**settings, name: value + 1}), BF16, BF16, available).fits  # type: ignore[arg-type]
+
+
+def test_weights_alone_too_large() -> None:
+    """No other shape would help, and the message says so."""
+    with pytest.raises(ConfigError, match="the weights alone are too large"):
+        check_fits(SEVEN_B, EngineConfig(), F32, F32, 2**30)
