@@ -12,18 +12,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from tqdm import tqdm
 
 from llama import checkpoint, runtime
-from llama.checkpoint import meta_pth
-from llama.config import DEMO_CONTEXT, EngineConfig, ModelArgs, SamplingParams
+from llama.chat import Dialog, Message, choose_format
+from llama.config import DEMO_CONTEXT, EngineConfig, GenerationDefaults, ModelArgs, SamplingParams
 from llama.engine import MAX_STOP_IDS, BatchClock, Engine, FinishReason, Request
-from llama.errors import CheckpointError, ConfigError, PromptError, TokenizerError
+from llama.errors import ConfigError, PromptError, TokenizerError
+from llama.memory import check_fits
 from llama.model import Transformer
-from llama.tokenizer import StreamDecoder, Tokenizer
+from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
 
 log = logging.getLogger("llama")
 
@@ -115,10 +116,31 @@ class Piece:
     result: Generation | None
 
 
+class CompletionPrediction(TypedDict):
+    """Meta's result of a text completion."""
+
+    generation: str
+
+
+class ChatPrediction(TypedDict):
+    """Meta's result of a chat completion."""
+
+    generation: Message
+
+
 class LLaMA:
     """A model, its tokenizer and its engine. Make one with ``LLaMA.build``."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        load_s: float = 0.0,
+        defaults: GenerationDefaults | None = None,
+        directory: Path = DEMO_DIR,
+    ) -> None:
+        self.defaults = defaults or GenerationDefaults()
+        self.directory = directory
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = engine.config
@@ -135,18 +157,21 @@ class LLaMA:
         config: EngineConfig | None = None,
         random_weights: ModelArgs | None = None,
         seed: int = 1,
+        allow_nan: bool = False,
         progress: bool = False,
     ) -> LLaMA:
         """Load a checkpoint and its tokenizer onto the device.
 
         Args:
-            ckpt_dir: directory in Meta's format; None means the demo model that the package ships.
-            tokenizer_path: a SentencePiece model; None means the only ``*.model`` file beside the checkpoint, or in its parent.
+            ckpt_dir: directory in Meta's, Hugging Face's or our own format; None means the demo model that the package ships.
+            tokenizer_path: a SentencePiece model, a tiktoken ranks file or a tokenizer.json; None means the one beside the checkpoint,
+                or in its parent.
             max_seq_len: positions of the cache; None means 2048, or 512 for the demo model.
             max_batch_size: rows of every program.
             config: every static shape, the two above included; they are read only without it.
             random_weights: this shape with seeded random weights instead of a checkpoint, for tests and timings.
             seed: of the random weights.
+            allow_nan: go on where a weight holds NaN or infinity.
             progress: bars on stderr while loading and compiling.
 
         Raises:
@@ -160,19 +185,16 @@ class LLaMA:
             default = DEMO_CONTEXT if ckpt_dir is None and random_weights is None else EngineConfig.max_seq_len
             config = EngineConfig(max_batch_size=max_batch_size, max_seq_len=max_seq_len or default)
         directory = DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)
-        args = random_weights or meta_pth.read_params(directory)
+        source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
         tokenizer = Tokenizer(tokenizer_path or find_tokenizer(directory))
-        tensors = None if random_weights else meta_pth.open_tensors(directory)
-        args = _settle_vocab_size(args, tensors, tokenizer, directory)
+        args = _matched(random_weights, source, tokenizer, config)
         device = runtime.init()
         dtype, activation_dtype = _dtypes(config)
+        memory = check_fits(args, config, dtype, activation_dtype, runtime.free_memory(device))
+        log.debug("Memory: %s", memory)
         with torch.device("meta"):
             model = Transformer(args, config.max_seq_len, activation_dtype)
-        if tensors is None:
-            named = checkpoint.random_tensors(model, seed)
-        else:
-            expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-            named = meta_pth.match_tensors(expected, tensors, directory)
+        named = checkpoint.random_tensors(model, seed) if source is None else checkpoint.checked(source, allow_nan)
         total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         with tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
             for loaded in checkpoint.place(model, named, dtype, device):
@@ -180,7 +202,8 @@ class LLaMA:
         runtime.wait()
         load_s = time.perf_counter() - began
         log.info("Loaded in %.2f seconds", load_s)
-        return cls(Engine(model, config, device, progress=progress), tokenizer, load_s)
+        defaults = GenerationDefaults() if source is None else source.defaults
+        return cls(Engine(model, config, device, progress=progress), tokenizer, load_s, defaults, directory)
 
     def warm_up(self) -> float:
         """Compile every program that any prompt and parameter can need, and say how many seconds it took.
@@ -188,6 +211,28 @@ class LLaMA:
         Afterwards nothing compiles, whatever comes. Without it, each call compiles what it needs and lacks before its clock starts.
         """
         return self.engine.warm_up()
+
+    def sampling(
+        self,
+        max_gen_len: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        otherwise: tuple[float, float] = (SamplingParams.temperature, SamplingParams.top_p),
+    ) -> SamplingParams:
+        """Sampling parameters: what is given, else what the checkpoint's generation_config.json wishes, else ``otherwise``.
+
+        The log says where the checkpoint's wish won.
+        """
+        chosen = []
+        given = (("temperature", temperature, self.defaults.temperature), ("top_p", top_p, self.defaults.top_p))
+        for (name, value, wish), fallback in zip(given, otherwise, strict=True):
+            if value is None and wish is not None:
+                log.info("%s %g, from the checkpoint's generation_config.json", name, wish)
+            elif value is not None and wish is not None and value != wish:
+                log.info("%s %g, as asked; the checkpoint's generation_config.json has %g", name, value, wish)
+            chosen.append(value if value is not None else wish if wish is not None else fallback)
+        return SamplingParams(max_gen_len, chosen[0], chosen[1], seed)
 
     def interrupt(self) -> None:
         """End the running call after its current step, or the next call where none runs; what was generated is kept.
@@ -241,35 +286,109 @@ class LLaMA:
             if piece.text:
                 yield piece.text
 
-    def pieces(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
-        """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``."""
-        requests = self._requests(prompts, params)
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> list[CompletionPrediction]:
+        """Complete texts, with the signature and the results of Meta's ``Llama.text_completion``.
+
+        Args:
+            prompts: texts.
+            temperature, top_p: see SamplingParams.
+            max_gen_len: None means as many as the cache has room for.
+            logprobs: not computed yet.
+            echo: repeat the prompt before its generation.
+
+        Raises:
+            ConfigError: ``logprobs``.
+        """
+        results = self._complete([tuple(self.tokenizer.encode(p)) for p in prompts], temperature, top_p, max_gen_len, logprobs)
+        return [{"generation": (prompt if echo else "") + r.generation} for prompt, r in zip(prompts, results, strict=True)]
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+    ) -> list[ChatPrediction]:
+        """Answer dialogs, with the signature and the results of Meta's ``Llama.chat_completion``.
+
+        Args:
+            dialogs: each an optional system message, then user and assistant in turn, a user's message last.
+            temperature, top_p, max_gen_len, logprobs: see ``text_completion``.
+
+        Raises:
+            ChatError: a dialog of another order, or a checkpoint that has no chat format.
+            ConfigError: ``logprobs``.
+        """
+        chat_format = choose_format(self.tokenizer, self.directory)
+        prompts = [tuple(chat_format.encode(dialog)) for dialog in dialogs]
+        results = self._complete(prompts, temperature, top_p, max_gen_len, logprobs, chat_format.stop_ids)
+        return [{"generation": {"role": "assistant", "content": r.generation.strip()}} for r in results]
+
+    def _complete(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        temperature: float,
+        top_p: float,
+        max_gen_len: int | None,
+        logprobs: bool,
+        stop_ids: Sequence[int] = (),
+    ) -> list[Generation]:
+        if logprobs:
+            raise ConfigError("logprobs: not computed yet; leave it out")
+        room = self.config.max_seq_len
+        limits = [max(room - len(p), 1) if max_gen_len is None else max_gen_len for p in prompts]
+        params = [SamplingParams(limit, temperature, top_p) for limit in limits]
+        pieces = self.pieces(prompts, params, stop_ids=stop_ids)
+        return sorted((p.result for p in pieces if p.result is not None), key=lambda result: result.index)
+
+    def pieces(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, stop_ids: Sequence[int] = (), reuse: bool = False
+    ) -> Iterator[Piece]:
+        """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``.
+
+        Args:
+            stop_ids: ids that end a row, besides the tokenizer's and the checkpoint's own.
+            reuse: do not run again what the cache still holds of the last call's prompts and generations; one batch only.
+        """
+        requests = self._requests(prompts, params, stop_ids)
         size = self.config.max_batch_size
         batches = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
         compiled_before = runtime.counters.compiled
-        keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop])]
+        cached = self.engine.reusable(requests) if reuse and len(batches) == 1 else 0
+        if reuse:
+            log.info("Kept %d tokens of what was run before", cached)
+        keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop], cached)]
         compile_s = self.engine.warm_up(list(dict.fromkeys(keys)))
         was_interrupted = False
         try:
             for batch in batches:  # an interrupt during one batch ends those behind it before their first chunk
                 rows = [_Text(i, self.prompt_text(prompts[i]), requests[i], self.tokenizer) for i in batch]
-                for piece in self._run_batch(rows, compile_s, compiled_before):
+                for piece in self._run_batch(rows, compile_s, compiled_before, cached):
                     was_interrupted |= piece.result is not None and piece.result.finish_reason == "interrupted"
                     yield piece
         finally:
             if was_interrupted:  # one that comes after the last step is the next call's
                 self.engine.interrupted = False
 
-    def _run_batch(self, rows: list[_Text], compile_s: float, compiled_before: int) -> Iterator[Piece]:
+    def _run_batch(self, rows: list[_Text], compile_s: float, compiled_before: int, cached: int) -> Iterator[Piece]:
         """One batch through the engine; results come at the batch's end, when its times are known."""
         clock = BatchClock()
-        for progress in self.engine.run([row.request for row in rows], clock):
+        for progress in self.engine.run([row.request for row in rows], clock, cached):
             row = rows[progress.row]
             text = row.push(progress.new_ids, progress.finish_reason)
             if text:
                 yield Piece(row.index, text, None)
         lengths = [len(row.request.prompt_ids) for row in rows]
-        timing = _timing(clock, sum(lengths), self.load_s, compile_s)
+        timing = _timing(clock, sum(lengths) - cached * len(rows), self.load_s, compile_s)
         programs = ProgramCount(runtime.counters.compiled - compiled_before, clock.runs)
         for row in rows:
             yield Piece(row.index, "", row.result(timing, programs))
@@ -277,12 +396,13 @@ class LLaMA:
         log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
         log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s)
 
-    def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Request]:
+    def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], more_stop_ids: Sequence[int]) -> list[Request]:
         """Encode and check all prompts before any of them runs."""
         if len(prompts) != len(params):
             raise PromptError(f"got {len(prompts)} prompts and {len(params)} sampling parameters, expected one per prompt")
-        stop_ids = self.tokenizer.stop_ids
-        assert len(stop_ids) <= MAX_STOP_IDS
+        stop_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *more_stop_ids)))
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ConfigError(f"stop ids: got {len(stop_ids)} ({', '.join(map(str, stop_ids))}), expected at most {MAX_STOP_IDS}")
         requests = []
         for index, (prompt, wish) in enumerate(zip(prompts, params, strict=True)):
             ids = self._encode(index, prompt)
@@ -357,33 +477,18 @@ class _Text:
         )
 
 
-def find_tokenizer(ckpt_dir: Path) -> Path:
-    """The only ``*.model`` file in a checkpoint's directory, or else in its parent, where LLaMA 1 keeps it.
-
-    Raises:
-        TokenizerError: there is none, or there are several.
-    """
-    for directory in (ckpt_dir, ckpt_dir.resolve().parent):
-        found = sorted(directory.glob("*.model"))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(p.name for p in found)
-            raise TokenizerError(f"{directory} has {len(found)} tokenizers ({names}), expected one; choose with --tokenizer_path")
-    raise TokenizerError(f"no tokenizer (*.model) in {ckpt_dir} or its parent; give its path with --tokenizer_path")
-
-
-def _settle_vocab_size(args: ModelArgs, tensors: dict[str, torch.Tensor] | None, tokenizer: Tokenizer, directory: Path) -> ModelArgs:
-    """Fill in a vocabulary size of -1, and check that every id of the tokenizer has a row in the embedding."""
-    if args.vocab_size == -1:
-        if tensors is None:
-            args = args.with_vocab_size(tokenizer.n_words)
-        elif "tok_embeddings.weight" in tensors and tensors["tok_embeddings.weight"].dim() == 2:
-            args = args.with_vocab_size(tensors["tok_embeddings.weight"].shape[0])
-        else:
-            raise CheckpointError(
-                f"{directory}: vocab_size is -1 in params.json and the checkpoint has no matrix tok_embeddings.weight to take it from"
+def _matched(args: ModelArgs | None, source: checkpoint.Source | None, tokenizer: Tokenizer, config: EngineConfig) -> ModelArgs:
+    """The model's shape, after weights, tokenizer and configuration have been found to go together."""
+    if source is not None:
+        args = source.args
+        if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
+            raise ConfigError(
+                f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to {source.sliding_window} positions, "
+                f"which is not computed; --max_seq_len {source.sliding_window} at most"
             )
+    assert args is not None
+    if args.vocab_size == -1:
+        args = args.with_vocab_size(tokenizer.n_words)
     if tokenizer.n_words > args.vocab_size:
         raise TokenizerError(
             f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: it belongs to another "

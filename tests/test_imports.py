@@ -18,13 +18,15 @@ LADDER = [
     {"runtime", "ops"},
     {"kv_cache"},
     {"model"},
-    {"checkpoint", "sampling", "buckets", "steps", "tokenizer"},
+    {"checkpoint", "sampling", "buckets", "steps", "tokenizer", "memory"},
+    {"chat", "inspection"},
     {"engine"},
     {"generation"},
+    {"conversation"},
     {"cli"},
 ]
 KNOWS_TORCH_XLA = {"runtime", "ops"}
-HOLDS_NO_TENSORS = {"config", "errors", "buckets", "cli"}
+HOLDS_NO_TENSORS = {"config", "errors", "buckets", "tokenizer", "chat", "cli"}
 
 
 def modules() -> list[tuple[str, Path]]:

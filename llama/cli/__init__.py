@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from llama import __version__
+from llama.cli.chat import chat
+from llama.cli.checkpoints import convert, inspect as inspect_directory, reshard
 from llama.cli.flags import Command, help_text, normalise, parser_for
 from llama.cli.generate import generate
 from llama.cli.plan import plan
@@ -22,11 +24,22 @@ from llama.errors import FlagError, InterruptedRunError, LLaMAError
 __all__ = ["COMMANDS", "main", "run"]
 
 EXIT_CLOSED_PIPE = 141
-COMMANDS: dict[str, Command] = {"generate": generate, "plan": plan}
+COMMANDS: dict[str, Command] = {
+    "generate": generate,
+    "chat": chat,
+    "plan": plan,
+    "inspect": inspect_directory,
+    "convert": convert,
+    "reshard": reshard,
+}
 USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorch/XLA
 
-  llama-xla generate   continue prompts                    (llama-xla generate --help)
-  llama-xla plan       show how a prompt is cut in chunks  (llama-xla plan --help)
+  llama-xla generate   continue prompts                            (llama-xla generate --help lists its flags, and so on)
+  llama-xla chat       talk with a chat model
+  llama-xla plan       show how a prompt is cut into chunks
+  llama-xla inspect    show what a checkpoint holds and needs
+  llama-xla convert    write a checkpoint as safetensors
+  llama-xla reshard    split or join a checkpoint in Meta's format
   llama-xla --version
 """
 

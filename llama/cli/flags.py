@@ -24,7 +24,8 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
 
     Args:
         arguments: what follows the command's name. A flag is ``--name value``, ``--name=value``, or ``--name`` for a boolean;
-            dashes and underscores within a name are the same.
+            dashes and underscores within a name are the same. Parameters that are not keyword-only may come without their names,
+            in order.
 
     Returns:
         One string a flag; a repeatable flag's values are joined into one JSON list.
@@ -32,11 +33,16 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
     Raises:
         FlagError: an unknown flag (the nearest right one is named), a missing or repeated value, or an argument that is no flag.
     """
-    kinds = {name: str(p.annotation) for name, p in inspect.signature(command).parameters.items()}
+    parameters = inspect.signature(command).parameters
+    kinds = {name: str(p.annotation) for name, p in parameters.items()}
+    places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     values: dict[str, list[str]] = {}
     queue = list(arguments)
     while queue:
         argument = queue.pop(0)
+        if places and not argument.startswith("-"):
+            values.setdefault(places.pop(0), []).append(argument)
+            continue
         if not argument.startswith("--") or argument == "--":
             raise FlagError(f"unexpected argument {argument!r}: every value belongs to a flag, for instance --prompt {argument!r}")
         written, has_value, value = argument[2:].partition("=")

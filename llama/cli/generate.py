@@ -32,9 +32,10 @@ def generate(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     dtype: str = "auto",
+    allow_nan: bool = False,
     max_gen_len: int = 256,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
+    temperature: float | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
@@ -64,14 +65,15 @@ def generate(
         prompt_len: Instead of a text: a synthetic prompt of so many tokens behind BOS, for timings.
 
     Model:
-        ckpt_dir: Directory with params.json and consolidated.00.pth. Without it: the demo model.
-        tokenizer_path: SentencePiece model. Without it: the only *.model file in ckpt_dir or its parent.
+        ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format. Without it: the demo model.
+        tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Without it: the one in ckpt_dir or its parent.
+        allow_nan: Go on where a weight holds NaN or infinity.
         dtype: How weights are stored: float32, bfloat16, or auto: float32 on a CPU device, else bfloat16.
 
     Sampling:
         max_gen_len: Most tokens to generate for a prompt.
-        temperature: 0 takes the likeliest token; higher is more random.
-        top_p: Sample from the likeliest tokens that together have this probability, above 0, at most 1.
+        temperature: 0 takes the likeliest token; higher is more random. Without it: the checkpoint's own wish, or 0.8.
+        top_p: Sample from the likeliest tokens that together have this probability, above 0, at most 1. Without it: likewise, or 0.95.
         seed: Same seed, same text. Without it: a new one for each prompt, shown by --json.
 
     Shapes, fixed when the programs are compiled:
@@ -99,7 +101,7 @@ def generate(
     log_to_stderr(quiet)
     if repeat < 1:
         raise FlagError(f"--repeat: got {repeat}, expected at least 1")
-    params = SamplingParams(max_gen_len, temperature, top_p, seed)
+    SamplingParams(max_gen_len, temperature or 0.0, 1.0 if top_p is None else top_p, seed)  # refuses what is out of range
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
     random_args = _random_shape(random_weights, ckpt_dir, shape)
     is_demo = ckpt_dir is None and random_args is None
@@ -114,7 +116,9 @@ def generate(
     )
     from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
 
-    llm = LLaMA.build(ckpt_dir, tokenizer_path, config=config, random_weights=random_args, progress=not quiet and sys.stderr.isatty())
+    progress = not quiet and sys.stderr.isatty()
+    llm = LLaMA.build(ckpt_dir, tokenizer_path, config=config, random_weights=random_args, allow_nan=allow_nan, progress=progress)
+    params = llm.sampling(max_gen_len, temperature, top_p, seed)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
     prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size
     printer = Printer([llm.prompt_text(p) for p in prompts], as_json=json, stream=stream, echo=echo)

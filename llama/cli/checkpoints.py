@@ -1,0 +1,82 @@
+"""The commands `llama-xla inspect`, `convert` and `reshard`: what a checkpoint holds, and writing it in another layout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llama.cli.flags import one_of
+from llama.cli.output import json_line, log_to_stderr, write
+from llama.config import DTYPES, EngineConfig
+from llama.errors import ProblemsFoundError
+
+
+def inspect(
+    directory: str,
+    *,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 1,
+    dtype: str = "auto",
+    check_tensors: bool = False,
+    json: bool = False,
+) -> None:
+    """Show what a checkpoint directory holds, what it needs, and what is wrong with it.
+
+    llama-xla inspect path/to/checkpoint --max_seq_len 4096
+
+    Flags:
+        directory: The checkpoint; the name of the flag may be left out.
+        tokenizer_path: Its tokenizer. Without it: the one beside the weights.
+        max_seq_len: Positions that the memory plan is made for.
+        max_batch_size: Prompts that it is made for.
+        dtype: How weights would be stored: float32, bfloat16, or auto.
+        check_tensors: Read all weights and look for NaN and infinity.
+        json: Print one JSON object.
+    """
+    from llama.inspection import inspect_checkpoint, report
+
+    log_to_stderr(quiet=False)
+    config = EngineConfig(max_seq_len=max_seq_len, max_batch_size=max_batch_size, dtype=one_of("dtype", dtype, DTYPES))
+    found = inspect_checkpoint(Path(directory), Path(tokenizer_path) if tokenizer_path else None, config, check_tensors)
+    if json:
+        write(json_line({"directory": directory, **found.facts, "problems": found.problems}))
+    else:
+        write("\n".join(report(found)) + "\n")
+    if found.problems:
+        raise ProblemsFoundError(f"{directory}: {len(found.problems)} problems found")
+
+
+def convert(src: str, dst: str, *, dtype: str | None = None, max_shard_size: str | None = None, quiet: bool = False) -> None:
+    """Write a checkpoint of any format as safetensors with Meta's names, which load fastest and safest.
+
+    llama-xla convert path/to/checkpoint path/to/new --dtype bfloat16 --max_shard_size 5GB
+
+    Flags:
+        src: The checkpoint; the name of the flag may be left out.
+        dst: A directory that does not exist yet; likewise.
+        dtype: float32, bfloat16 or float16. Without it: as every weight is stored.
+        max_shard_size: Most bytes in a file, with a unit such as 5GB. Without it: one file.
+        quiet: No log on stderr.
+    """
+    from llama.checkpoint import reshard as rewriting
+
+    log_to_stderr(quiet)
+    rewriting.convert(src, dst, dtype, max_shard_size, progress=not quiet and sys.stderr.isatty())
+
+
+def reshard(src: str, dst: str, *, model_parallel: int, quiet: bool = False) -> None:
+    """Write a checkpoint of any format in Meta's, split for a number of model-parallel ranks.
+
+    llama-xla reshard llama-2-13b llama-2-13b-one --model_parallel 1
+
+    Flags:
+        src: The checkpoint; the name of the flag may be left out.
+        dst: A directory that does not exist yet; likewise.
+        model_parallel: Number of files; 1 joins all.
+        quiet: No log on stderr.
+    """
+    from llama.checkpoint import reshard as rewriting
+
+    log_to_stderr(quiet)
+    rewriting.reshard(src, dst, model_parallel, progress=not quiet and sys.stderr.isatty())

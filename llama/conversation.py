@@ -1,0 +1,140 @@
+"""A conversation: a dialog that grows turn by turn, over a LLaMA and a chat format.
+
+Each turn's prompt is the whole dialog again, but the cache still holds what was run before, so only the new part is prefilled. It
+knows no terminal: the command ``llama-xla chat`` is a thin loop around it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from llama.chat import ChatFormat, Message
+from llama.config import SamplingParams
+from llama.engine import FinishReason
+from llama.errors import ChatError, ConfigError
+from llama.generation import LLaMA
+
+log = logging.getLogger("llama")
+
+Overflow = Literal["refuse", "drop"]
+OVERFLOWS: tuple[Overflow, ...] = ("refuse", "drop")
+
+
+class Conversation:
+    """A dialog with a model.
+
+    Args:
+        llm: its first row is used.
+        chat_format: how the dialog becomes a prompt.
+        params: of every answer; ``max_gen_len`` is the most that an answer takes, less where the cache has less room left.
+        system_prompt: the first message, or None.
+        on_overflow: what to do when the dialog no longer fits: ``refuse`` it, or ``drop`` the oldest turns, as few as do.
+        min_answer: an answer must have room for at least this many tokens.
+
+    Attributes:
+        messages: the dialog so far, the system prompt included.
+    """
+
+    def __init__(
+        self,
+        llm: LLaMA,
+        chat_format: ChatFormat,
+        params: SamplingParams,
+        *,
+        system_prompt: str | None = None,
+        on_overflow: Overflow = "refuse",
+        min_answer: int = 16,
+    ) -> None:
+        if on_overflow not in OVERFLOWS:
+            raise ConfigError(f"on_overflow: got {on_overflow!r}, expected one of {', '.join(OVERFLOWS)}")
+        self._llm, self._format, self._params = llm, chat_format, params
+        self._on_overflow, self._min_answer = on_overflow, min_answer
+        self.messages: list[Message] = []
+        self.set_system(system_prompt)
+
+    def say(self, text: str) -> Iterator[str]:
+        """Add a user's message and yield the answer in pieces; it joins the dialog as far as it came.
+
+        Raises:
+            ChatError: the dialog does not fit, or the format refuses the text. The dialog is as it was before then.
+        """
+        dialog: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        dialog, ids = self._fitting(dialog)
+        room = self._llm.config.max_seq_len - len(ids)
+        params = replace(self._params, max_gen_len=min(self._params.max_gen_len, room))
+        return self._answer(dialog, ids, params)
+
+    def _answer(self, dialog: list[Message], ids: list[int], params: SamplingParams) -> Iterator[str]:
+        parts: list[str] = []
+        reason: FinishReason | None = None
+        try:
+            for piece in self._llm.pieces([ids], [params], stop_ids=self._format.stop_ids, reuse=True):
+                parts.append(piece.text)
+                reason = piece.result.finish_reason if piece.result is not None else None
+                if piece.text:
+                    yield piece.text
+        finally:
+            answer = "".join(parts).strip()
+            if answer:
+                self.messages = [*dialog, {"role": "assistant", "content": answer}]
+        if reason == "length":
+            log.warning("The answer was cut at %d tokens", params.max_gen_len)
+
+    def _fitting(self, dialog: list[Message]) -> tuple[list[Message], list[int]]:
+        """The dialog and its ids, with the oldest turns dropped where that is wanted and needed."""
+        most = self._llm.config.max_seq_len - self._min_answer
+        first = 1 if dialog[0]["role"] == "system" else 0
+        dropped = 0
+        ids = self._format.encode(dialog)
+        while len(ids) > most:
+            if self._on_overflow == "refuse" or len(dialog) - first < 3:
+                what = "the message alone" if len(dialog) - first < 3 else "the dialog"
+                raise ChatError(
+                    f"{what} does not fit: {len(ids)} tokens, and {self._min_answer} for an answer, max_seq_len is "
+                    f"{self._llm.config.max_seq_len}; /undo or /reset, --on_overflow drop, or a larger --max_seq_len"
+                )
+            del dialog[first : first + 2]
+            dropped += 1
+            ids = self._format.encode(dialog)
+        if dropped:
+            log.warning("Dropped the oldest %d turns to make room", dropped)
+        return dialog, ids
+
+    def undo(self) -> bool:
+        """Take back the last user's message and its answer; False where there is none."""
+        first = self._first_turn()
+        if len(self.messages) - first < 2:
+            return False
+        del self.messages[-2:]
+        return True
+
+    def reset(self) -> None:
+        """Forget all turns; the system prompt stays."""
+        del self.messages[self._first_turn() :]
+
+    def set_system(self, text: str | None) -> None:
+        """Replace the system prompt; None or an empty text takes it away. The turns stay."""
+        turns = self.messages[self._first_turn() :]
+        self.messages = [{"role": "system", "content": text}, *turns] if text else turns
+
+    def save(self, path: Path) -> None:
+        """Write the dialog as JSON, a list of messages; the file is complete or not there.
+
+        Raises:
+            ChatError: it cannot be written.
+        """
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+            raise ChatError(f"cannot save to {path}: {error.strerror or error}") from error
+
+    def _first_turn(self) -> int:
+        return 1 if self.messages and self.messages[0]["role"] == "system" else 0

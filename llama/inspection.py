@@ -1,0 +1,163 @@
+"""What a checkpoint directory holds and whether it can be used, without loading it: the content of ``llama-xla inspect``.
+
+Headers are read, weights are not, unless they are asked to be checked. What is wrong ends in the list of problems, as far as the
+rest can still be told.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama import runtime
+from llama.checkpoint import Source, is_finite, open_checkpoint
+from llama.config import EngineConfig
+from llama.errors import UserError
+from llama.memory import MemoryPlan, gib, plan_memory
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+SPECIAL_SHOWN = 12
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        directory: where.
+        facts: label to value, plain JSON types, in the order they are shown.
+        problems: what stands in the way of using it, each with its cure.
+    """
+
+    directory: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect_checkpoint(directory: Path, tokenizer_path: Path | None, config: EngineConfig, check_tensors: bool = False) -> Inspection:
+    """Look at a checkpoint and its tokenizer.
+
+    Args:
+        directory: in any format that is read.
+        tokenizer_path: None means the one beside the weights.
+        config: what the memory plan is made for.
+        check_tensors: read every weight and look for NaN and infinity.
+    """
+    found = Inspection(directory)
+    source = tokenizer = None
+    try:
+        source = open_checkpoint(directory)
+        found.facts |= weight_facts(source)
+    except UserError as error:
+        found.problems.append(str(error))
+    try:
+        tokenizer = Tokenizer(tokenizer_path or find_tokenizer(directory))
+        found.facts |= tokenizer_facts(tokenizer)
+    except UserError as error:
+        found.problems.append(str(error))
+    if source is not None:
+        _look_together(found, source, tokenizer, config)
+        if check_tensors:
+            found.problems += bad_tensors(source)
+            found.facts["tensors checked"] = len(source.infos())
+    return found
+
+
+def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
+    """What only the weights, the tokenizer and the wished-for shapes together show."""
+    plan = host_plan(source, config)
+    found.facts["memory plan"] = {
+        "max_seq_len": config.max_seq_len,
+        "max_batch_size": config.max_batch_size,
+        **{name: getattr(plan, name) for name in ("weights", "cache", "activations", "total", "available")},
+    }
+    if not plan.fits:
+        found.problems.append(f"does not fit this machine: {plan}")
+    if tokenizer is not None and tokenizer.n_words > source.args.vocab_size:
+        found.problems.append(f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows")
+    if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
+        found.problems.append(
+            f"attention is limited to {source.sliding_window} positions, which is not computed: "
+            f"--max_seq_len {source.sliding_window} at most"
+        )
+
+
+def host_plan(source: Source, config: EngineConfig) -> MemoryPlan:
+    """The memory plan for this machine's CPU device; no device is started."""
+    storage = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    return plan_memory(source.args, config, storage, torch.float32, runtime.host_memory())
+
+
+def weight_facts(source: Source) -> dict[str, Any]:
+    """What headers and settings say of the weights."""
+    args, infos = source.args, source.infos()
+    counts: Counter[str] = Counter()
+    for info in infos.values():
+        counts[str(info.dtype).removeprefix("torch.")] += torch.Size(info.shape).numel() * info.dtype.itemsize
+    rope: dict[str, Any] = {"theta": args.rope_theta}
+    if args.rope_scaling is not None:
+        rope |= {"scaling": args.rope_scaling.kind, "factor": args.rope_scaling.factor}
+    shape = {name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size")}
+    return {
+        "format": source.format,
+        "files": [path.name for path in source.files],
+        "shape": shape | {"norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_word_embeddings},
+        "parameters": sum(torch.Size(info.shape).numel() for info in infos.values()),
+        "bytes by dtype": dict(counts),
+        "rope": rope,
+        "sliding window": source.sliding_window,
+    }
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the tokenizer says of itself."""
+    return {
+        "tokenizer": {"kind": tokenizer.kind, "ids": tokenizer.n_words, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+        "stop ids": list(tokenizer.stop_ids),
+        "special tokens": tokenizer.special_ids,
+    }
+
+
+def bad_tensors(source: Source) -> Iterator[str]:
+    """Read every weight; yield what is wrong with each that is."""
+    for name, info in source.infos().items():
+        try:
+            finite = is_finite(source.read(name))
+        except UserError as error:
+            yield str(error)
+            continue
+        if not finite:
+            yield f"{info.file.name}: tensor {source.label(name)} holds NaN or infinity"
+
+
+def report(found: Inspection) -> Iterator[str]:
+    """The lines that people read."""
+    yield f"{found.directory}"
+    for label, value in found.facts.items():
+        yield f"  {label + ':':<16} {_shown(label, value)}"
+    yield "  no problems found" if not found.problems else "  problems:"
+    for problem in found.problems:
+        yield f"    - {problem}"
+
+
+def _shown(label: str, value: Any) -> str:
+    if label == "parameters":
+        return f"{value:,}"
+    if label == "bytes by dtype":
+        return ", ".join(f"{dtype} {gib(count)}" for dtype, count in value.items())
+    if label == "memory plan":
+        sizes = ", ".join(f"{name} {gib(value[name])}" for name in ("weights", "cache", "activations", "total", "available"))
+        return f"for {value['max_batch_size']} x {value['max_seq_len']} positions: {sizes}"
+    if label == "special tokens":
+        names = [f"{text} {token}" for text, token in list(value.items())[:SPECIAL_SHOWN]]
+        return ", ".join(names) + (f", ... ({len(value)} in all)" if len(value) > SPECIAL_SHOWN else "")
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)
