@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llama.config import EngineConfig, ModelArgs, RopeScaling, SamplingParams
     from llama.errors import LLaMAError
-    from llama.generation import Generation, LLaMA, Piece
+    from llama.generation import LLaMA
+    from llama.results import Generation, Piece
     from llama.tokenizer import Tokenizer
 
 _HOME = {
@@ -26,9 +27,9 @@ _HOME = {
     "RopeScaling": "llama.config",
     "SamplingParams": "llama.config",
     "LLaMAError": "llama.errors",
-    "Generation": "llama.generation",
+    "Generation": "llama.results",
     "LLaMA": "llama.generation",
-    "Piece": "llama.generation",
+    "Piece": "llama.results",
     "Tokenizer": "llama.tokenizer",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from llama.errors import ConfigError
@@ -20,6 +21,7 @@ DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16")
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
+DEMO_DIR = Path(__file__).parent / "demo"
 DEMO_CONTEXT = 512  # positions that the demo model was trained for
 ROPE_KINDS: tuple[RopeKind, ...] = ("llama3", "linear")
 LARGEST_SIZE = 2**31 - 1  # of any dimension: what a damaged params.json says beyond it must not reach arithmetic

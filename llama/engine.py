@@ -251,7 +251,9 @@ class Engine:
             if self.interrupted:
                 return
             step = make_step(self.model, key)
+            before = runtime.counters.compile_s
             self._programs[key] = runtime.compile_program(str(key), step, (*state, *controls), donated=(CACHE_ARGUMENT,))
+            log.debug("Compiled %s in %.2f seconds", key, runtime.counters.compile_s - before)
 
     def run(self, requests: Sequence[Request], clock: BatchClock, cached: int = 0) -> Iterator[Progress]:
         """Generate for up to ``max_batch_size`` requests.

@@ -10,122 +10,26 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
 
 import torch
 from tqdm import tqdm
 
 from llama import checkpoint, runtime
-from llama.chat import Dialog, Message, choose_format
-from llama.config import DEMO_CONTEXT, EngineConfig, GenerationDefaults, ModelArgs, SamplingParams
+from llama.chat import Dialog, choose_format
+from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs, SamplingParams
 from llama.engine import MAX_STOP_IDS, BatchClock, Engine, FinishReason, Request
 from llama.errors import ConfigError, PromptError, TokenizerError
 from llama.memory import check_fits
 from llama.model import Transformer
+from llama.prompts import Prompt, check_fit, encode_prompt
+from llama.results import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing
 from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
 
 log = logging.getLogger("llama")
 
-DEMO_DIR = Path(__file__).parent / "demo"
 SYNTHETIC_TOKEN = 8
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds and rates of the batch that a prompt ran in.
-
-    Attributes:
-        load_s: loading the weights and the tokenizer, once a model.
-        compile_s: compiling the programs that this call needed and did not have.
-        ttft_s: from the start of the batch to its first tokens on the host; compiling is not part of it.
-        prefill_s: the prompt chunks alone, up to the first tokens on the host.
-        decode_s: from there to the last token on the host.
-        prefill_tok_s: prompt tokens of the batch's rows a second.
-        decode_tok_s: tokens a second that decode steps really produced, over all rows: stop tokens and padding do not count.
-    """
-
-    load_s: float
-    compile_s: float
-    ttft_s: float
-    prefill_s: float
-    decode_s: float
-    prefill_tok_s: float
-    decode_tok_s: float
-
-
-@dataclass(frozen=True)
-class ProgramCount:
-    """Programs compiled for the call, and program runs of the batch."""
-
-    compiled: int
-    runs: int
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What became of one prompt.
-
-    Attributes:
-        index: the prompt's place in the call.
-        prompt: its text.
-        generation: the text that follows it; the prompt is not repeated, and a space between the two belongs to the generation.
-        token_ids: the generated ids, without the stop token.
-        finish_reason: ``stop`` at a stop token, ``length`` at max_gen_len, ``interrupted`` at LLaMA.interrupt().
-        prompt_tokens: tokens of the prompt, BOS included.
-        seed: the one used; repeat it for the same text.
-        timing, programs: of the batch.
-    """
-
-    index: int
-    prompt: str
-    generation: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    seed: int
-    timing: Timing
-    programs: ProgramCount
-
-    def as_json(self) -> dict[str, Any]:
-        """The object that ``--json`` prints on one line."""
-        fields = asdict(self)
-        usage = {"prompt_tokens": fields.pop("prompt_tokens"), "completion_tokens": len(self.token_ids)}
-        timing = {name: round(value, 6) for name, value in fields.pop("timing").items()}
-        return {**{k: v for k, v in fields.items() if k not in ("programs", "seed")}, "usage": usage, "timing": timing} | {
-            "programs": fields["programs"],
-            "seed": self.seed,
-        }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that became certain, and at a prompt's end its result.
-
-    Attributes:
-        index: the prompt's place in the call.
-        text: possibly empty.
-        result: on the prompt's last piece only.
-    """
-
-    index: int
-    text: str
-    result: Generation | None
-
-
-class CompletionPrediction(TypedDict):
-    """Meta's result of a text completion."""
-
-    generation: str
-
-
-class ChatPrediction(TypedDict):
-    """Meta's result of a chat completion."""
-
-    generation: Message
 
 
 class LLaMA:
@@ -154,6 +58,7 @@ class LLaMA:
         max_seq_len: int | None = None,
         max_batch_size: int = 1,
         *,
+        tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         random_weights: ModelArgs | None = None,
         seed: int = 1,
@@ -166,6 +71,7 @@ class LLaMA:
             ckpt_dir: directory in Meta's, Hugging Face's or our own format; None means the demo model that the package ships.
             tokenizer_path: a SentencePiece model, a tiktoken ranks file or a tokenizer.json; None means the one beside the checkpoint,
                 or in its parent.
+            tokenizer: instead of ``tokenizer_path``, where it has been loaded already.
             max_seq_len: positions of the cache; None means 2048, or 512 for the demo model.
             max_batch_size: rows of every program.
             config: every static shape, the two above included; they are read only without it.
@@ -186,7 +92,7 @@ class LLaMA:
             config = EngineConfig(max_batch_size=max_batch_size, max_seq_len=max_seq_len or default)
         directory = DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)
         source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
-        tokenizer = Tokenizer(tokenizer_path or find_tokenizer(directory))
+        tokenizer = tokenizer or Tokenizer(tokenizer_path or find_tokenizer(directory))
         args = _matched(random_weights, source, tokenizer, config)
         device = runtime.init()
         dtype, activation_dtype = _dtypes(config)
@@ -405,40 +311,11 @@ class LLaMA:
             raise ConfigError(f"stop ids: got {len(stop_ids)} ({', '.join(map(str, stop_ids))}), expected at most {MAX_STOP_IDS}")
         requests = []
         for index, (prompt, wish) in enumerate(zip(prompts, params, strict=True)):
-            ids = self._encode(index, prompt)
-            self._check_fit(index, len(ids), wish.max_gen_len)
+            ids = encode_prompt(self.tokenizer, index, prompt, self.engine.model.args.vocab_size)
+            check_fit(index, len(ids), wish.max_gen_len, self.config.max_seq_len)
             seed = secrets.randbits(63) if wish.seed is None else wish.seed
             requests.append(Request(ids, replace(wish, seed=seed), stop_ids))
         return requests
-
-    def _encode(self, index: int, prompt: Prompt) -> tuple[int, ...]:
-        """A prompt's ids; ids that are given must be in the embedding."""
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise PromptError(f"prompt {index} is not valid Unicode: character {error.start} cannot be written as UTF-8") from error
-            return tuple(self.tokenizer.encode(prompt))
-        vocab_size = self.engine.model.args.vocab_size
-        foreign = [i for i in prompt if not 0 <= i < vocab_size]
-        if foreign or not prompt:
-            got = f"id {foreign[0]}" if foreign else "no ids"
-            raise PromptError(f"prompt {index}: got {got}, expected at least one id, each from 0 to {vocab_size - 1}")
-        return tuple(prompt)
-
-    def _check_fit(self, index: int, prompt_tokens: int, max_gen_len: int) -> None:
-        room = self.config.max_seq_len
-        if prompt_tokens + max_gen_len <= room:
-            return
-        cures = [f"--max_seq_len {prompt_tokens + max_gen_len}"]
-        if prompt_tokens < room:
-            cures.append(f"--max_gen_len {room - prompt_tokens} at most")
-        if max_gen_len < room:
-            cures.append(f"a prompt of {room - max_gen_len} tokens at most")
-        raise PromptError(
-            f"prompt {index} does not fit: {prompt_tokens} prompt tokens + max_gen_len {max_gen_len} = {prompt_tokens + max_gen_len} "
-            f"positions, max_seq_len is {room}; it takes {', or '.join(cures)}"
-        )
 
 
 class _Text:

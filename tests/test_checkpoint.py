@@ -23,8 +23,8 @@ from hypothesis import given, settings, strategies as st
 from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, runtime
 from llama.checkpoint import meta_pth
 from llama.errors import CheckpointError, ConfigError, LLaMAError, TokenizerError, UserError
-from llama.generation import find_tokenizer
 from llama.model import rotary_table
+from llama.tokenizer import find_tokenizer
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "multiple_of": 32, "norm_eps": 1e-5}
 PTH = "consolidated.00.pth"

@@ -306,7 +306,7 @@ def test_a_prompt_that_is_not_unicode_is_refused(generate: Run, prompt: str) -> 
     ("flags", "words"),
     [
         (["--ckpt_dir", "{tmp}/absent"], ["no such directory", "{tmp}/absent"]),
-        (["--ckpt_dir", "{tmp}"], ["{tmp}", "no params.json"]),
+        (["--ckpt_dir", "{tmp}"], ["{tmp} holds no checkpoint", "params.json", "config.json"]),
         (["--tokenizer_path", "{tmp}/absent.model"], ["no tokenizer at {tmp}/absent.model", "--tokenizer_path"]),
         ([*TINY_SHAPE, "--vocab_size", "100", "--tokenizer_path", "{tokenizer}"], ["320", "100", "--tokenizer_path"]),
     ],
@@ -636,7 +636,7 @@ def test_usage_names_every_command(run: Run, arguments: list[str], code: int) ->
     assert [name for name in cli.COMMANDS if f"llama-xla {name}" not in outcome.out + outcome.err] == []
 
 
-@pytest.mark.parametrize(("command", "hint"), [("genrate", "did you mean generate?"), ("zzz", "generate, plan"), ("--prompt", "generate")])
+@pytest.mark.parametrize(("command", "hint"), [("genrate", "did you mean generate?"), ("zzz", "generate, chat"), ("--prompt", "generate")])
 def test_an_unknown_command_is_refused(run: Run, command: str, hint: str) -> None:
     """A misspelt command names the nearest one, any other the ones that there are."""
     refused_at_once(run(command, "--prompt", "x"), "unknown command", command, hint)
@@ -655,7 +655,7 @@ def test_help_lists_every_parameter(run: Run, command: str, flag: str) -> None:
 def test_help_shows_the_defaults(run: Run) -> None:
     """Defaults in the help are the signature's."""
     out = run("generate", "--help").out
-    for name in ("max_gen_len", "temperature", "top_p", "dtype", "bucket_policy", "repeat"):
+    for name in ("max_gen_len", "dtype", "bucket_policy", "repeat"):
         default = inspect.signature(cli.generate).parameters[name].default
         assert re.search(rf"^ +--{name} .*\[{re.escape(str(default))}\]$", out, re.MULTILINE), name
 
@@ -887,3 +887,17 @@ def test_a_pipe_closed_from_the_start_is_no_crash(arguments: str) -> None:
         os.close(writing)
     assert err == ""
     assert running.returncode == 141
+
+
+def test_verbose_tells_memory_and_programs(run: Run, generate_flags: Callable[..., list[str]]) -> None:
+    """And without it neither is told."""
+    flags = generate_flags("--prompt", "a", "--max_gen_len", "1")
+    assert re.search(r"^Memory: weights .* \+ cache .* \+ activations .* of .* free$", run(*flags, "--verbose").err, re.MULTILINE)
+    assert "Memory" not in run(*flags).err
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_loaded(run: Run) -> None:
+    """Weights can take minutes."""
+    outcome = run("generate", "--prompt", "a", "--max_gen_len", "600")
+    assert "Loading" not in outcome.err
+    refused(outcome, "prompt 0 does not fit", "--max_seq_len")

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama import LLaMA
-from llama.config import DEMO_CONTEXT
-from llama.generation import DEMO_DIR
+from llama.config import DEMO_CONTEXT, DEMO_DIR
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

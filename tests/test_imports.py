@@ -20,13 +20,14 @@ LADDER = [
     {"model"},
     {"checkpoint", "sampling", "buckets", "steps", "tokenizer", "memory"},
     {"chat", "inspection"},
-    {"engine"},
+    {"engine", "prompts"},
+    {"results"},
     {"generation"},
     {"conversation"},
     {"cli"},
 ]
 KNOWS_TORCH_XLA = {"runtime", "ops"}
-HOLDS_NO_TENSORS = {"config", "errors", "buckets", "tokenizer", "chat", "cli"}
+HOLDS_NO_TENSORS = {"config", "errors", "buckets", "tokenizer", "prompts", "chat", "cli"}
 
 
 def modules() -> list[tuple[str, Path]]:

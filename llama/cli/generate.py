@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 
 from llama.cli.flags import one_of
 from llama.cli.output import Printer, interruptible, log_to_stderr
-from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs, SamplingParams
-from llama.errors import FlagError, InterruptedRunError, PromptError
+from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DEMO_DIR, DTYPES, EngineConfig, ModelArgs, SamplingParams
+from llama.errors import FlagError, InterruptedRunError, PromptError, TokenizerError
+from llama.prompts import check_fit, encode_prompt
+from llama.tokenizer import Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
-    from llama.generation import Generation, Prompt
+    from llama.prompts import Prompt
+    from llama.results import Generation
 
 log = logging.getLogger("llama")
 
@@ -53,6 +56,7 @@ def generate(
     stream: bool = False,
     json: bool = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Continue prompts with the demo model, or with a checkpoint.
 
@@ -96,9 +100,10 @@ def generate(
         stream: Print text as it is generated.
         json: Print one JSON object per prompt and line.
         quiet: No log on stderr.
+        verbose: A longer log: the memory plan, and every program that is compiled.
         repeat: Timed passes over all prompts.
     """
-    log_to_stderr(quiet)
+    log_to_stderr(quiet, verbose)
     if repeat < 1:
         raise FlagError(f"--repeat: got {repeat}, expected at least 1")
     SamplingParams(max_gen_len, temperature or 0.0, 1.0 if top_p is None else top_p, seed)  # refuses what is out of range
@@ -114,10 +119,16 @@ def generate(
         dtype=one_of("dtype", dtype, DTYPES),
         fail_on_recompile=fail_on_recompile,
     )
+    tokenizer = _tokenizer(ckpt_dir, tokenizer_path)
+    if tokenizer is not None:
+        for index, text in enumerate(texts):  # weights can take minutes: what does not fit is told before
+            check_fit(index, len(encode_prompt(tokenizer, index, text, tokenizer.n_words)), max_gen_len, config.max_seq_len)
     from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
 
     progress = not quiet and sys.stderr.isatty()
-    llm = LLaMA.build(ckpt_dir, tokenizer_path, config=config, random_weights=random_args, allow_nan=allow_nan, progress=progress)
+    llm = LLaMA.build(
+        ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, random_weights=random_args, allow_nan=allow_nan, progress=progress
+    )
     params = llm.sampling(max_gen_len, temperature, top_p, seed)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
     prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size
@@ -132,6 +143,14 @@ def generate(
             _log_summary(results)
             if any(result.finish_reason == "interrupted" for result in results):
                 raise InterruptedRunError("interrupted; what had been generated is printed")
+
+
+def _tokenizer(ckpt_dir: str | None, tokenizer_path: str | None) -> Tokenizer | None:
+    """The tokenizer, or None where it cannot be read: ``LLaMA.build`` tells why, after what is wrong with the checkpoint."""
+    try:
+        return Tokenizer(tokenizer_path or find_tokenizer(DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)))
+    except TokenizerError:
+        return None
 
 
 def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, int | None]) -> ModelArgs | None:

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama.generation import Generation, LLaMA, Piece
+    from llama.generation import LLaMA
+    from llama.results import Generation, Piece
 
 log = logging.getLogger("llama")
 
@@ -79,13 +80,13 @@ def json_line(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")) + "\n"
 
 
-def log_to_stderr(quiet: bool) -> None:
-    """Send the package's log to stderr as plain lines, above any progress bar."""
+def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
+    """Send the package's log to stderr as plain lines, above any progress bar; ``quiet`` leaves errors only, ``verbose`` adds details."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
     log.propagate = False
-    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
 @contextmanager
