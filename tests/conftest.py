@@ -33,6 +33,15 @@ def _restore_globals() -> Iterator[None]:
     os.environ.update(environment)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules whose host tensors are too small to share: a second thread would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 320 ids with byte fallback, in the manner of LLaMA's, trained on a few made-up sentences."""

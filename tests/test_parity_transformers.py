@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,8 @@ from llama.config import BUCKET_POLICIES, BucketPolicy
 from llama.engine import Engine
 from llama.kv_cache import CacheView
 from llama.model import Transformer, rotary_frequencies
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4  # absolute, between logits that spread over several units
 DECISIVE = 1e-3  # a greedy choice by less than this could fall either way and would prove nothing
@@ -97,15 +99,6 @@ def rope_parameters(theta: float, factor: float | None, original_context: int = 
         return {"rope_type": "default", "rope_theta": theta}
     scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": original_context}
     return {"rope_type": "llama3", "rope_theta": theta, **scaling}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The reference's products are too small to share: a second thread would mostly wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -7,7 +7,7 @@ claimed of one holds for the other. All seeds are fixed, so that no test has a r
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import NormalDist
 
@@ -17,19 +17,12 @@ import torch
 
 from llama import SamplingParams, ops, runtime, sampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Fn = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 VOCAB = 331  # no multiple of the sampler's lanes
 INF = float("inf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The host's tensors are too small to share: a second thread would mostly wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def as_tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
