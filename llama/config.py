@@ -18,6 +18,8 @@ BucketPolicy = Literal["greedy", "pad"]
 RopeKind = Literal["llama3", "linear"]
 
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16")
+Overflow = Literal["refuse", "drop"]
+OVERFLOWS: tuple[Overflow, ...] = ("refuse", "drop")
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512

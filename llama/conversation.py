@@ -11,18 +11,14 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from llama.chat import ChatFormat, Message
-from llama.config import SamplingParams
-from llama.engine import FinishReason
+from llama.config import OVERFLOWS, Overflow, SamplingParams
 from llama.errors import ChatError, ConfigError
 from llama.generation import LLaMA
+from llama.results import Generation
 
 log = logging.getLogger("llama")
-
-Overflow = Literal["refuse", "drop"]
-OVERFLOWS: tuple[Overflow, ...] = ("refuse", "drop")
 
 
 class Conversation:
@@ -38,6 +34,7 @@ class Conversation:
 
     Attributes:
         messages: the dialog so far, the system prompt included.
+        result: of the last answer; None where there is none, or nobody waited for its end.
     """
 
     def __init__(
@@ -55,6 +52,7 @@ class Conversation:
         self._llm, self._format, self._params = llm, chat_format, params
         self._on_overflow, self._min_answer = on_overflow, min_answer
         self.messages: list[Message] = []
+        self.result: Generation | None = None
         self.set_system(system_prompt)
 
     def say(self, text: str) -> Iterator[str]:
@@ -71,19 +69,17 @@ class Conversation:
 
     def _answer(self, dialog: list[Message], ids: list[int], params: SamplingParams) -> Iterator[str]:
         parts: list[str] = []
-        reason: FinishReason | None = None
+        self.result = None
         try:
             for piece in self._llm.pieces([ids], [params], stop_ids=self._format.stop_ids, reuse=True):
                 parts.append(piece.text)
-                reason = piece.result.finish_reason if piece.result is not None else None
+                self.result = piece.result
                 if piece.text:
                     yield piece.text
         finally:
             answer = "".join(parts).strip()
             if answer:
                 self.messages = [*dialog, {"role": "assistant", "content": answer}]
-        if reason == "length":
-            log.warning("The answer was cut at %d tokens", params.max_gen_len)
 
     def _fitting(self, dialog: list[Message]) -> tuple[list[Message], list[int]]:
         """The dialog and its ids, with the oldest turns dropped where that is wanted and needed."""

@@ -270,8 +270,6 @@ class LLaMA:
         batches = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
         compiled_before = runtime.counters.compiled
         cached = self.engine.reusable(requests) if reuse and len(batches) == 1 else 0
-        if reuse:
-            log.info("Kept %d tokens of what was run before", cached)
         keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop], cached)]
         compile_s = self.engine.warm_up(list(dict.fromkeys(keys)))
         was_interrupted = False
@@ -297,7 +295,7 @@ class LLaMA:
         timing = _timing(clock, sum(lengths) - cached * len(rows), self.load_s, compile_s)
         programs = ProgramCount(runtime.counters.compiled - compiled_before, clock.runs)
         for row in rows:
-            yield Piece(row.index, "", row.result(timing, programs))
+            yield Piece(row.index, "", row.result(cached, timing, programs))
         steps = max(len(row.ids) for row in rows)
         log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
         log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s)
@@ -338,7 +336,7 @@ class _Text:
         self._parts.append(text)
         return text
 
-    def result(self, timing: Timing, programs: ProgramCount) -> Generation:
+    def result(self, cached: int, timing: Timing, programs: ProgramCount) -> Generation:
         assert self._finish_reason is not None
         assert self.request.params.seed is not None
         return Generation(
@@ -348,6 +346,7 @@ class _Text:
             token_ids=self.ids,
             finish_reason=self._finish_reason,
             prompt_tokens=len(self.request.prompt_ids),
+            cached_tokens=cached,
             seed=self.request.params.seed,
             timing=timing,
             programs=programs,

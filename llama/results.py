@@ -51,6 +51,7 @@ class Generation:
         token_ids: the generated ids, without the stop token.
         finish_reason: ``stop`` at a stop token, ``length`` at max_gen_len, ``interrupted`` at LLaMA.interrupt().
         prompt_tokens: tokens of the prompt, BOS included.
+        cached_tokens: how many of them the cache still held, so that they were not run again.
         seed: the one used; repeat it for the same text.
         timing, programs: of the batch.
     """
@@ -61,6 +62,7 @@ class Generation:
     token_ids: list[int]
     finish_reason: FinishReason
     prompt_tokens: int
+    cached_tokens: int
     seed: int
     timing: Timing
     programs: ProgramCount
@@ -68,7 +70,11 @@ class Generation:
     def as_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints on one line."""
         fields = asdict(self)
-        usage = {"prompt_tokens": fields.pop("prompt_tokens"), "completion_tokens": len(self.token_ids)}
+        usage = {
+            "prompt_tokens": fields.pop("prompt_tokens"),
+            "cached_tokens": fields.pop("cached_tokens"),
+            "completion_tokens": len(self.token_ids),
+        }
         timing = {name: round(value, 6) for name, value in fields.pop("timing").items()}
         return {**{k: v for k, v in fields.items() if k not in ("programs", "seed")}, "usage": usage, "timing": timing} | {
             "programs": fields["programs"],

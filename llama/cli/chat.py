@@ -9,16 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from llama.chat import choose_format
 from llama.cli.flags import one_of
+from llama.cli.loading import readable_tokenizer
 from llama.cli.output import interruptible, log_to_stderr, write
-from llama.config import DTYPES, EngineConfig
-from llama.errors import InterruptedRunError, UserError
+from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow, SamplingParams
+from llama.errors import InterruptedRunError, PromptError, UserError
 
 if TYPE_CHECKING:
-    from llama.conversation import Conversation, Overflow
+    from llama.conversation import Conversation
     from llama.generation import LLaMA
 
 log = logging.getLogger("llama")
+turns = logging.getLogger("llama.turns")
 
 HELP = """/system TEXT   set the system prompt (none takes it away)     /undo        take back the last turn
 /reset         forget all turns                               /save FILE   write the dialog as JSON
@@ -40,6 +43,7 @@ def chat(
     max_seq_len: int = 2048,
     dtype: str = "auto",
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Talk with a chat model. A question in a pipe is answered once.
 
@@ -65,24 +69,33 @@ def chat(
 
     Output:
         quiet: No log on stderr.
+        verbose: A longer log, as llama-xla generate has it.
     """
-    log_to_stderr(quiet)
+    log_to_stderr(quiet, verbose)
     config = EngineConfig(max_seq_len=max_seq_len, dtype=one_of("dtype", dtype, DTYPES))
-    from llama.chat import choose_format
-    from llama.conversation import OVERFLOWS, Conversation
+    overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
+    SamplingParams(max_gen_len, temperature or 0.0, 1.0 if top_p is None else top_p, seed)  # refuses what is out of range
+    question = None if sys.stdin.isatty() else sys.stdin.read().strip()
+    if question == "":
+        raise PromptError("stdin: got nothing, expected a question; for a conversation run llama-xla chat at a terminal")
+    tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
+    chosen = choose_format(tokenizer, Path(ckpt_dir), chat_format) if tokenizer is not None and Path(ckpt_dir).is_dir() else None
+    from llama.conversation import Conversation
     from llama.generation import LLaMA
 
-    overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
-    llm = LLaMA.build(ckpt_dir, tokenizer_path, config=config, progress=not quiet and sys.stderr.isatty())
+    llm = LLaMA.build(ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty())
     params = llm.sampling(max_gen_len, temperature, top_p, seed, otherwise=(0.6, 0.9))
-    chosen = choose_format(llm.tokenizer, llm.directory, chat_format)
+    assert chosen is not None  # a model without a tokenizer has been refused by now
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)
-    if sys.stdin.isatty():
+    turns.setLevel(log.level)
+    if not verbose:  # from here on one line a turn: what else is logged would stand in the middle of the answers
+        log.setLevel(max(log.level, logging.WARNING))
+    if question is None:
         _talk(llm, conversation)
         return
     with interruptible(llm):
-        _answer(conversation, sys.stdin.read().strip())
-        if llm.engine.interrupted:
+        _answer(conversation, question)
+        if conversation.result is not None and conversation.result.finish_reason == "interrupted":
             raise InterruptedRunError("interrupted; the answer so far is printed")
 
 
@@ -119,25 +132,46 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(conversation: Conversation, text: str) -> None:
+    """Stream one answer, and say in the log what it took."""
     for piece in conversation.say(text):
         write(piece)
     write("\n")
+    result = conversation.result
+    if result is not None:
+        turns.info(
+            "[%d tokens kept, %d new, %d generated%s; first token after %.2f s, then %.1f tok/s]",
+            result.cached_tokens,
+            result.prompt_tokens - result.cached_tokens,
+            len(result.token_ids),
+            {"stop": "", "length": ", cut at the limit", "interrupted": ", interrupted"}[result.finish_reason],
+            result.timing.ttft_s,
+            result.timing.decode_tok_s,
+        )
 
 
 def _command(line: str, conversation: Conversation) -> bool:
     """Carry out a /command; False ends the conversation."""
-    name, _, rest = line.partition(" ")
+    name, _, rest = line.strip().partition(" ")
+    path = Path(rest.strip() or "conversation.json")
+
+    def told(action: Callable[[], object], what: str) -> Callable[[], None]:
+        def act() -> None:
+            action()
+            write(what + "\n")
+
+        return act
+
     commands: dict[str, Callable[[], object]] = {
         "/help": lambda: write(HELP + "\n"),
-        "/reset": conversation.reset,
+        "/reset": told(conversation.reset, "All turns are forgotten."),
         "/undo": lambda: write("Taken back.\n" if conversation.undo() else "There is nothing to take back.\n"),
-        "/system": lambda: conversation.set_system(rest.strip() or None),
-        "/save": lambda: conversation.save(Path(rest.strip() or "conversation.json")),
+        "/system": told(lambda: conversation.set_system(rest.strip() or None), "Set." if rest.strip() else "Taken away."),
+        "/save": told(lambda: conversation.save(path), f"Saved to {path}."),
     }
     if name in ("/exit", "/quit", "/bye"):
         return False
     if name in commands:
         commands[name]()
     else:
-        write(f"{name} is no command.\n{HELP}\n")
+        write(f"{name} is no command; /help lists them. A message may begin with a space before its slash.\n")
     return True

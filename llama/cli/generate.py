@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.cli.flags import one_of
+from llama.cli.loading import readable_tokenizer
 from llama.cli.output import Printer, interruptible, log_to_stderr
-from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DEMO_DIR, DTYPES, EngineConfig, ModelArgs, SamplingParams
-from llama.errors import FlagError, InterruptedRunError, PromptError, TokenizerError
+from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs, SamplingParams
+from llama.errors import FlagError, InterruptedRunError, PromptError
 from llama.prompts import check_fit, encode_prompt
-from llama.tokenizer import Tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from llama.prompts import Prompt
@@ -119,7 +119,7 @@ def generate(
         dtype=one_of("dtype", dtype, DTYPES),
         fail_on_recompile=fail_on_recompile,
     )
-    tokenizer = _tokenizer(ckpt_dir, tokenizer_path)
+    tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
     if tokenizer is not None:
         for index, text in enumerate(texts):  # weights can take minutes: what does not fit is told before
             check_fit(index, len(encode_prompt(tokenizer, index, text, tokenizer.n_words)), max_gen_len, config.max_seq_len)
@@ -143,14 +143,6 @@ def generate(
             _log_summary(results)
             if any(result.finish_reason == "interrupted" for result in results):
                 raise InterruptedRunError("interrupted; what had been generated is printed")
-
-
-def _tokenizer(ckpt_dir: str | None, tokenizer_path: str | None) -> Tokenizer | None:
-    """The tokenizer, or None where it cannot be read: ``LLaMA.build`` tells why, after what is wrong with the checkpoint."""
-    try:
-        return Tokenizer(tokenizer_path or find_tokenizer(DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)))
-    except TokenizerError:
-        return None
 
 
 def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, int | None]) -> ModelArgs | None:

@@ -1,0 +1,17 @@
+"""What commands can know of a model before they load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama.config import DEMO_DIR
+from llama.errors import TokenizerError
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+
+def readable_tokenizer(ckpt_dir: str | None, tokenizer_path: str | None) -> Tokenizer | None:
+    """The tokenizer, or None where it cannot be read: ``LLaMA.build`` tells why, after what is wrong with the checkpoint."""
+    try:
+        return Tokenizer(tokenizer_path or find_tokenizer(DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)))
+    except TokenizerError:
+        return None
