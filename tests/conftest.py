@@ -7,12 +7,14 @@ import os
 os.environ["PJRT_DEVICE"] = "CPU"
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Outcome, Run, exit_code
 
 from llama import EngineConfig, LLaMA, ModelArgs
 
@@ -97,3 +99,19 @@ def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
     torch.save(dict(checkpoint.random_tensors(Transformer(TINY, 8), seed=3)), directory / "consolidated.00.pth")
     (directory / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     return directory
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """``run("plan", "--prompt_len", "9")``: a command in this process; that it sends the log to stderr does not outlive the test."""
+
+    def call(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = exit_code(arguments)
+        return Outcome(code, *capsys.readouterr())
+
+    logger = logging.getLogger("llama")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield call
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)

@@ -9,101 +9,25 @@ from __future__ import annotations
 import inspect
 import io
 import json
-import logging
 import os
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
+from commands import PROCESS_TIMEOUT_S, Outcome, Run, exit_code, finished, process, refused, refused_at_once
 
 from llama import __version__, cli
 from llama.cli.generate import SYNTHETIC_PROMPT_LEN
 from llama.cli.output import SEPARATOR
 from llama.errors import LLaMAError, PromptError, RecompileError, UserError
 
-ROOT = Path(__file__).parent.parent
 FIELDS = ["index", "prompt", "generation", "token_ids", "finish_reason", "usage", "timing", "programs", "seed"]
-USAGE_FIELDS = ["prompt_tokens", "completion_tokens"]
+USAGE_FIELDS = ["prompt_tokens", "cached_tokens", "completion_tokens"]
 TIMING_FIELDS = ["load_s", "compile_s", "ttft_s", "prefill_s", "decode_s", "prefill_tok_s", "decode_tok_s"]
 TINY_SHAPE = ("--random_weights", "--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2")
-PROCESS_TIMEOUT_S = 300
-
-
-class Outcome(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def objects(self) -> list[dict[str, Any]]:
-        """stdout as JSON, one object a line."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """Those of the objects that end a prompt."""
-        return [o for o in self.objects if "piece" not in o]
-
-    @property
-    def message(self) -> str:
-        """The last line of stderr."""
-        return (self.err.splitlines() or [""])[-1]
-
-
-Run = Callable[..., Outcome]
-
-
-def exit_code(arguments: Sequence[str]) -> int:
-    """The process's exit code if these were its arguments."""
-    try:
-        return cli._exit_code(list(arguments))
-    except SystemExit as end:
-        return int(end.code or 0)
-
-
-def refused_at_once(outcome: Outcome, *words: str) -> None:
-    """Exit code 2, nothing on stdout, and on stderr one line with these words: nothing had been loaded before."""
-    assert outcome.err.count("\n") == 1, outcome.err
-    refused(outcome, *words)
-
-
-def refused(outcome: Outcome, *words: str) -> None:
-    """Exit code 2, nothing on stdout, and on stderr one line with these words behind what is logged while a model is loaded."""
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "Traceback" not in outcome.err
-    *logged, message = outcome.err.splitlines()
-    assert all(re.match(r"Loading$|Loaded in [\d.]+ seconds$", line) for line in logged), outcome.err
-    assert message.startswith("llama-xla: ")
-    assert [word for word in words if word not in message] == [], message
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    """The command line sends the package's log to stderr; that must not outlive the test's stderr."""
-    logger = logging.getLogger("llama")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.propagate = handlers, propagate
-    logger.setLevel(level)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run("plan", "--prompt_len", "9")``: a command in this process."""
-
-    def call(*arguments: str) -> Outcome:
-        capsys.readouterr()
-        code = exit_code(arguments)
-        return Outcome(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -126,20 +50,6 @@ def generate(run: Run, generate_flags: Callable[..., list[str]]) -> Run:
         return run(*generate_flags(*given))
 
     return call
-
-
-def process(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """A Python process in the repository's root, buffered as usual; its stdout and stderr are pipes unless said otherwise."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONUNBUFFERED", "PYTHONIOENCODING")}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env, **options}
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, encoding="utf-8", **options)
-
-
-def finished(arguments: Sequence[str]) -> Outcome:
-    """What such a process leaves behind."""
-    with process(arguments) as running:
-        out, err = running.communicate(timeout=PROCESS_TIMEOUT_S)
-    return Outcome(running.returncode, out, err)
 
 
 # ------------------------------------------------------------------------------------------------------- refused before loading

@@ -1,0 +1,81 @@
+"""The command line from a test: in this process, or in one of its own where a signal, a pipe or an import needs that."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama import cli
+
+ROOT = Path(__file__).parent.parent
+PROCESS_TIMEOUT_S = 300
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """stdout as JSON, one object a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """Those of the objects that end a prompt."""
+        return [o for o in self.objects if "piece" not in o]
+
+    @property
+    def message(self) -> str:
+        """The last line of stderr."""
+        return (self.err.splitlines() or [""])[-1]
+
+
+Run = Callable[..., Outcome]
+
+
+def exit_code(arguments: Sequence[str]) -> int:
+    """The process's exit code if these were its arguments."""
+    try:
+        return cli._exit_code(list(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def refused_at_once(outcome: Outcome, *words: str) -> None:
+    """Exit code 2, nothing on stdout, and on stderr one line with these words: nothing had been loaded before."""
+    assert outcome.err.count("\n") == 1, outcome.err
+    refused(outcome, *words)
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    """Exit code 2, nothing on stdout, and on stderr one line with these words behind what is logged while a model is loaded."""
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Traceback" not in outcome.err
+    *logged, message = outcome.err.splitlines()
+    assert all(re.match(r"Loading$|Loaded in [\d.]+ seconds$", line) for line in logged), outcome.err
+    assert message.startswith("llama-xla: ")
+    assert [word for word in words if word not in message] == [], message
+
+
+def process(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """A Python process in the repository's root, buffered as usual; its stdout and stderr are pipes unless said otherwise."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONUNBUFFERED", "PYTHONIOENCODING")}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env, **options}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, encoding="utf-8", **options)
+
+
+def finished(arguments: Sequence[str]) -> Outcome:
+    """What such a process leaves behind."""
+    with process(arguments) as running:
+        out, err = running.communicate(timeout=PROCESS_TIMEOUT_S)
+    return Outcome(running.returncode, out, err)
