@@ -18,10 +18,10 @@ from llama import runtime
 from llama.checkpoint import Source, is_finite, open_checkpoint
 from llama.config import EngineConfig
 from llama.errors import UserError
-from llama.memory import MemoryPlan, gib, plan_memory
+from llama.memory import check_fits, gib, plan_memory
 from llama.tokenizer import Tokenizer, find_tokenizer
 
-SPECIAL_SHOWN = 12
+SPECIAL_SHOWN = 6
 
 
 @dataclass
@@ -64,20 +64,24 @@ def inspect_checkpoint(directory: Path, tokenizer_path: Path | None, config: Eng
         _look_together(found, source, tokenizer, config)
         if check_tensors:
             found.problems += bad_tensors(source)
-            found.facts["tensors checked"] = len(source.infos())
+            found.facts["tensors_checked"] = len(source.infos())
     return found
 
 
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
     """What only the weights, the tokenizer and the wished-for shapes together show."""
-    plan = host_plan(source, config)
-    found.facts["memory plan"] = {
+    storage = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    planned = (source.args, config, storage, torch.float32, runtime.host_memory())  # this machine's CPU device; none is started
+    plan = plan_memory(*planned)
+    found.facts["memory_plan"] = {
         "max_seq_len": config.max_seq_len,
         "max_batch_size": config.max_batch_size,
         **{name: getattr(plan, name) for name in ("weights", "cache", "activations", "total", "available")},
     }
-    if not plan.fits:
-        found.problems.append(f"does not fit this machine: {plan}")
+    try:
+        check_fits(*planned)
+    except UserError as error:
+        found.problems.append(str(error))
     if tokenizer is not None and tokenizer.n_words > source.args.vocab_size:
         found.problems.append(f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows")
     if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
@@ -85,12 +89,6 @@ def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | Non
             f"attention is limited to {source.sliding_window} positions, which is not computed: "
             f"--max_seq_len {source.sliding_window} at most"
         )
-
-
-def host_plan(source: Source, config: EngineConfig) -> MemoryPlan:
-    """The memory plan for this machine's CPU device; no device is started."""
-    storage = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    return plan_memory(source.args, config, storage, torch.float32, runtime.host_memory())
 
 
 def weight_facts(source: Source) -> dict[str, Any]:
@@ -108,9 +106,9 @@ def weight_facts(source: Source) -> dict[str, Any]:
         "files": [path.name for path in source.files],
         "shape": shape | {"norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_word_embeddings},
         "parameters": sum(torch.Size(info.shape).numel() for info in infos.values()),
-        "bytes by dtype": dict(counts),
+        "bytes_by_dtype": dict(counts),
         "rope": rope,
-        "sliding window": source.sliding_window,
+        "sliding_window": source.sliding_window,
     }
 
 
@@ -118,8 +116,8 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     """What the tokenizer says of itself."""
     return {
         "tokenizer": {"kind": tokenizer.kind, "ids": tokenizer.n_words, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
-        "stop ids": list(tokenizer.stop_ids),
-        "special tokens": tokenizer.special_ids,
+        "stop_ids": list(tokenizer.stop_ids),
+        "special_tokens": tokenizer.special_ids,
     }
 
 
@@ -139,7 +137,7 @@ def report(found: Inspection) -> Iterator[str]:
     """The lines that people read."""
     yield f"{found.directory}"
     for label, value in found.facts.items():
-        yield f"  {label + ':':<16} {_shown(label, value)}"
+        yield f"  {label.replace('_', ' ') + ':':<16} {_shown(label, value)}"
     yield "  no problems found" if not found.problems else "  problems:"
     for problem in found.problems:
         yield f"    - {problem}"
@@ -148,12 +146,12 @@ def report(found: Inspection) -> Iterator[str]:
 def _shown(label: str, value: Any) -> str:
     if label == "parameters":
         return f"{value:,}"
-    if label == "bytes by dtype":
+    if label == "bytes_by_dtype":
         return ", ".join(f"{dtype} {gib(count)}" for dtype, count in value.items())
-    if label == "memory plan":
+    if label == "memory_plan":
         sizes = ", ".join(f"{name} {gib(value[name])}" for name in ("weights", "cache", "activations", "total", "available"))
         return f"for {value['max_batch_size']} x {value['max_seq_len']} positions: {sizes}"
-    if label == "special tokens":
+    if label == "special_tokens":
         names = [f"{text} {token}" for text, token in list(value.items())[:SPECIAL_SHOWN]]
         return ", ".join(names) + (f", ... ({len(value)} in all)" if len(value) > SPECIAL_SHOWN else "")
     if isinstance(value, dict):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 
 import torch
@@ -83,21 +82,24 @@ def check_fits(args: ModelArgs, config: EngineConfig, storage: torch.dtype, acti
 
     Raises:
         ConfigError: it does not; the message names the largest ``max_seq_len`` and the largest ``max_batch_size`` that would, each
-            with the other left as it is.
+            with the other left as it is, or both where neither alone is enough.
     """
 
-    def fits(name: str, value: int) -> bool:
-        changed = replace(config, **{name: value})  # type: ignore[arg-type]  # both are whole numbers
+    def fits(max_seq_len: int, max_batch_size: int) -> bool:
+        changed = replace(config, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         return plan_memory(args, changed, storage, activation, available).fits
 
     plan = plan_memory(args, config, storage, activation, available)
     if plan.fits:
         return plan
-    cures = []
-    for name, least in (("max_seq_len", 2), ("max_batch_size", 1)):
-        largest = _largest(least, getattr(config, name), partial(fits, name))
-        if largest is not None:
-            cures.append(f"--{name} {largest} at most")
+    length, rows = config.max_seq_len, config.max_batch_size
+    shorter = _largest(2, length, lambda value: fits(value, rows))
+    fewer = _largest(1, rows, lambda value: fits(length, value))
+    both = _largest(2, length, lambda value: fits(value, 1))
+    cures = [f"--max_seq_len {shorter} at most"] if shorter else []
+    cures += [f"--max_batch_size {fewer} at most"] if fewer else []
+    if not cures and both:
+        cures = [f"--max_batch_size 1 with --max_seq_len {both} at most"]
     cure = ", or ".join(cures) or "a narrower --dtype, or a device with more memory: the weights alone are too large"
     raise ConfigError(f"the model does not fit: {plan}; it takes {cure}")
 

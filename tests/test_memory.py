@@ -56,6 +56,18 @@ def test_what_is_advised_fits_and_one_more_does_not(available: int) -> None:
         assert not plan_memory(SEVEN_B, EngineConfig(**{**settings, name: value + 1}), BF16, BF16, available).fits  # type: ignore[arg-type]
 
 
+def test_where_neither_alone_is_enough_both_are_named() -> None:
+    """One row, and the most positions that then fit."""
+    shapes = {"max_batch_size": 1024, "max_seq_len": 1 << 20, "buckets": (64, 8, 1)}
+    with pytest.raises(ConfigError, match="does not fit") as error:
+        check_fits(SEVEN_B, EngineConfig(**shapes), BF16, BF16, 13 * 2**30)  # type: ignore[arg-type]
+    found = re.search(r"it takes --max_batch_size 1 with --max_seq_len (\d+) at most$", str(error.value))
+    assert found is not None
+    for more, fits in ((0, True), (1, False)):
+        config = EngineConfig(max_batch_size=1, max_seq_len=int(found[1]) + more, buckets=(64, 8, 1))
+        assert plan_memory(SEVEN_B, config, BF16, BF16, 13 * 2**30).fits is fits
+
+
 def test_weights_alone_too_large() -> None:
     """No other shape would help, and the message says so."""
     with pytest.raises(ConfigError, match="the weights alone are too large"):

@@ -45,7 +45,7 @@ def recognise(directory: Path) -> dict[str, list[str]]:
         CheckpointError: it is no directory, or the header of a safetensors file is damaged.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"no such directory: {directory} (--ckpt_dir expects one with {EXPECTED})")
+        raise CheckpointError(f"no such directory: {directory} (expected one with {EXPECTED})")
     names = sorted(path.name for path in directory.iterdir())
     found: dict[str, list[str]] = {}
     for name in names:

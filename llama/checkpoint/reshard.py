@@ -56,9 +56,9 @@ def reshard(
         CheckpointError: see open_checkpoint; sizes that cannot be divided; ``dst`` is there; too little room on the disk.
         ConfigError: model_parallel or embedding_axis out of their range.
     """
-    source, target = open_checkpoint(Path(src)), Path(dst)
     if model_parallel < 1 or embedding_axis not in (None, 0, 1):
         raise ConfigError(f"got model_parallel {model_parallel} and embedding_axis {embedding_axis}, expected 1 or more, and 0 or 1")
+    source, target = open_checkpoint(Path(src)), Path(dst)
     known_axis = source.embedding_axis if embedding_axis is None else embedding_axis
     axis = _usual_axis(source) if known_axis is None else known_axis
     partition.check_divisible(source.args, model_parallel, axis)

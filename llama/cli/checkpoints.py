@@ -44,7 +44,7 @@ def inspect(
     else:
         write("\n".join(report(found)) + "\n")
     if found.problems:
-        raise ProblemsFoundError(f"{directory}: {len(found.problems)} problems found")
+        raise ProblemsFoundError(f"{directory}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)} found")
 
 
 def convert(src: str, dst: str, *, dtype: str | None = None, max_shard_size: str | None = None, quiet: bool = False) -> None:
