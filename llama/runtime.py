@@ -23,6 +23,8 @@ import torch
 
 from llama.errors import LLaMAError
 
+ALIGNMENT = 64  # bytes
+
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -35,7 +37,7 @@ class Counters:
         compile_s: seconds that tracing and compiling them took.
         runs: program runs.
         fetches: transfers from the device to the host.
-        uploads: tensors sent from the host to the device.
+        uploads: tensors that the host gave to the device.
     """
 
     compiled: int = 0
@@ -92,6 +94,22 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a host tensor to the device. A transfer: it compiles nothing."""
     counters.uploads += 1
     return tensor.to(device)
+
+
+def adopt(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Give a host tensor that nobody will write to any more to the device.
+
+    On the CPU device without a copy: the program reads the host's memory, which may be a mapped file. It must begin at a multiple
+    of 64 bytes, as PJRT demands, or else is copied to where it does. Other devices get a copy, like ``upload``'s.
+    """
+    if device.type != "xla" or device_kind() != "CPU":
+        return upload(tensor, device)
+    from torch_xla.utils.dlpack import from_dlpack
+
+    counters.uploads += 1
+    host = tensor.detach().contiguous()
+    adopted: torch.Tensor = from_dlpack(host.clone() if host.data_ptr() % ALIGNMENT else host)
+    return adopted
 
 
 def fetch(tensor: torch.Tensor) -> torch.Tensor:

@@ -243,8 +243,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_checkpoint: Path,
 
 def test_a_directory_that_is_not_there_is_refused(tiny_checkpoint: Path) -> None:
     """So is a file in its place."""
-    refusal(tiny_checkpoint / "absent", "no such directory", "absent", "--ckpt_dir")
-    refusal(tiny_checkpoint / PTH, PTH, "--ckpt_dir")
+    refusal(tiny_checkpoint / "absent", "no such directory", "absent", "expected one with")
+    refusal(tiny_checkpoint / PTH, PTH, "expected one with")
 
 
 def test_a_directory_without_params_says_what_it_found(tiny_checkpoint: Path) -> None:

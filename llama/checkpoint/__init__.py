@@ -39,7 +39,7 @@ def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype
     on_the_way = 0
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
-        stored = runtime.upload(tensor.to(dtype), device)
+        stored = runtime.adopt(tensor.to(dtype), device)
         setattr(model.get_submodule(module), leaf, nn.Parameter(stored, requires_grad=False))
         del tensor  # or it would stay in memory while the next one is read
         on_the_way += stored.numel() * stored.element_size()

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from llama.errors import CheckpointError
 
-SMALLEST_REMAP = 32 * 2**20  # bytes
+SMALLEST_REMAP = 4 * 2**20  # bytes
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 GIT_LFS = b"version https://git-lfs"
 

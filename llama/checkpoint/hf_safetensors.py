@@ -116,6 +116,9 @@ class HFSource(Source):
         theirs = names.to_hugging_face(name)
         return f"{name} ({theirs})" if theirs else name
 
+    def _let_go(self, name: str) -> None:
+        self._home[name].let_go()
+
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._home[name].read(names.to_hugging_face(name) or name).contiguous()
         if name.endswith((".wq.weight", ".wk.weight")):

@@ -50,6 +50,9 @@ class NativeSource(Source):
         settings = Settings(args, directory / "params.json", int(window) if window else None, int(axis) if axis else None)
         super().__init__(directory, settings, found, tuple(file.path for file in files))
 
+    def _let_go(self, name: str) -> None:
+        self._home[name].let_go()
+
     def _read(self, name: str) -> torch.Tensor:
         return self._home[name].read(name)
 

@@ -122,6 +122,10 @@ class Source(ABC):
         """Yield (name, tensor) of every weight, in the model's order; see ``read``."""
         for name in self._infos:
             yield name, self.read(name)
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:  # noqa: B027  (a source that keeps nothing need not say so)
+        """Give back what reading a weight keeps mapped and nobody holds any more."""
 
     def label(self, name: str) -> str:
         """How errors call a weight."""

@@ -25,9 +25,9 @@ import torch
 
 from llama.checkpoint.files import FLOATING, read_json
 from llama.errors import CheckpointError
+from llama.runtime import ALIGNMENT
 
 CHECKSUMS = "checksums.json"
-ALIGNMENT = 64  # bytes; of tensors in a scratch file
 RELEASE_AFTER = 16 * 2**20  # bytes
 BLOCK = 2**22  # bytes read in one go
 DTYPE_NAMES = {dtype: name for name, dtype in FLOATING.items()}
@@ -206,7 +206,7 @@ def write_safetensors(
     """Write a .safetensors file tensor by tensor; returns its sha256.
 
     Not by the library, whose writer wants all tensors of the file at once. The file is 8 bytes with the header's length, the header
-    in JSON, and the tensors.
+    in JSON padded with spaces, and the tensors, which begin where the CPU device can use them without a copy.
 
     Args:
         path: must not exist.
@@ -215,7 +215,7 @@ def write_safetensors(
         tensors: in the table's order.
     """
     header = json.dumps({"__metadata__": dict(metadata), **table}).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
     with HashedFile(path) as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
