@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from llama.errors import ConfigError
 
-DType = Literal["auto", "float32", "bfloat16"]
+DType = Literal["auto", "float32", "bfloat16", "int8"]
 BucketPolicy = Literal["greedy", "pad"]
 RopeKind = Literal["llama3", "linear"]
 
-DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16")
+DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "int8")
 Overflow = Literal["refuse", "drop"]
 OVERFLOWS: tuple[Overflow, ...] = ("refuse", "drop")
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
@@ -264,7 +264,8 @@ class EngineConfig:
         buckets: chunk lengths that a prompt is cut into, any order; 1 must be among them. Those longer than ``max_seq_len`` are dropped.
         bucket_policy: ``greedy`` covers a prompt exactly, ``pad`` may fill the last chunk up with padding to run fewer programs.
         key_buckets: how many leading cache positions a program may read; empty means doublings from 512 up to ``max_seq_len``.
-        dtype: how the weights are stored. ``auto`` is float32 on the CPU device and bfloat16 elsewhere.
+        dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and bfloat16
+            elsewhere. ``int8`` is for linear layers, one scale an output channel.
         fail_on_recompile: a program compiled after warm-up is an error.
         read_every: the host reads finished tokens back once in so many decode steps (1 to 16). A batch whose rows have all ended
             computes at most this many steps, and the one in flight, before the host learns of it.

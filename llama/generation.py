@@ -21,7 +21,7 @@ from llama.chat import Dialog, choose_format
 from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs, SamplingParams
 from llama.engine import MAX_STOP_IDS, BatchClock, Engine, FinishReason, Request
 from llama.errors import ConfigError, PromptError, TokenizerError
-from llama.memory import check_fits
+from llama.memory import check_fits, dtypes_for
 from llama.model import Transformer
 from llama.prompts import Prompt, check_fit, encode_prompt
 from llama.results import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing
@@ -95,14 +95,15 @@ class LLaMA:
         tokenizer = tokenizer or Tokenizer(tokenizer_path or find_tokenizer(directory))
         args = _matched(random_weights, source, tokenizer, config)
         device = runtime.init()
-        dtype, activation_dtype = _dtypes(config)
+        dtype, activation_dtype = dtypes_for(
+            config, on_cpu=runtime.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
+        )
         memory = check_fits(args, config, dtype, activation_dtype, runtime.free_memory(device))
         log.debug("Memory: %s", memory)
         with torch.device("meta"):
             model = Transformer(args, config.max_seq_len, activation_dtype)
         named = checkpoint.random_tensors(model, seed) if source is None else checkpoint.checked(source, allow_nan)
-        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        with tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+        with tqdm(total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
             for loaded in checkpoint.place(model, named, dtype, device):
                 bar.update(loaded)
         runtime.wait()
@@ -371,13 +372,6 @@ def _matched(args: ModelArgs | None, source: checkpoint.Source | None, tokenizer
             "model; give the right one with --tokenizer_path"
         )
     return args
-
-
-def _dtypes(config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16 arithmetic is slow."""
-    on_cpu = runtime.device_kind() == "CPU"
-    storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.float32 if on_cpu else torch.bfloat16}[config.dtype]
-    return storage, torch.float32 if on_cpu else storage
 
 
 def _timing(clock: BatchClock, prompt_tokens: int, load_s: float, compile_s: float) -> Timing:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from llama import runtime
-from llama.checkpoint import Source, is_finite, open_checkpoint
+from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
 from llama.config import EngineConfig
 from llama.errors import UserError
-from llama.memory import check_fits, gib, plan_memory
+from llama.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 SPECIAL_SHOWN = 6
@@ -70,8 +70,8 @@ def inspect_checkpoint(directory: Path, tokenizer_path: Path | None, config: Eng
 
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
     """What only the weights, the tokenizer and the wished-for shapes together show."""
-    storage = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    planned = (source.args, config, storage, torch.float32, runtime.host_memory())  # this machine's CPU device; none is started
+    dtypes = dtypes_for(config, on_cpu=True, int8_stored=source.is_int8)
+    planned = (source.args, config, *dtypes, runtime.host_memory())  # this machine's CPU device; none is started
     plan = plan_memory(*planned)
     found.facts["memory_plan"] = {
         "max_seq_len": config.max_seq_len,
@@ -105,7 +105,7 @@ def weight_facts(source: Source) -> dict[str, Any]:
         "format": source.format,
         "files": [path.name for path in source.files],
         "shape": shape | {"norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_word_embeddings},
-        "parameters": sum(torch.Size(info.shape).numel() for info in infos.values()),
+        "parameters": sum(torch.Size(info.shape).numel() for name, info in infos.items() if not is_scale(name)),
         "bytes_by_dtype": dict(counts),
         "rope": rope,
         "sliding_window": source.sliding_window,

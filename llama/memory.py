@@ -15,7 +15,7 @@ import torch
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError
 from llama.kv_cache import cache_shape
-from llama.model import Transformer
+from llama.model import Linear, Transformer
 
 GIB = 2**30
 
@@ -57,6 +57,38 @@ def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
 
 
+def dtypes_for(config: EngineConfig, *, on_cpu: bool, int8_stored: bool) -> tuple[torch.dtype, torch.dtype]:
+    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16 arithmetic is slow.
+
+    Args:
+        on_cpu: the device is the CPU device.
+        int8_stored: the checkpoint's weights are int8 already.
+
+    Raises:
+        ConfigError: another dtype than int8 is asked of an int8 checkpoint.
+    """
+    if int8_stored and config.dtype not in ("auto", "int8"):
+        raise ConfigError(
+            f"dtype: got {config.dtype}, but the checkpoint's weights are int8 already; leave --dtype out, or take the original"
+        )
+    wide = torch.float32 if on_cpu else torch.bfloat16
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "auto": torch.int8 if int8_stored else wide}
+    storage = chosen[config.dtype]
+    return storage, wide if on_cpu or storage == torch.int8 else storage
+
+
+def weight_bytes(args: ModelArgs, storage: torch.dtype) -> int:
+    """Bytes of a model's weights; under int8 those of the linear layers with their scales, the rest in float32 at most."""
+    with torch.device("meta"):
+        model = Transformer(args, 2)
+    total = sum(p.numel() for p in model.parameters())
+    if storage != torch.int8:
+        return total * storage.itemsize
+    linear = [m.weight for m in model.modules() if isinstance(m, Linear)]
+    in_linear = sum(weight.numel() for weight in linear)
+    return in_linear + 4 * sum(weight.shape[0] for weight in linear) + 4 * (total - in_linear)
+
+
 def plan_memory(args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None) -> MemoryPlan:
     """Count the bytes that a model of this shape needs under this configuration.
 
@@ -66,15 +98,13 @@ def plan_memory(args: ModelArgs, config: EngineConfig, storage: torch.dtype, act
         activation: dtype of stream and cache.
         available: the device's free bytes, None where it does not say.
     """
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(args, 2).parameters())
     chunk = config.buckets[0] * config.max_batch_size
     per_token = 3 * args.dim + 2 * args.head_dim * (args.n_heads + args.kv_heads) + 2 * args.hidden_dim
     scores = 2 * args.n_heads * config.max_seq_len
     logits = config.max_batch_size * args.vocab_size * torch.float32.itemsize
     activations = chunk * (per_token + scores) * max(activation.itemsize, torch.float32.itemsize) + logits
     cache = prod(cache_shape(args, config)) * activation.itemsize
-    return MemoryPlan(parameters * storage.itemsize, cache, activations, available)
+    return MemoryPlan(weight_bytes(args, storage), cache, activations, available)
 
 
 def check_fits(args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None) -> MemoryPlan:

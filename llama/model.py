@@ -63,14 +63,20 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 class Linear(nn.Module):
-    """A linear layer without bias; ``weight`` is [out, in] as checkpoints keep it, in the storage dtype."""
+    """A linear layer without bias.
+
+    Attributes:
+        weight: [out, in] as checkpoints keep it, in the storage dtype.
+        scale: [out] float32 beside an int8 weight, else None.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.scale: nn.Parameter | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.scale)
 
 
 class Embedding(nn.Module):
@@ -214,5 +220,6 @@ class Transformer(nn.Module):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocab] float32 of the residual stream ``hidden`` [..., dim]."""
-        table = self.tok_embeddings.weight if self.args.tie_word_embeddings else self.output.weight
-        return linear(self.norm(hidden), table).float()
+        normed = self.norm(hidden)
+        logits = linear(normed, self.tok_embeddings.weight) if self.args.tie_word_embeddings else self.output(normed)
+        return logits.float()

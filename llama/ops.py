@@ -17,17 +17,20 @@ from llama import runtime
 CPU_ROWS_ONE_BY_ONE = 1
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T`` in the dtype of x, written the way the device's compiler does best.
 
     Args:
         x: [..., in], the activations' dtype.
         weight: [out, in] as checkpoints keep it, any storage dtype; XLA fuses the conversion into the product.
+        scale: [out] float32, of an int8 weight (quantize.py): multiplies the product.
 
     Returns:
         [..., out] in x's dtype. On XLA:CPU one row is a fused loop of ``F.linear``; several rows would fall to a fortieth of the
         speed that way, and go through ``(w @ x.t()).t()`` (DESIGN facts measured again in docs/log.md).
     """
+    if scale is not None:
+        return (linear(x, weight) * scale).to(x.dtype)
     weight = weight.to(x.dtype)
     if x.device.type != "xla" or runtime.device_kind() != "CPU":
         return F.linear(x, weight)

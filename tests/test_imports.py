@@ -15,7 +15,7 @@ ROOT = Path(llama.__file__).parent
 # Lower rooms know nothing of higher ones. Rooms on one line may know each other.
 LADDER = [
     {"config", "errors"},
-    {"runtime", "ops"},
+    {"runtime", "ops", "quantize"},
     {"kv_cache"},
     {"model"},
     {"checkpoint", "sampling", "buckets", "steps", "tokenizer", "memory"},

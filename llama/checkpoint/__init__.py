@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from llama import runtime
+from llama.checkpoint.names import is_scale
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
-from llama.model import Transformer
+from llama.model import Linear, Transformer
+from llama.quantize import quantize
 
-__all__ = ["Source", "TensorInfo", "checked", "is_finite", "open_checkpoint", "place", "random_tensors"]
+__all__ = ["Source", "TensorInfo", "checked", "is_finite", "is_scale", "open_checkpoint", "place", "random_tensors"]
 
 WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
 
@@ -31,7 +33,7 @@ def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype
     Args:
         model: its parameters are replaced.
         tensors: (name, host tensor) for every parameter.
-        dtype: storage dtype on the device.
+        dtype: storage dtype on the device; int8 quantises the linear layers (quantize.py) and leaves the rest as it is.
 
     Yields:
         The bytes of each tensor on the device, as it arrives: what a progress bar counts.
@@ -39,15 +41,34 @@ def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype
     on_the_way = 0
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
-        stored = runtime.adopt(tensor.to(dtype), device)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(stored, requires_grad=False))
+        owner = model.get_submodule(module)
+        parts = stored_as(tensor, leaf, dtype, isinstance(owner, Linear))
         del tensor  # or it would stay in memory while the next one is read
-        on_the_way += stored.numel() * stored.element_size()
+        for part, host in parts.items():
+            setattr(owner, part, nn.Parameter(runtime.adopt(host, device), requires_grad=False))
+        size = sum(host.numel() * host.element_size() for host in parts.values())
+        del parts, host
+        on_the_way += size
         if on_the_way > WAIT_AFTER and device.type == "xla":
             runtime.wait()  # a transfer keeps its host tensor until it is done
             on_the_way = 0
-        yield stored.numel() * stored.element_size()
+        yield size
     model.rotary = runtime.upload(model.rotary, device)
+
+
+def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensor as the model keeps it: by the name of its parameter, and under int8 a linear layer's scale beside it.
+
+    Args:
+        tensor: a weight, or the scale of one that is int8 already.
+        leaf: the parameter that it is for: ``weight`` or ``scale``.
+        dtype: storage dtype; int8 is for linear layers, and leaves embedding, norms and scales as they are.
+    """
+    if dtype != torch.int8:
+        return {leaf: tensor.to(dtype)}
+    if is_linear and tensor.is_floating_point() and leaf == "weight":
+        return dict(zip(("weight", "scale"), quantize(tensor), strict=True))
+    return {leaf: tensor}
 
 
 def random_tensors(model: Transformer, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

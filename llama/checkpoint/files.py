@@ -26,6 +26,7 @@ from llama.errors import CheckpointError
 
 SMALLEST_REMAP = 4 * 2**20  # bytes
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+KNOWN = {**FLOATING, "I8": torch.int8}
 GIT_LFS = b"version https://git-lfs"
 
 
@@ -116,7 +117,7 @@ class SafetensorsFile(TensorFile):
 
     def _headers(self) -> dict[str, Header]:
         slices = ((name, self._handle.get_slice(name)) for name in self._handle.keys())  # noqa: SIM118 (it is no dict)
-        return {name: Header(tuple(s.get_shape()), FLOATING.get(s.get_dtype(), s.get_dtype())) for name, s in slices}
+        return {name: Header(tuple(s.get_shape()), KNOWN.get(s.get_dtype(), s.get_dtype())) for name, s in slices}
 
     def table(self) -> dict[str, Any]:
         """The header's entries as they are written: dtype, shape and data_offsets by name."""

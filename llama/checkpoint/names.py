@@ -87,6 +87,22 @@ def expected_weights(args: ModelArgs) -> Iterator[tuple[str, Weight]]:
             yield weight.meta, weight
 
 
+def is_quantised(name: str) -> bool:
+    """Whether int8 is for a weight: those of the linear layers, not embedding and norms."""
+    weight = weight_of(name)
+    return weight is not None and len(weight.shape) == 2 and name != EMBEDDING
+
+
+def scale_of(name: str) -> str:
+    """The name of an int8 weight's scales."""
+    return name.removesuffix("weight") + "scale"
+
+
+def is_scale(name: str) -> bool:
+    """Whether a name is that of an int8 weight's scales."""
+    return name.endswith(".scale")
+
+
 def shape_of(weight: Weight, args: ModelArgs) -> tuple[int, ...]:
     """The shape of a whole weight in a model whose vocabulary size is settled."""
     sizes = {"dim": args.dim, "kv": args.kv_heads * args.head_dim, "hidden": args.hidden_dim, "vocab": args.vocab_size}

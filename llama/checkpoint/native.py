@@ -39,6 +39,7 @@ class NativeSource(Source):
     """
 
     format = FORMAT
+    may_be_int8 = True
 
     def __init__(self, directory: Path) -> None:
         args = read_params(directory)

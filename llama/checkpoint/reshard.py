@@ -24,6 +24,7 @@ from llama.checkpoint.meta_pth import NOTES
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, is_finite
 from llama.errors import CheckpointError, ConfigError
+from llama.quantize import quantize
 
 log = logging.getLogger("llama")
 
@@ -31,7 +32,7 @@ COMPANIONS = (
     *("*.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-CONVERTED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONVERTED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 LLAMA_3_THETA = 500000.0
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -59,6 +60,8 @@ def reshard(
     if model_parallel < 1 or embedding_axis not in (None, 0, 1):
         raise ConfigError(f"got model_parallel {model_parallel} and embedding_axis {embedding_axis}, expected 1 or more, and 0 or 1")
     source, target = open_checkpoint(Path(src)), Path(dst)
+    if source.is_int8:
+        raise CheckpointError(f"{source.directory} holds int8 weights, for which Meta's format has no place; reshard the original")
     known_axis = source.embedding_axis if embedding_axis is None else embedding_axis
     axis = _usual_axis(source) if known_axis is None else known_axis
     partition.check_divisible(source.args, model_parallel, axis)
@@ -85,7 +88,8 @@ def convert(
     Args:
         src: a checkpoint of any format.
         dst: a directory that does not exist yet.
-        dtype: float32, bfloat16 or float16; None keeps every weight as it is, bit by bit.
+        dtype: float32, bfloat16, float16, or int8 for the linear layers with their scales beside them (quantize.py); None keeps every
+            weight as it is, bit by bit.
         max_shard_size: most bytes of weights in a file, a number or one with a unit such as ``5GB``; None writes one file.
         progress: a bar on stderr.
 
@@ -100,7 +104,7 @@ def convert(
         raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(CONVERTED_DTYPES)}")
     most = None if max_shard_size is None else parse_size(max_shard_size)
     source, target = open_checkpoint(Path(src)), Path(dst)
-    infos = {name: info if dtype is None else info._replace(dtype=CONVERTED_DTYPES[dtype]) for name, info in source.infos().items()}
+    infos = _converted_infos(source, dtype)
     sizes = {name: _bytes(info) for name, info in infos.items()}
     with writing.new_directory(target) as directory:
         _check_room(directory, sum(sizes.values()))
@@ -158,9 +162,38 @@ def _write_native(
         for name, group in zip(native.file_names(len(groups)), groups, strict=True):
             table = writing.safetensors_table({weight: (infos[weight].shape, infos[weight].dtype) for weight in group})
             metadata = native.make_metadata(notes, table, source.args)
-            tensors = (_cast(source, weight, infos[weight].dtype, bar) for weight in table)
+            tensors = (_converted(source, weight, infos[weight].dtype, bar) for weight in table)
             sums[name] = writing.write_safetensors(directory / name, table, metadata, tensors)
     return sums
+
+
+def _converted_infos(source: Source, dtype: str | None) -> dict[str, TensorInfo]:
+    """What is to be written, by name: the source's weights in another dtype, with scales beside those that become int8."""
+    infos = source.infos()
+    if dtype is None or (source.is_int8 and dtype == "int8"):
+        return infos
+    if source.is_int8:
+        raise CheckpointError(f"{source.directory} holds int8 weights, which cannot become {dtype} again; convert the original")
+    if dtype != "int8":
+        return {name: info._replace(dtype=CONVERTED_DTYPES[dtype]) for name, info in infos.items()}
+    made = {}
+    for name, info in infos.items():
+        made[name] = info
+        if names.is_quantised(name):
+            made[name] = info._replace(dtype=torch.int8)
+            made[names.scale_of(name)] = TensorInfo(info.shape[:1], torch.float32, info.file)
+    return made
+
+
+def _converted(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> torch.Tensor:
+    """A weight, or the scales of one, as it is to be written. A weight is read twice for int8: its file has the scales first."""
+    if names.is_scale(name) and not source.is_int8:
+        return quantize(source.read(name.removesuffix("scale") + "weight"))[1]
+    if dtype == torch.int8 and not source.is_int8:
+        tensor = source.read(name)
+        bar.update(tensor.numel() * tensor.element_size())
+        return quantize(tensor)[0]
+    return _cast(source, name, dtype, bar)
 
 
 def _cast(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -85,6 +85,7 @@ class Source(ABC):
     """
 
     format: str
+    may_be_int8: ClassVar[bool] = False
 
     def __init__(self, directory: Path, settings: Settings, found: Mapping[str, Found], files: tuple[Path, ...]) -> None:
         self.directory = directory
@@ -95,7 +96,12 @@ class Source(ABC):
         self.defaults = read_defaults(directory)
         weights = dict(found)
         self._spare_head = weights.pop(names.HEAD, None) if self.args.tie_word_embeddings else None
-        self._infos = match(self.args, weights, settings.file, self.label)
+        self._infos = match(self.args, weights, settings.file, self.label, self.may_be_int8)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether linear layers are stored as int8 with scales."""
+        return any(info.dtype == torch.int8 for info in self._infos.values())
 
     def infos(self) -> dict[str, TensorInfo]:
         """Shape, dtype and file of every weight by Meta's name, in the model's order."""
@@ -182,7 +188,9 @@ def settle_vocab_size(settings: Settings, found: Mapping[str, Found]) -> ModelAr
     return settings.args.with_vocab_size(found[names.EMBEDDING].shape[0])
 
 
-def match(args: ModelArgs, found: Mapping[str, Found], settings_file: Path, label: Callable[[str], str] = str) -> dict[str, TensorInfo]:
+def match(
+    args: ModelArgs, found: Mapping[str, Found], settings_file: Path, label: Callable[[str], str] = str, may_be_int8: bool = False
+) -> dict[str, TensorInfo]:
     """Compare the tensors that were found with those of the model.
 
     Args:
@@ -190,6 +198,7 @@ def match(args: ModelArgs, found: Mapping[str, Found], settings_file: Path, labe
         found: by Meta's names.
         settings_file: what says the shape, for errors.
         label: how errors call a weight.
+        may_be_int8: linear layers may be int8, with their scales beside them.
 
     Returns:
         ``found`` in the model's order.
@@ -201,7 +210,12 @@ def match(args: ModelArgs, found: Mapping[str, Found], settings_file: Path, labe
         last = names.IN_LAYER[0].meta.format(args.n_layers - 1)
         raise CheckpointError(f"{settings_file}: n_layers is {args.n_layers}, but {last} and others are missing from {len(found)} tensors")
     files = sorted({info.file.name for info in found.values()})
-    shapes = {name: names.shape_of(weight, args) for name, weight in names.expected_weights(args)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, weight in names.expected_weights(args):
+        shapes[name] = names.shape_of(weight, args)
+        if may_be_int8 and name in found and found[name].dtype == torch.int8 and names.is_quantised(name):
+            shapes[names.scale_of(name)] = shapes[name][:1]
+    found = {name: info._replace(dtype=_allowed(info.dtype, names.scale_of(name) in shapes)) for name, info in found.items()}
 
     def described(name: str) -> str:
         return f"{label(name)} in {found[name].file.name}" if len(files) > 1 else label(name)
@@ -228,6 +242,11 @@ def match(args: ModelArgs, found: Mapping[str, Found], settings_file: Path, labe
         where = f"{settings_file.parent} ({_first_of(files)})"
         raise CheckpointError(f"{where}: the tensors do not match {settings_file.name}; {listed}")
     return matched
+
+
+def _allowed(dtype: torch.dtype | str, with_scale: bool) -> torch.dtype | str:
+    """The dtype, as a string where we do not compute with it: int8 without scales says nothing."""
+    return "I8" if dtype == torch.int8 and not with_scale else dtype
 
 
 def _first_of(items: Sequence[str]) -> str:

@@ -23,14 +23,14 @@ from typing import IO, Any, NoReturn, cast
 
 import torch
 
-from llama.checkpoint.files import FLOATING, read_json
+from llama.checkpoint.files import KNOWN, read_json
 from llama.errors import CheckpointError
 from llama.runtime import ALIGNMENT
 
 CHECKSUMS = "checksums.json"
 RELEASE_AFTER = 16 * 2**20  # bytes
 BLOCK = 2**22  # bytes read in one go
-DTYPE_NAMES = {dtype: name for name, dtype in FLOATING.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in KNOWN.items()}
 TERMINATED = 128 + signal.SIGTERM
 
 

@@ -54,7 +54,7 @@ def chat(
         ckpt_dir: A chat model's directory, in any format that is read.
         tokenizer_path: Its tokenizer. Without it: the one beside the weights.
         chat_format: llama2, llama3 or template (the checkpoint's own). Without it: the checkpoint's own, or what its tokenizer says.
-        dtype: How weights are stored: float32, bfloat16, or auto: float32 on a CPU device, else bfloat16.
+        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else bfloat16.
 
     Dialog:
         system_prompt: What the model is told first.

@@ -30,7 +30,7 @@ def inspect(
         tokenizer_path: Its tokenizer. Without it: the one beside the weights.
         max_seq_len: Positions that the memory plan is made for.
         max_batch_size: Prompts that it is made for.
-        dtype: How weights would be stored: float32, bfloat16, or auto.
+        dtype: How weights would be stored: float32, bfloat16, int8, or auto.
         check_tensors: Read all weights and look for NaN and infinity.
         json: Print one JSON object.
     """
@@ -55,7 +55,7 @@ def convert(src: str, dst: str, *, dtype: str | None = None, max_shard_size: str
     Flags:
         src: The checkpoint; the name of the flag may be left out.
         dst: A directory that does not exist yet; likewise.
-        dtype: float32, bfloat16 or float16. Without it: as every weight is stored.
+        dtype: float32, bfloat16, float16, or int8 (linear layers, with a scale for each output). Without it: as every weight is stored.
         max_shard_size: Most bytes in a file, with a unit such as 5GB. Without it: one file.
         quiet: No log on stderr.
     """

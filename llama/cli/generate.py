@@ -72,7 +72,7 @@ def generate(
         ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format. Without it: the demo model.
         tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Without it: the one in ckpt_dir or its parent.
         allow_nan: Go on where a weight holds NaN or infinity.
-        dtype: How weights are stored: float32, bfloat16, or auto: float32 on a CPU device, else bfloat16.
+        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else bfloat16.
 
     Sampling:
         max_gen_len: Most tokens to generate for a prompt.
