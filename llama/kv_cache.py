@@ -41,7 +41,7 @@ class CacheView:
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write ``keys`` and ``values`` [B, K, T, D] of a layer; return its first ``key_len`` keys and values [B, K, key_len, D]."""
-        update = torch.stack((keys, values)).to(self.kv_cache.dtype)
-        self.kv_cache = ops.write_cache(self.kv_cache, update, self._starts, layer)
+        dtype = self.kv_cache.dtype
+        self.kv_cache = ops.write_cache(self.kv_cache, keys.to(dtype), values.to(dtype), self._starts, layer)
         pair = self.kv_cache[2 * layer : 2 * layer + 2, :, :, : self._key_len]
         return pair[0].to(keys.dtype), pair[1].to(values.dtype)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from llama import runtime
 
-# On the CPU device F.linear with up to this many rows is one fused loop per row; with more, w @ x.t() reaches XLA's matrix product.
-CPU_ROWS_ONE_BY_ONE = 1
+# On the CPU device: up to how many rows go through the one-row product one after the other, by the weight's dtype. With more, the
+# matrix product wins, for which narrow weights are widened into memory first (docs/performance.md, the kernel table).
+FEW_ROWS = {torch.float32: 32, torch.bfloat16: 96, torch.int8: 96}
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -26,18 +27,77 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = N
         scale: [out] float32, of an int8 weight (quantize.py): multiplies the product.
 
     Returns:
-        [..., out] in x's dtype. On XLA:CPU one row is a fused loop of ``F.linear``; several rows would fall to a fortieth of the
-        speed that way, and go through ``(w @ x.t()).t()`` (DESIGN facts measured again in docs/log.md).
+        [..., out] in x's dtype.
     """
     if scale is not None:
         return (linear(x, weight) * scale).to(x.dtype)
-    weight = weight.to(x.dtype)
-    if x.device.type != "xla" or runtime.device_kind() != "CPU":
-        return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= CPU_ROWS_ONE_BY_ONE:
-        return F.linear(x, weight)
-    return (weight @ rows.t()).t().reshape(*x.shape[:-1], weight.shape[0])
+    lowering = choose_lowering(x.shape[:-1].numel(), weight.dtype, x.device)
+    return LOWERINGS[lowering](x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def choose_lowering(rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Which of ``LOWERINGS`` a linear layer takes: the one table of what depends on the device kind.
+
+    Args:
+        rows: how many positions go through the layer at once.
+        dtype: of the weight.
+    """
+    if device.type != "xla" or runtime.device_kind() != "CPU" or rows == 1:
+        return "plain"
+    return "row_by_row" if rows <= FEW_ROWS.get(dtype, 1) else "matrix"
+
+
+def linear_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``F.linear``. On XLA:CPU one row is a fused loop that reads the weight once; several rows fall to a fraction of the speed."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def linear_matrix(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``(w @ x.t()).t()``: XLA:CPU hands this form to Eigen's matrix product, and not the one of ``F.linear``."""
+    return (weight.to(x.dtype) @ x.t()).t()
+
+
+def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A loop inside the program over the rows of x [rows, in]: one small kernel, whose weight stays in the cache from row to row."""
+    if x.device.type != "xla":
+        return F.linear(x, weight.to(x.dtype))
+    out: torch.Tensor = _row_by_row_op()(x, weight)
+    return out
+
+
+LOWERINGS = {"plain": linear_plain, "matrix": linear_matrix, "row_by_row": linear_row_by_row}
+
+
+@cache
+def _row_by_row_op() -> Any:
+    """The registered XLA operation behind ``linear_row_by_row``.
+
+    XLA must not move the widening of the weight out of the loop, which would write it to memory as a whole: runtime.py's flags.
+    """
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    int32 = xb.Type.S32
+
+    def lower(x: Any, weight: Any) -> Any:
+        builder = x.builder()
+        rows, width = x.shape().sizes
+        dtype = x.shape().dtype
+        out = xb.Op.scalar(builder, 0.0, dtype=dtype).broadcast([rows, weight.shape().sizes[0]])
+
+        def more(row: Any, x: Any, weight: Any, out: Any) -> Any:
+            return row < xb.Op.scalar(row.builder(), rows, dtype=int32)
+
+        def one_row(row: Any, x: Any, weight: Any, out: Any) -> Any:
+            zero = xb.Op.scalar(row.builder(), 0, dtype=int32)
+            product = x.dynamic_slice([row, zero], [1, width]) @ weight.cast(dtype).transpose([1, 0])
+            following = row + xb.Op.scalar(row.builder(), 1, dtype=int32)
+            return xb.Op.tuple([following, x, weight, out.dynamic_update_slice(product, [row, zero])])
+
+        first = xb.Op.scalar(builder, 0, dtype=int32)
+        return xb.Op.mkwhile([first, x, weight, out], more, one_row).get_tuple_element(3)
+
+    return registry.register("llama_linear_row_by_row", lower)
 
 
 @cache
@@ -46,16 +106,22 @@ def _cache_write_op() -> Any:
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(kv_cache: Any, update: Any, starts: Any, layer: int) -> Any:
-        """One DynamicUpdateSlice per batch row: XLA runs them in place where a scatter would be a loop."""
+    def lower(kv_cache: Any, keys: Any, values: Any, starts: Any, layer: int) -> Any:
+        """One DynamicUpdateSlice per batch row and kind: XLA runs them in place where a scatter would be a loop.
+
+        Keys and values apart, although one slice could hold both: XLA:CPU fuses the joining into the update and then takes 174
+        microseconds a layer for it instead of 10 (docs/log.md).
+        """
         builder = kv_cache.builder()
         int32 = starts.shape().dtype
         zero = xb.Op.scalar(builder, 0, dtype=int32)
-        pair = xb.Op.scalar(builder, 2 * layer, dtype=int32)
-        for row in range(update.shape().sizes[1]):
-            start = starts.slice([row], [row + 1]).reshape([])
-            place = (pair, xb.Op.scalar(builder, row, dtype=int32), zero, start, zero)
-            kv_cache = kv_cache.dynamic_update_slice(update.slice_in_dim(row, row + 1, 1), place)
+        for kind, update in enumerate((keys, values)):
+            stacked = update.reshape([1, *update.shape().sizes])
+            place = xb.Op.scalar(builder, 2 * layer + kind, dtype=int32)
+            for row in range(update.shape().sizes[0]):
+                start = starts.slice([row], [row + 1]).reshape([])
+                corner = (place, xb.Op.scalar(builder, row, dtype=int32), zero, start, zero)
+                kv_cache = kv_cache.dynamic_update_slice(stacked.slice_in_dim(row, row + 1, 1), corner)
         return kv_cache
 
     return registry.register("llama_cache_write", lower)
@@ -105,12 +171,12 @@ def rotate_left(x: torch.Tensor, distance: int) -> torch.Tensor:
     return rotated
 
 
-def write_cache(kv_cache: torch.Tensor, update: torch.Tensor, starts: torch.Tensor, layer: int) -> torch.Tensor:
+def write_cache(kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, layer: int) -> torch.Tensor:
     """Write one layer's new keys and values into the stacked cache, each row at its own position.
 
     Args:
         kv_cache: [2 L, B, K, S, D], the keys of layer l at 2 l and its values at 2 l + 1.
-        update: [2, B, K, T, D] in the cache's dtype.
+        keys, values: [B, K, T, D] in the cache's dtype.
         starts: [B] int32, the first position of each row. The caller keeps ``starts + T <= S``: XLA clamps a start that does
             not fit and would overwrite the last positions without a word.
         layer: l.
@@ -118,5 +184,5 @@ def write_cache(kv_cache: torch.Tensor, update: torch.Tensor, starts: torch.Tens
     Returns:
         The cache with the update in it: use it and forget the argument. In place where the argument is donated to the program.
     """
-    result: torch.Tensor = _cache_write_op()(kv_cache, update, starts, layer=layer)
+    result: torch.Tensor = _cache_write_op()(kv_cache, keys, values, starts, layer=layer)
     return result

@@ -25,6 +25,14 @@ from llama.errors import LLaMAError
 
 ALIGNMENT = 64  # bytes
 
+# How XLA compiles for the CPU device; whoever sets XLA_FLAGS has the last word. Measured in docs/log.md, 2026-11-21.
+CPU_FLAGS = (
+    # its newer emitter writes to the cache by a loop over all positions of all layers
+    "--xla_cpu_use_fusion_emitters=false",
+    # the loop over rows widens a narrow weight as it reads it; hoisted, it would be written to memory in float32 first
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
+)
+
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -57,6 +65,8 @@ def init() -> torch.device:
     """
     if "PJRT_DEVICE" not in os.environ and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
         os.environ["PJRT_DEVICE"] = "CPU"
+    if os.environ.get("PJRT_DEVICE") == "CPU" and CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
     import torch_xla
 
     device: torch.device = torch_xla.device()

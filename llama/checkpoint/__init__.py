@@ -74,7 +74,7 @@ def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bo
 def random_tensors(model: Transformer, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Seeded random weights for every parameter of ``model``: normal with deviation 0.02, norms all one. For tests and timings."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         if parameter.dim() == 1:
             yield name, torch.ones(parameter.shape)
         else:
