@@ -35,8 +35,10 @@ setup(
     ],
     extras_require={
         "tpu": ["torch_xla[tpu]==2.9.0"],
+        "bench": ["transformers>=4.56,<6", "llama-cpp-python>=0.3.16,<0.4", "gguf>=0.17,<1", "matplotlib>=3.9,<4"],
         "dev": [
             "transformers>=4.56,<6",
+            "matplotlib>=3.9,<4",
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.18",

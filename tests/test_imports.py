@@ -23,7 +23,7 @@ LADDER = [
     {"engine", "prompts"},
     {"results"},
     {"generation"},
-    {"conversation"},
+    {"conversation", "bench"},
     {"cli"},
 ]
 KNOWS_TORCH_XLA = {"runtime", "ops"}

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from llama import __version__
+from llama.cli.bench import bench, kernels
 from llama.cli.chat import chat
 from llama.cli.checkpoints import convert, inspect as inspect_directory, reshard
 from llama.cli.flags import Command, help_text, normalise, parser_for
@@ -31,6 +32,8 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect_directory,
     "convert": convert,
     "reshard": reshard,
+    "bench": bench,
+    "kernels": kernels,
 }
 USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorch/XLA
 
@@ -40,6 +43,8 @@ USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorc
   llama-xla inspect    show what a checkpoint holds and needs
   llama-xla convert    write a checkpoint as safetensors
   llama-xla reshard    split or join a checkpoint in Meta's format
+  llama-xla bench      measure speed, alone or beside transformers and llama.cpp
+  llama-xla kernels    time the ways to compute a linear layer
   llama-xla --version
 """
 

@@ -25,7 +25,7 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: what follows the command's name. A flag is ``--name value``, ``--name=value``, or ``--name`` for a boolean;
             dashes and underscores within a name are the same. Parameters that are not keyword-only may come without their names,
-            in order.
+            in order. ``command.short`` may name one-letter forms of some.
 
     Returns:
         One string a flag; a repeatable flag's values are joined into one JSON list.
@@ -35,11 +35,13 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
     """
     parameters = inspect.signature(command).parameters
     kinds = {name: str(p.annotation) for name, p in parameters.items()}
+    short = {f"-{letter}": f"--{name}" for letter, name in getattr(command, "short", {}).items()}
     places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     values: dict[str, list[str]] = {}
     queue = list(arguments)
     while queue:
         argument = queue.pop(0)
+        argument = short.get(argument, argument)
         if places and not argument.startswith("-"):
             values.setdefault(places.pop(0), []).append(argument)
             continue

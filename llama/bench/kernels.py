@@ -1,0 +1,94 @@
+"""The kernel table: every lowering of a linear layer, and both of attention, timed on the shapes of a model.
+
+A chain of layers that depend on each other, as in a model, so that neither XLA nor the caches can take a short cut: their weights
+together are larger than the caches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from llama import ops, runtime
+from llama.config import ModelArgs
+from llama.quantize import quantize
+
+CHAIN_BYTES = 160 * 2**20
+MOST_LAYERS = 24  # each is a few kernels to compile
+RUNS = 7
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+TOO_SLOW = {"plain": 16, "row_by_row": 128, "one_row": 1}  # up to how many rows a lowering is tried
+
+
+def measure(program: Callable[..., list[torch.Tensor]], args: Sequence[torch.Tensor]) -> float:
+    """Seconds of one run, the median of a few after one that warms up."""
+    spent = []
+    for _ in range(RUNS + 1):
+        began = time.perf_counter()
+        runtime.fetch(program(*args)[0])
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent[1:])
+
+
+def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Every lowering x rows x dtype for a feed-forward layer of the shape.
+
+    Returns:
+        Per line: lowering, rows, dtype, milliseconds a layer, GB/s of weights, GFLOP/s, and whether the engine picks it.
+    """
+    device = runtime.init()
+    found = []
+    for dtype_name, dtype in DTYPES.items():
+        weights, layers = _weights(args, dtype, device)
+        for count in rows:
+            x = runtime.upload(torch.randn(count, args.dim), device)
+            for name, lowering in ops.LOWERINGS.items():
+                if count > TOO_SLOW.get(name, count):
+                    continue
+                seconds = _chain(f"{name} {count} {dtype_name}", lowering, weights, x) / layers
+                size = args.dim * args.hidden_dim
+                found.append(
+                    {
+                        "lowering": name,
+                        "rows": count,
+                        "dtype": dtype_name,
+                        "ms": 1e3 * seconds,
+                        "gb_s": size * dtype.itemsize / seconds / 1e9,
+                        "gflop_s": 2 * size * count / seconds / 1e9,
+                        "picked": ops.choose_lowering(count, dtype, device) == name,
+                    }
+                )
+    return found
+
+
+def _weights(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> tuple[list[torch.Tensor], int]:
+    layers = min(max(CHAIN_BYTES // (args.dim * args.hidden_dim * dtype.itemsize), 2), MOST_LAYERS)
+    made = []
+    for _ in range(layers):
+        weight = torch.randn(args.hidden_dim, args.dim) * 0.02
+        made.append(runtime.adopt(quantize(weight)[0] if dtype == torch.int8 else weight.to(dtype), device))
+    return made, layers
+
+
+def _chain(name: str, lowering: Callable[..., torch.Tensor], weights: list[torch.Tensor], x: torch.Tensor) -> float:
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = x.sum(-1, keepdim=True) * 0
+        for weight in weights:
+            total = total + lowering(x + total * 1e-9, weight).sum(-1, keepdim=True)
+        return (total,)
+
+    return measure(runtime.compile_program(name, run, (x,)), (x,))
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The lines as markdown; what the engine picks is marked."""
+    lines = ["| dtype | rows | lowering | ms | GB/s | GFLOP/s | picked |", "|---|---|---|---|---|---|---|"]
+    for each in found:
+        mark = "yes" if each["picked"] else ""
+        numbers = f"{each['ms']:.3f} | {each['gb_s']:.1f} | {each['gflop_s']:.1f}"
+        lines.append(f"| {each['dtype']} | {each['rows']} | {each['lowering']} | {numbers} | {mark} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,182 @@
+"""Other programs as Runners, on the same random weights, shape, dtype and number of threads.
+
+transformers runs eagerly with its own cache; llama.cpp runs through llama-cpp-python on a GGUF file that is written for the occasion.
+Both decode greedily by their lowest calls, which flatters them a little: no text is made and no token is checked.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.bench.workload import SHAPES, WEIGHTS_SEED, Times, Workload
+from llama.checkpoint import open_checkpoint, random_tensors
+from llama.checkpoint.names import to_hugging_face
+from llama.config import ModelArgs
+from llama.errors import ConfigError
+from llama.model import Transformer
+
+
+def weights_of(work: Workload) -> tuple[ModelArgs, Iterator[tuple[str, torch.Tensor]]]:
+    """The shape and the weights that every runner takes, by Meta's names."""
+    if work.directory is not None:
+        source = open_checkpoint(work.directory)
+        return source.args, source.tensors()
+    args = SHAPES[work.shape]
+    with torch.device("meta"):
+        model = Transformer(args, 2)
+    return args, random_tensors(model, WEIGHTS_SEED)
+
+
+class HuggingFaceRunner:
+    """transformers' LlamaForCausalLM.
+
+    Raises:
+        ConfigError: int8, which it has no comparable form of; or it is not installed.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        if work.dtype == "int8":
+            raise ConfigError("--compare hf: transformers has no weight-only int8 on the CPU to compare with; take bfloat16 or float32")
+        try:
+            import transformers
+        except ImportError as error:
+            raise ConfigError("--compare hf needs transformers: pip install 'llama-xla[bench]'") from error
+        dtype = torch.float32 if work.dtype == "float32" else torch.bfloat16
+        args, tensors = weights_of(work)
+        config = transformers.LlamaConfig(
+            hidden_size=args.dim,
+            intermediate_size=args.hidden_dim,
+            num_hidden_layers=args.n_layers,
+            num_attention_heads=args.n_heads,
+            num_key_value_heads=args.kv_heads,
+            vocab_size=args.vocab_size,
+            rms_norm_eps=args.norm_eps,
+            max_position_embeddings=work.positions,
+            tie_word_embeddings=args.tie_word_embeddings,
+        )
+        began = time.perf_counter()
+        torch.set_default_dtype(dtype)
+        self._model = transformers.LlamaForCausalLM(config)
+        # query and key rows stay in Meta's order: other numbers, the same work
+        state = {str(to_hugging_face(name)): tensor.to(dtype) for name, tensor in tensors}
+        self._model.load_state_dict(state, strict=False, assign=True)
+        self._model.eval()
+        self._work = work
+        self._ids = torch.tensor([work.prompt(row, args.vocab_size) for row in range(work.batch)])
+        self.facts: dict[str, Any] = {"load_s": time.perf_counter() - began, "version": f"transformers {transformers.__version__}"}
+        self.run()
+
+    def run(self) -> Times:
+        """Prefill and decode once."""
+        with torch.inference_mode():
+            began = time.perf_counter()
+            out = self._model(input_ids=self._ids, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            first = time.perf_counter()
+            for _ in range(self._work.gen_len - 1):
+                out = self._model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
+            return Times(first - began, time.perf_counter() - first)
+
+
+class LlamaCppRunner:
+    """llama.cpp through llama-cpp-python; one row.
+
+    Raises:
+        ConfigError: more rows; or llama-cpp-python or gguf is not installed.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        if work.batch > 1:
+            raise ConfigError("--compare llama.cpp: one row only; leave --batch out")
+        try:
+            import llama_cpp
+        except ImportError as error:
+            raise ConfigError("--compare llama.cpp needs llama-cpp-python and gguf: pip install 'llama-xla[bench]'") from error
+        self._work = work
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model.gguf"
+            vocab_size = write_gguf(work, path)
+            began = time.perf_counter()
+            threads = len(os.sched_getaffinity(0))
+            self._model = llama_cpp.Llama(
+                str(path), n_ctx=work.positions, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=False
+            )
+        self._ids = work.prompt(0, vocab_size)
+        self.facts: dict[str, Any] = {
+            "load_s": time.perf_counter() - began,
+            "version": f"llama-cpp-python {llama_cpp.__version__}",
+        }
+        self.run()
+
+    def run(self) -> Times:
+        """Prefill and decode once."""
+        self._model.reset()
+        began = time.perf_counter()
+        self._model.eval(self._ids)
+        token = self._model.sample(temp=0.0, top_k=1, repeat_penalty=1.0)
+        first = time.perf_counter()
+        for _ in range(self._work.gen_len - 1):
+            self._model.eval([token])
+            token = self._model.sample(temp=0.0, top_k=1, repeat_penalty=1.0)
+        return Times(first - began, time.perf_counter() - first)
+
+
+GGUF_NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "output.weight": "output.weight",
+    "norm.weight": "output_norm.weight",
+    "attention.wq.weight": "attn_q.weight",
+    "attention.wk.weight": "attn_k.weight",
+    "attention.wv.weight": "attn_v.weight",
+    "attention.wo.weight": "attn_output.weight",
+    "feed_forward.w1.weight": "ffn_gate.weight",
+    "feed_forward.w2.weight": "ffn_down.weight",
+    "feed_forward.w3.weight": "ffn_up.weight",
+    "attention_norm.weight": "attn_norm.weight",
+    "ffn_norm.weight": "ffn_norm.weight",
+}
+
+
+def write_gguf(work: Workload, path: Path) -> int:
+    """Write a workload's weights for llama.cpp, with a vocabulary of placeholders; returns its size. int8 becomes Q8_0."""
+    import gguf
+
+    args, tensors = weights_of(work)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    kinds = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizationType.Q8_0}
+    writer.add_context_length(work.positions)
+    writer.add_embedding_length(args.dim)
+    writer.add_block_count(args.n_layers)
+    writer.add_feed_forward_length(args.hidden_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.kv_heads)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_rope_freq_base(args.rope_theta)
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_tokenizer_model("llama")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(f"t{i}" for i in range(259, args.vocab_size))]
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * args.vocab_size)
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (args.vocab_size - 259)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, tensor in tensors:
+        kind = kinds[work.dtype] if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
+        _, dot, rest = name.partition("layers.")
+        layer, _, leaf = rest.partition(".")
+        full = f"blk.{layer}.{GGUF_NAMES[leaf]}" if dot else GGUF_NAMES[name]
+        writer.add_tensor(full, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return args.vocab_size

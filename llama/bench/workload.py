@@ -1,0 +1,102 @@
+"""What a benchmark runs: the shapes by name, and everything that must be equal between the programs compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from llama.config import DEMO_DIR, ModelArgs
+from llama.errors import ConfigError
+
+SHAPES: dict[str, ModelArgs] = {
+    "tiny": ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=1024, multiple_of=32),
+    "110m": ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
+    "1.1b": ModelArgs(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000),
+    "7b": ModelArgs(vocab_size=32000),
+}
+RUNNERS = ("ours", "hf", "llama.cpp")
+WEIGHTS_SEED = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One measurement.
+
+    Attributes:
+        shape: a name of ``SHAPES`` with seeded random weights, or ``demo``, the shipped model.
+        ckpt_dir: a checkpoint instead of a shape.
+        prompt_len: tokens of each prompt, BOS included.
+        gen_len: tokens generated a row; the first comes from the prompt.
+        batch: rows.
+        dtype: float32, bfloat16 or int8, of the weights.
+        max_seq_len: positions of the cache; None means as many as are needed.
+        buckets: chunk lengths; None means the engine's.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    shape: str = "110m"
+    ckpt_dir: str | None = None
+    prompt_len: int = 512
+    gen_len: int = 128
+    batch: int = 1
+    dtype: str = "float32"
+    max_seq_len: int | None = None
+    buckets: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape not in (*SHAPES, "demo"):
+            raise ConfigError(f"shape: got {self.shape!r}, expected one of {', '.join((*SHAPES, 'demo'))}")
+        for name, least in (("prompt_len", 1), ("gen_len", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        if self.positions < self.prompt_len + self.gen_len:
+            raise ConfigError(f"max_seq_len: got {self.positions}, expected at least prompt_len {self.prompt_len} + gen_len {self.gen_len}")
+
+    @property
+    def positions(self) -> int:
+        """The cache's length."""
+        return self.prompt_len + self.gen_len if self.max_seq_len is None else self.max_seq_len
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the weights are; None for random ones."""
+        if self.ckpt_dir is not None:
+            return Path(self.ckpt_dir)
+        return DEMO_DIR if self.shape == "demo" else None
+
+    @property
+    def name(self) -> str:
+        """How tables call the model."""
+        return self.shape if self.ckpt_dir is None else Path(self.ckpt_dir).name
+
+    def prompt(self, row: int, vocab_size: int) -> list[int]:
+        """The token ids of a row's prompt: the same for every program, other ones in every row."""
+        return [1 + (7 * i + 31 * row + i * i) % (vocab_size - 2) for i in range(self.prompt_len)]
+
+    def to_json(self) -> str:
+        """One line that ``from_json`` reads back."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Workload:
+        """The workload that ``to_json`` wrote."""
+        found = cls(**json.loads(text))
+        return replace(found, buckets=tuple(found.buckets) if found.buckets else None)
+
+
+@dataclass
+class Times:
+    """One run.
+
+    Attributes:
+        prefill_s: until the first token of every row is known.
+        decode_s: from there until the last.
+        points: (position, seconds since the first token), where the program says them.
+    """
+
+    prefill_s: float
+    decode_s: float
+    points: list[tuple[int, float]] = field(default_factory=list)

@@ -1,0 +1,107 @@
+"""The commands `llama-xla bench` and `llama-xla kernels`: how fast, beside what."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llama.cli.flags import one_of
+from llama.cli.output import json_line, log_to_stderr, write
+from llama.errors import ConfigError
+
+
+def bench(
+    *,
+    shape: str = "110m",
+    ckpt_dir: str | None = None,
+    prompt_len: int = 512,
+    gen_len: int = 128,
+    repetitions: int = 5,
+    batch: list[int] | None = None,
+    dtype: str = "float32",
+    max_seq_len: int | None = None,
+    buckets: list[int] | None = None,
+    compare: list[str] | None = None,
+    output: str = "md",
+    plot: str | None = None,
+) -> None:
+    """Measure prefill and decode speed, alone or beside another program. Warm-up is not counted.
+
+    llama-xla bench --shape 110m -p 512 -n 64 -r 5 --compare hf
+
+    Workload:
+        shape: demo, tiny, 110m, 1.1b or 7b: the demo model, or random weights of that size.
+        ckpt_dir: A checkpoint instead.
+        prompt_len: Prompt tokens; also -p.
+        gen_len: Generated tokens; also -n.
+        repetitions: Runs that are counted; also -r.
+        batch: Rows, one or several: 1,8 measures both. Without it: 1.
+        dtype: How weights are stored: float32, bfloat16 or int8.
+        max_seq_len: Positions of the cache. Without it: as many as are needed.
+        buckets: Chunk lengths. Without it: the engine's.
+        compare: hf (transformers) or llama.cpp, on the same weights, alternating with ours; may be given several times.
+
+    Output:
+        output: md, csv, json or jsonl; also -o. The last line is always one JSON object.
+        plot: A PNG of tokens per second and time per step over position.
+    """
+    from llama.bench import child, report
+    from llama.bench.ceiling import read_ceiling
+    from llama.bench.workload import RUNNERS, Workload
+
+    log_to_stderr(quiet=True)
+    one_of("output", output, report.FORMATS)
+    runners = ["ours", *(one_of("compare", name, RUNNERS[1:]) for name in compare or ())]
+    if repetitions < 1:
+        raise ConfigError(f"repetitions: got {repetitions}, expected at least 1")
+    if plot is not None and not Path(plot).absolute().parent.is_dir():
+        raise ConfigError(f"--plot: no such directory: {Path(plot).absolute().parent}")
+    works = [
+        Workload(shape, ckpt_dir, prompt_len, gen_len, rows, dtype, max_seq_len, tuple(buckets) if buckets else None)
+        for rows in batch or (1,)
+    ]
+    rows, ceiling = [], 0.0
+    for work in works:
+        children: list[child.Child] = []
+        try:
+            for name in runners:
+                print(f"Warming up {name}, batch {work.batch}", file=sys.stderr)
+                children.append(child.Child(name, work))
+            ceiling = max(ceiling, read_ceiling())
+            runs = [[each.run() for each in children] for _ in range(repetitions)]  # alternating
+            ceiling = max(ceiling, read_ceiling())
+            rows += [report.summarise(work, c.runner, c.facts, [r[i] for r in runs], ceiling) for i, c in enumerate(children)]
+        finally:
+            for each in children:
+                each.close()
+    compared = report.ratios(rows)
+    write(report.render(rows, compared, output))
+    if plot is not None:
+        report.plot([row for row in rows if row["runner"] == "ours"], ceiling, Path(plot))
+    brief = [{name: value for name, value in row.items() if name != "points"} for row in rows]
+    write(json_line({"rows": brief, "ratios": compared, "read_ceiling_gb_s": ceiling / 1e9}))
+
+
+bench.short = {"p": "prompt_len", "n": "gen_len", "r": "repetitions", "o": "output"}  # type: ignore[attr-defined]
+
+
+def kernels(*, shape: str = "110m", rows: list[int] | None = None, save: str | None = None, json: bool = False) -> None:
+    """Time every lowering of a linear layer, and show which one the engine picks.
+
+    llama-xla kernels --shape 110m --rows 1,8,64,512
+
+    Flags:
+        shape: tiny, 110m, 1.1b or 7b: the layer's sizes are those of its feed-forward.
+        rows: Rows that go through the layer at once. Without it: 1,8,64,512.
+        save: A file that the table is also written to.
+        json: Print one JSON object per line and lowering.
+    """
+    from llama.bench import kernels as timing
+    from llama.bench.workload import SHAPES
+
+    log_to_stderr(quiet=True)
+    found = timing.linear_table(SHAPES[one_of("shape", shape, tuple(SHAPES))], rows or (1, 8, 64, 512))
+    text = "".join(json_line(each) for each in found) if json else timing.table(found)
+    write(text)
+    if save is not None:
+        Path(save).write_text(text, encoding="utf-8")
