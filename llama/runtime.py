@@ -14,14 +14,17 @@ Written against torch_xla 2.9.0, pinned in setup.py: the calls into ``_XLAC`` ar
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from llama.errors import LLaMAError
+from llama.errors import ConfigError, LLaMAError
 
 ALIGNMENT = 64  # bytes
 
@@ -71,6 +74,30 @@ def init() -> torch.device:
 
     device: torch.device = torch_xla.device()
     return device
+
+
+def dump_programs(directory: Path) -> None:
+    """Have XLA write every program that it compiles to a directory; call it before ``init``.
+
+    Raises:
+        ConfigError: XLA has been started, and reads its flags no more.
+    """
+    if "torch_xla" in sys.modules:
+        raise ConfigError("dump_hlo: XLA has been started in this process, and reads its flags only then; use a new process")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={directory} --xla_dump_hlo_as_text".strip()
+
+
+@contextmanager
+def profiled(directory: Path) -> Iterator[None]:
+    """Within: the device and the runtime are traced; the trace is written at the end, for TensorBoard and for Perfetto."""
+    import torch_xla.debug.profiler as profiler
+
+    profiler.start_trace(str(directory))
+    try:
+        yield
+    finally:
+        wait()
+        profiler.stop_trace()
 
 
 def device_kind() -> str:

@@ -19,7 +19,7 @@ LADDER = [
     {"kv_cache"},
     {"model"},
     {"checkpoint", "sampling", "buckets", "steps", "tokenizer", "memory"},
-    {"chat", "inspection"},
+    {"chat", "inspection", "hlo"},
     {"engine", "prompts"},
     {"results"},
     {"generation"},

@@ -76,6 +76,18 @@ def test_peak_memory_of_loading(made: Path, name: str, dtype: str) -> None:
     assert found["peak"] <= MOST * found["loaded"], f"{found['peak'] / found['loaded']:.2f} times the model's bytes"
 
 
+@pytest.mark.parametrize("name", ["meta", "split", "huggingface3"])
+def test_loading_as_int8_never_holds_the_wide_model(made: Path, name: str) -> None:
+    """From float32 files: well below what their weights take, whatever the layout; the rest is the process's own."""
+    command = [sys.executable, "-c", MEASURE, str(made / name), "int8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    wide = sum(path.stat().st_size for path in (made / name).iterdir() if path.suffix in (".pth", ".safetensors"))
+    assert found["loaded"] < 0.3 * wide
+    assert found["peak"] < 0.5 * wide
+
+
 def test_own_files_begin_where_the_device_can_use_them(tmp_path: Path) -> None:
     """So that a float32 model on the CPU device is the mapped file itself."""
     write_meta(tmp_path / "meta", TINY, [random_weights(TINY)])

@@ -68,7 +68,7 @@ def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bo
         return {leaf: tensor.to(dtype)}
     if is_linear and tensor.is_floating_point() and leaf == "weight":
         return dict(zip(("weight", "scale"), quantize(tensor), strict=True))
-    return {leaf: tensor}
+    return {leaf: tensor.clone() if tensor.is_floating_point() else tensor}  # or it would keep the whole file mapped
 
 
 def random_tensors(model: Transformer, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ import codecs
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from llama.errors import FlagError, InterruptedRunError, PromptError
 from llama.prompts import check_fit, encode_prompt
 
 if TYPE_CHECKING:
+    from llama.generation import LLaMA
     from llama.prompts import Prompt
     from llama.results import Generation
 
@@ -25,6 +27,7 @@ log = logging.getLogger("llama")
 DEMO_PROMPT = "Once upon a time"
 SYNTHETIC_PROMPT_LEN = 6
 LARGEST_DEFAULT_BATCH = 32
+TRACED_TOKENS = 8
 
 
 def generate(
@@ -57,6 +60,8 @@ def generate(
     json: bool = False,
     quiet: bool = False,
     verbose: bool = False,
+    profile: str | None = None,
+    dump_hlo: str | None = None,
 ) -> None:
     """Continue prompts with the demo model, or with a checkpoint.
 
@@ -102,6 +107,8 @@ def generate(
         quiet: No log on stderr.
         verbose: A longer log: the memory plan, and every program that is compiled.
         repeat: Timed passes over all prompts.
+        profile: A directory for a trace of a few steps, run behind the last pass, that TensorBoard and Perfetto open.
+        dump_hlo: A directory for the compiled programs as XLA writes them; what they hold is summed up in its summary.txt.
     """
     log_to_stderr(quiet, verbose)
     if repeat < 1:
@@ -123,6 +130,12 @@ def generate(
     if tokenizer is not None:
         for index, text in enumerate(texts):  # weights can take minutes: what does not fit is told before
             check_fit(index, len(encode_prompt(tokenizer, index, text, tokenizer.n_words)), max_gen_len, config.max_seq_len)
+    if dump_hlo is not None:
+        from llama import runtime
+
+        runtime.dump_programs(_made_directory("dump_hlo", dump_hlo))
+    if profile is not None:
+        _made_directory("profile", profile)
     from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
 
     progress = not quiet and sys.stderr.isatty()
@@ -143,6 +156,34 @@ def generate(
             _log_summary(results)
             if any(result.finish_reason == "interrupted" for result in results):
                 raise InterruptedRunError("interrupted; what had been generated is printed")
+    if profile is not None:
+        _trace(llm, prompts, params, Path(profile))
+    if dump_hlo is not None:
+        from llama import hlo
+
+        (Path(dump_hlo) / "summary.txt").write_text("\n".join(hlo.report(Path(dump_hlo))) + "\n", encoding="utf-8")
+        log.info("Wrote the programs to %s; summary.txt tells what they hold", dump_hlo)
+
+
+def _made_directory(flag: str, name: str) -> Path:
+    """A directory that the run may write to."""
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlagError(f"--{flag} {name}: {error.strerror or error}") from error
+    return path.absolute()
+
+
+def _trace(llm: LLaMA, prompts: Sequence[Prompt], params: SamplingParams, directory: Path) -> None:
+    """Run the first batch again for a few tokens, with everything compiled, under the profiler."""
+    from llama import runtime
+
+    few = replace(params, max_gen_len=min(params.max_gen_len, TRACED_TOKENS))
+    batch = prompts[: llm.config.max_batch_size]
+    with runtime.profiled(directory):
+        llm.generate(batch, params=[few] * len(batch))
+    log.info("Wrote a trace to %s: tensorboard --logdir %s, or its *.trace.json.gz in ui.perfetto.dev", directory, directory)
 
 
 def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, int | None]) -> ModelArgs | None:

@@ -1,0 +1,65 @@
+"""What XLA made of the programs: a summary of the optimised HLO that a dump directory holds. Text in, text out; it knows no device.
+
+``--xla_dump_to`` writes a file for each program and stage; the one called ``after_optimizations`` is what runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class ProgramSummary:
+    """One program.
+
+    Attributes:
+        name: of its file.
+        operations: how many of each kind its entry computation runs.
+        copies: bytes that copy operations of the entry write.
+        aliases: outputs that take over an input's memory.
+        largest: bytes written by kind of operation, the most first.
+    """
+
+    name: str
+    operations: Counter[str]
+    copies: int
+    aliases: int
+    largest: list[tuple[str, int]]
+
+
+def summarise(path: Path) -> ProgramSummary:
+    """Read one ``*after_optimizations.txt``."""
+    text = path.read_text(encoding="utf-8")
+    header, _, _ = text.partition("\n")
+    entry = text[text.index("\nENTRY ") :]
+    operations: Counter[str] = Counter()
+    written: Counter[str] = Counter()
+    for line in entry.splitlines():
+        found = OPERATION.match(line)
+        if found is None or found[3] in ("parameter", "constant", "bitcast", "get-tuple-element", "tuple"):
+            continue
+        size = BYTES.get(found[1], 4)
+        for extent in filter(None, found[2].split(",")):
+            size *= int(extent)
+        operations[found[3]] += 1
+        if "dynamic-update-slice" not in line.partition("=")[0]:  # in place: it writes its update only
+            written[found[3]] += size
+    return ProgramSummary(path.name, operations, written["copy"], len(re.findall(r"-alias\)", header)), written.most_common(SHOWN))
+
+
+def report(directory: Path) -> Iterator[str]:
+    """A few lines a program of a dump directory, the largest programs first."""
+    paths = sorted(directory.glob("*after_optimizations.txt"), key=lambda path: -path.stat().st_size)
+    for summary in map(summarise, paths):
+        yield f"{summary.name}: {summary.operations.total()} operations, {summary.aliases} aliases, {summary.copies} bytes copied"
+        counts = ", ".join(f"{kind} {count}" for kind, count in summary.operations.most_common(SHOWN))
+        yield f"    operations: {counts}"
+        yield "    bytes written: " + ", ".join(f"{kind} {size:,}" for kind, size in summary.largest)

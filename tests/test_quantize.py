@@ -1,0 +1,169 @@
+"""Weight-only int8: the arithmetic against NumPy, every lowering of a linear layer against torch, and what the model loses by it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import TINY, random_weights, write_meta
+from commands import ROOT, Run
+
+from llama import EngineConfig, LLaMA, checkpoint, ops, runtime
+from llama.checkpoint import open_checkpoint, stored_as
+from llama.checkpoint.reshard import convert, reshard
+from llama.config import DEMO_DIR
+from llama.errors import CheckpointError, ConfigError
+from llama.memory import dtypes_for, weight_bytes
+from llama.model import Linear, Transformer
+from llama.quantize import quantize
+from llama.tokenizer import Tokenizer
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (300, 5000)])
+def test_quantize_is_row_wise_absmax(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """As plain NumPy computes it; the largest number of a row becomes 127, and nothing is off by more than half a scale."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, 0] = 9
+    numbers, scales = quantize(weight)
+    plain = weight.float().numpy()
+    expected = np.abs(plain).max(axis=1) / np.float32(127)
+    assert np.array_equal(scales.numpy(), expected.astype(np.float32))
+    assert np.array_equal(numbers.numpy(), np.rint(plain / expected[:, None]).astype(np.int8))
+    assert numbers.abs().amax(dim=1).eq(127).all()
+    assert ((numbers * scales.unsqueeze(1) - weight.float()).abs() <= scales.unsqueeze(1) * 0.5001).all()
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    numbers, scales = quantize(torch.zeros(3, 4))
+    assert numbers.eq(0).all()
+    assert scales.eq(1).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("lowering", sorted(ops.LOWERINGS))
+def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, rows: int) -> None:
+    """Compiled on the device, against torch on the host in float64."""
+    device = runtime.init()
+    x, weight = torch.randn(rows, 96), torch.randn(160, 96)
+    weight = (20 * weight).to(dtype) if dtype == torch.int8 else weight.to(dtype)
+    inputs = (runtime.upload(x, device), runtime.upload(weight, device))
+    program = runtime.compile_program(lowering, lambda x, w: (ops.LOWERINGS[lowering](x, w),), inputs)
+    found = runtime.fetch(program(*inputs)[0])
+    expected = x.double() @ weight.double().t()
+    assert found.shape == (rows, 160)
+    assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
+    """One row, a few, many; other devices keep the plain form."""
+    device = runtime.init()
+    picked = [ops.choose_lowering(rows, torch.float32, device) for rows in (1, 2, 32, 33, 512)]
+    assert picked == ["one_row", "row_by_row", "row_by_row", "matrix", "matrix"]
+    assert ops.choose_lowering(64, torch.int8, device) == "row_by_row"
+    assert {ops.choose_lowering(rows, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_as_int8_quantises_the_linear_layers_only(tmp_path: Path, tied: bool) -> None:
+    """Norms and the embedding are the checkpoint's, and the memory plan counts what is there."""
+    args = TINY.__class__(**{**TINY.__dict__, "tie_word_embeddings": tied})
+    source = open_checkpoint(write_meta(tmp_path / "meta", args, [random_weights(args)]))
+    with torch.device("meta"):
+        model = Transformer(args, 8)
+    loaded = sum(checkpoint.place(model, checkpoint.checked(source), torch.int8, torch.device("cpu")))
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            assert module.scale is not None
+            assert torch.equal(module.weight, quantize(source.read(f"{name}.weight"))[0])
+    assert torch.equal(model.tok_embeddings.weight, source.read("tok_embeddings.weight"))
+    assert loaded == weight_bytes(args, torch.int8)
+
+
+def test_an_int8_checkpoint_reloads_equal(tmp_path: Path) -> None:
+    """What convert writes is what loading computes, bit for bit; sharded, too."""
+    write_meta(tmp_path / "meta", TINY, [random_weights(TINY)])
+    convert(tmp_path / "meta", tmp_path / "int8", "int8", "50KB")
+    source, stored = open_checkpoint(tmp_path / "meta"), dict(open_checkpoint(tmp_path / "int8").tensors())
+    assert open_checkpoint(tmp_path / "int8").is_int8
+    for name, tensor in source.tensors():
+        parts = stored_as(tensor, "weight", torch.int8, "norm" not in name and name != "tok_embeddings.weight")
+        for part, expected in parts.items():
+            assert torch.equal(stored.pop(name.removesuffix("weight") + part), expected)
+    assert not stored
+    convert(tmp_path / "int8", tmp_path / "again")
+    assert all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(*(open_checkpoint(tmp_path / n).tensors() for n in ("int8", "again")), strict=True)
+    )
+
+
+def test_what_int8_cannot_become_is_refused(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta", TINY, [random_weights(TINY)])
+    convert(tmp_path / "meta", tmp_path / "int8", "int8")
+    with pytest.raises(CheckpointError, match="cannot become bfloat16 again; convert the original"):
+        convert(tmp_path / "int8", tmp_path / "new", "bfloat16")
+    with pytest.raises(CheckpointError, match="Meta's format has no place; reshard the original"):
+        reshard(tmp_path / "int8", tmp_path / "new", 1)
+    with pytest.raises(ConfigError, match="got float32, but the checkpoint's weights are int8 already"):
+        dtypes_for(EngineConfig(dtype="float32"), on_cpu=True, int8_stored=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_int8_in_other_formats_is_refused(tmp_path: Path) -> None:
+    """A Meta file with int8 tensors has no scales: its numbers mean nothing."""
+    weights = random_weights(TINY)
+    weights["layers.0.attention.wq.weight"] = weights["layers.0.attention.wq.weight"].to(torch.int8)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.attention\.wq\.weight"):
+        open_checkpoint(write_meta(tmp_path / "meta", TINY, [weights]))
+
+
+def demo_perplexity(dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    """Perplexity of the demo model on 40 texts of its kind, and the logits of the first, computed on the host without a cache."""
+    from demo_text import TextMaker
+
+    source, tokenizer = open_checkpoint(DEMO_DIR), Tokenizer(DEMO_DIR / "tokenizer.model")
+    with torch.device("meta"):
+        model = Transformer(source.args, 256)
+    for _ in checkpoint.place(model, checkpoint.checked(source), dtype, torch.device("cpu")):
+        pass
+    losses, count, first = 0.0, 0, None
+    maker = TextMaker(5)
+    for _ in range(40):
+        ids = torch.tensor([tokenizer.encode(maker.story().text)[:200]])
+        with torch.no_grad():
+            logits = model.head(model(ids, torch.arange(ids.shape[1]).unsqueeze(0)))[0]
+        first = logits if first is None else first
+        losses += float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    assert first is not None
+    return math.exp(losses / count), first
+
+
+def test_the_demo_model_loses_less_than_one_percent() -> None:
+    """Perplexity within 1 % of float32's; the logits' relative error is what int8 makes of it."""
+    exact, logits = demo_perplexity(torch.float32)
+    rounded, near = demo_perplexity(torch.int8)
+    assert exact < 12  # the texts are of the kind that the model knows
+    assert abs(rounded / exact - 1) < 0.01
+    assert float((near - logits).norm() / logits.norm()) < 0.02
+
+
+def test_generating_with_int8(tmp_path: Path, run: Run) -> None:
+    """The same text from an int8 checkpoint as from quantising at load, by the command line."""
+    convert(DEMO_DIR, tmp_path / "int8", "int8")
+    common = ("--prompt", "Once upon a time", "--max_gen_len", "12", "--temperature", "0", "--max_seq_len", "64", "--json")
+    texts = []
+    for source in ("--dtype=int8", f"--ckpt_dir={tmp_path / 'int8'}"):
+        outcome = run("generate", source, *common)
+        assert outcome.code == 0, outcome.err
+        texts.append(json.loads(outcome.out)["generation"])
+    assert texts[0] == texts[1]
+    assert len(LLaMA.build(tmp_path / "int8", config=EngineConfig(max_seq_len=64)).generate("The cat", max_gen_len=3)[0].token_ids) <= 3
