@@ -1,0 +1,202 @@
+"""The benchmark commands: what they count, how they show it, and that what is compared is the same work. Speeds are not tested."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Run, finished, refused_at_once
+
+from llama import hlo
+from llama.bench import kernels, report
+from llama.bench.peers import HuggingFaceRunner
+from llama.bench.workload import SHAPES, Times, Workload
+from llama.errors import ConfigError
+from llama.model import Transformer
+
+WORK = Workload("tiny", prompt_len=20, gen_len=11, batch=2)
+
+
+def test_a_workload_survives_the_pipe() -> None:
+    for work in (WORK, Workload(buckets=(8, 1), dtype="int8", ckpt_dir="x")):
+        assert Workload.from_json(work.to_json()) == work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": "13b"}, "shape: got '13b'"),
+        ({"gen_len": 1}, "gen_len: got 1, expected at least 2"),
+        ({"batch": 0}, "batch: got 0"),
+        ({"prompt_len": 100, "gen_len": 30, "max_seq_len": 128}, "got 128, expected at least prompt_len 100"),
+    ],
+)
+def test_impossible_workloads_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Workload(**changes)
+
+
+def test_shapes_are_what_their_names_say() -> None:
+    """Parameters counted by the model itself."""
+    counts = {}
+    for name in ("110m", "1.1b", "7b"):
+        with torch.device("meta"):
+            counts[name] = sum(p.numel() for p in Transformer(SHAPES[name], 2).parameters())
+    assert counts == {"110m": 134_105_856, "1.1b": 1_100_048_384, "7b": 6_738_415_616}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Two programs' rows with known times."""
+    ours = report.summarise(WORK, "ours", {"read_bytes": 4e6, "host_ms": 0.5}, [Times(0.1, 0.2, [(1, 0.0), (5, 0.1), (9, 0.2)])] * 3, 1e9)
+    return [ours, report.summarise(WORK, "hf", {}, [Times(0.1, 0.3), Times(0.1, 0.4), Times(0.1, 0.5)], 1e9)]
+
+
+def test_what_is_counted() -> None:
+    """Two rows of 20 prompt tokens and 10 decode steps; medians; the share of 1 GB/s that 4 MB in 20 ms are."""
+    ours, peer = rows()
+    assert ours["prefill_tok_s"] == pytest.approx(2 * 20 / 0.1)
+    assert ours["decode_tok_s"] == pytest.approx(2 * 10 / 0.2)
+    assert ours["step_ms"] == pytest.approx(20)
+    assert ours["bandwidth_share"] == pytest.approx(4e6 / 0.02 / 1e9)
+    assert ours["job_s"] == pytest.approx(0.3)
+    assert peer["decode_tok_s"] == pytest.approx(2 * 10 / 0.4)
+    assert peer["decode_spread"] > 0
+    (compared,) = report.ratios([ours, peer])
+    assert compared == pytest.approx({"against": "hf", "batch": 2, "decode": 2.0, "prefill": 1.0, "job_time": 0.6}, nan_ok=False)
+
+
+def test_every_format_holds_the_same() -> None:
+    found = rows()
+    compared = report.ratios(found)
+    assert json.loads(report.render(found, compared, "json")) == json.loads(json.dumps(found))
+    assert [json.loads(line)["runner"] for line in report.render(found, compared, "jsonl").splitlines()] == ["ours", "hf"]
+    table = list(csv.DictReader(io.StringIO(report.render(found, compared, "csv"))))
+    assert [float(row["step_ms"]) for row in table] == pytest.approx([20, 40])
+    text = report.render(found, compared, "md")
+    assert "| ours | tiny | float32 | 2 | 400.0 ± 0.0 | 100.0 ± 0.0 |" in text
+    assert "ours / hf at batch 2: decode 2.00 x, prefill 1.00 x, whole job in 0.60 of the time" in text
+
+
+def test_the_picture_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.plot(rows()[:1], 1e9, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_peer_holds_the_same_weights() -> None:
+    """transformers' model under the same workload: our seeded tensors by its names."""
+    from llama.bench.peers import weights_of
+
+    default = torch.get_default_dtype()
+    runner = HuggingFaceRunner(WORK)
+    torch.set_default_dtype(default)
+    held = runner._model.state_dict()
+    _, tensors = weights_of(WORK)
+    named = dict(tensors)
+    assert torch.equal(held["model.layers.1.mlp.down_proj.weight"], named["layers.1.feed_forward.w2.weight"])
+    assert torch.equal(held["lm_head.weight"], named["output.weight"])
+    assert len(held) == len(named)
+    times = runner.run()
+    assert times.prefill_s > 0
+    assert times.decode_s > 0
+    with pytest.raises(ConfigError, match="no weight-only int8"):
+        HuggingFaceRunner(Workload("tiny", dtype="int8"))
+
+
+def test_bench_runs_ours_beside_transformers() -> None:
+    """The whole command in processes of its own: a table, the ratios, and one JSON object as the last line."""
+    outcome = finished(["-m", "llama.cli", "bench", "--shape", "tiny", "-p", "12", "-n", "5", "-r", "2", "--compare", "hf"])
+    assert outcome.code == 0, outcome.err
+    *table, last = outcome.out.splitlines()
+    assert table[0].startswith("| program | model |")
+    assert any(line.startswith("ours / hf at batch 1: decode") for line in table)
+    found = json.loads(last)
+    ours, peer = found["rows"]
+    assert (ours["runner"], peer["runner"]) == ("ours", "hf")
+    assert ours["programs"] == 4  # chunks of 8 and 1, the last chunk's and the step's with a head
+    assert ours["weight_bytes"] > 0
+    assert ours["peak_bytes"] > ours["weight_bytes"]
+    assert {"import_s", "load_s", "compile_s", "host_ms", "bandwidth_share", "first_token_ms"} <= ours.keys()
+    assert found["read_ceiling_gb_s"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--shape", "9b"], ["shape", "'9b'", "110m"]),
+        (["bench", "-o", "xml"], ["--output", "'xml'", "jsonl"]),
+        (["bench", "-r", "0"], ["repetitions", "0"]),
+        (["bench", "--compare", "vllm"], ["--compare", "'vllm'", "llama.cpp"]),
+        (["bench", "-p", "x"], ["--prompt_len", "'x'", "whole number"]),
+        (["bench", "--plot", "/nowhere/at/all.png"], ["--plot", "no such directory"]),
+        (["bench", "-q"], ["unexpected argument", "'-q'"]),
+        (["kernels", "--shape", "demo"], ["--shape", "'demo'", "110m"]),
+    ],
+)
+def test_bad_flags_are_refused(run: Run, arguments: list[str], words: list[str]) -> None:
+    refused_at_once(run(*arguments), *words)
+
+
+def test_kernels_times_every_lowering_and_marks_the_picked(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "MOST_LAYERS", 2)
+    monkeypatch.setattr(kernels, "RUNS", 1)
+    outcome = run("kernels", "--shape", "tiny", "--rows", "1,4", "--save", str(tmp_path / "table.md"))
+    assert outcome.code == 0, outcome.err
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines()[2:]]
+    assert {(line[0], line[1], line[2]) for line in lines if line[6] == "yes"} == {
+        (dtype, rows, lowering) for dtype in ("float32", "bfloat16", "int8") for rows, lowering in (("1", "one_row"), ("4", "row_by_row"))
+    }
+    assert (tmp_path / "table.md").read_text() == outcome.out
+
+
+HLO = """HloModule m, input_output_alias={ {0}: (1, {}, must-alias), {2}: (3, {}, must-alias) }, entry_computation_layout={}
+
+%inner (p: f32[4]) -> f32[4] {
+  ROOT %copy.9 = f32[4]{0} copy(%p)
+}
+
+ENTRY %main (a: f32[4], b: s8[2,3]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %copy.1 = f32[4]{0} copy(%a)
+  %fusion.2 = bf16[2,8]{1,0} fusion(%a), kind=kLoop, calls=%inner
+  %bitcast_dynamic-update-slice_fusion = f32[1000]{0} fusion(%a), kind=kLoop, calls=%inner
+  ROOT %fusion.3 = f32[4]{0} fusion(%copy.1), kind=kLoop, calls=%inner
+}
+"""
+
+
+def test_programs_are_summed_up(tmp_path: Path) -> None:
+    """Operations of the entry only; what is updated in place is not counted as written."""
+    path = tmp_path / "module_0001.x.cpu_after_optimizations.txt"
+    path.write_text(HLO)
+    found = hlo.summarise(path)
+    assert found.operations == {"fusion": 3, "copy": 1}
+    assert found.copies == 16
+    assert found.aliases == 2
+    assert found.largest == [("fusion", 32 + 16), ("copy", 16)]
+    assert "4 operations, 2 aliases, 16 bytes copied" in next(hlo.report(tmp_path))
+
+
+def test_a_trace_and_the_programs_are_written(tmp_path: Path) -> None:
+    """The flags of generate, in a process of its own because XLA reads its flags once."""
+    flags = ["--prompt", "The cat", "--max_gen_len", "6", "--profile", str(tmp_path / "trace"), "--dump_hlo", str(tmp_path / "hlo")]
+    outcome = finished(["-m", "llama.cli", "generate", *flags])
+    assert outcome.code == 0, outcome.err
+    (trace,) = tmp_path.glob("trace/**/*.trace.json.gz")
+    names = {event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert any("fusion" in name for name in names)
+    assert list(tmp_path.glob("trace/**/*.xplane.pb"))
+    summary = (tmp_path / "hlo/summary.txt").read_text()
+    assert "1 aliases, 0 bytes copied" in summary  # the cache is donated and nothing is copied
+
+
+def test_programs_can_be_dumped_before_xla_starts_only(run: Run, tmp_path: Path) -> None:
+    import torch_xla  # noqa: F401
+
+    refused_at_once(run("generate", "--prompt", "x", "--dump_hlo", str(tmp_path)), "dump_hlo", "new process")
