@@ -5,6 +5,9 @@ Shapes: B batch rows, T chunk length, L layers, K key/value heads, S cache posit
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from functools import cache
 from typing import Any
 
@@ -15,6 +18,7 @@ from llama import runtime
 
 # On the CPU device: up to how many rows go through the one-row product one after the other, by the weight's dtype. With more, the
 # matrix product wins, for which narrow weights are widened into memory first (docs/performance.md, the kernel table).
+WIDEST_ROW = 4080  # numbers: rows of 16 KiB and more are not fused into the loop, and XLA:CPU then transposes the weight at every step
 FEW_ROWS = {torch.float32: 32, torch.bfloat16: 96, torch.int8: 96}
 
 
@@ -58,8 +62,18 @@ def linear_one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``F.linear`` of one row: on XLA:CPU a fused loop that reads the weight once, in whatever dtype it is stored.
 
     What makes x must stay out of that loop: XLA would compute a norm, a softmax's division or SwiGLU anew for each output channel.
+    Long rows go in parts, whose products are added, each written to memory before: fused with the sum, one part would be a dot again.
     """
-    return F.linear(materialised(x), weight.to(x.dtype))
+    whole = materialised(x)
+    first, *others = (F.linear(whole[:, a:b], weight[:, a:b].to(x.dtype)) for a, b in parts_of(x.shape[-1]))
+    return functools.reduce(torch.add, map(materialised, others), materialised(first)) if others else first
+
+
+def parts_of(width: int) -> list[tuple[int, int]]:
+    """The columns [a, b) of the parts that a row of so many goes in."""
+    count = -(-width // WIDEST_ROW)
+    bounds = [width * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(bounds))
 
 
 def linear_matrix(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -93,14 +107,17 @@ def _materialised_op() -> Any:
     A sliding maximum over each number and a padding of -inf, which changes nothing and which XLA:CPU fuses into no reader of its
     result. (An optimisation barrier would say it plainly, but is taken away before the fusion.)
     """
-    import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(x: Any) -> Any:
-        least = xb.Op.scalar(x.builder(), float("-inf"), dtype=x.shape().dtype)
-        return x.reduce_window(least, lambda a, b: a.max(b), [2, 1], [1, 1], "same")
+    return registry.register("llama_materialised", _written)
 
-    return registry.register("llama_materialised", lower)
+
+def _written(x: Any) -> Any:
+    """The builder's part of ``materialised``, for x [1, n]."""
+    import torch_xla.core.xla_builder as xb
+
+    least = xb.Op.scalar(x.builder(), float("-inf"), dtype=x.shape().dtype)
+    return x.reduce_window(least, lambda a, b: a.max(b), [2, 1], [1, 1], "same")
 
 
 @cache
@@ -125,7 +142,12 @@ def _row_by_row_op() -> Any:
 
         def one_row(row: Any, x: Any, weight: Any, out: Any) -> Any:
             zero = xb.Op.scalar(row.builder(), 0, dtype=int32)
-            product = x.dynamic_slice([row, zero], [1, width]) @ weight.cast(dtype).transpose([1, 0])
+            products = [
+                x.dynamic_slice([row, xb.Op.scalar(row.builder(), a, dtype=int32)], [1, b - a])
+                @ weight.slice_in_dim(a, b, 1).cast(dtype).transpose([1, 0])
+                for a, b in parts_of(width)
+            ]
+            product = functools.reduce(operator.add, map(_written, products)) if len(products) > 1 else products[0]
             following = row + xb.Op.scalar(row.builder(), 1, dtype=int32)
             return xb.Op.tuple([following, x, weight, out.dynamic_update_slice(product, [row, zero])])
 

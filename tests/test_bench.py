@@ -149,10 +149,18 @@ def test_kernels_times_every_lowering_and_marks_the_picked(run: Run, monkeypatch
     outcome = run("kernels", "--shape", "tiny", "--rows", "1,4", "--save", str(tmp_path / "table.md"))
     assert outcome.code == 0, outcome.err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines()[2:]]
-    assert {(line[0], line[1], line[2]) for line in lines if line[6] == "yes"} == {
+    assert {(line[0], line[1], line[2]) for line in lines if line[6] == "yes" and "attention" not in line[2]} == {
         (dtype, rows, lowering) for dtype in ("float32", "bfloat16", "int8") for rows, lowering in (("1", "one_row"), ("4", "row_by_row"))
     }
+    assert {line[2] for line in lines if line[2].startswith("attention")} == {f"attention: {name}" for name in kernels.ATTENTION}
     assert (tmp_path / "table.md").read_text() == outcome.out
+
+
+def test_every_formulation_of_attention_is_the_same() -> None:
+    q, keys, values = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, scale=1.0)
+    for attend in kernels.ATTENTION.values():
+        assert torch.allclose(attend(q, keys, values), expected, atol=1e-5)
 
 
 HLO = """HloModule m, input_output_alias={ {0}: (1, {}, must-alias), {2}: (3, {}, must-alias) }, entry_computation_layout={}

@@ -21,6 +21,8 @@ CHAIN_BYTES = 160 * 2**20
 MOST_LAYERS = 24  # each is a few kernels to compile
 RUNS = 7
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+KEYS = 512
+MOST_SUMS = 8  # rows: it holds rows x keys x head columns
 TOO_SLOW = {"plain": 16, "row_by_row": 128, "one_row": 1}  # up to how many rows a lowering is tried
 
 
@@ -82,6 +84,52 @@ def _chain(name: str, lowering: Callable[..., torch.Tensor], weights: list[torch
         return (total,)
 
     return measure(runtime.compile_program(name, run, (x,)), (x,))
+
+
+def attend_einsum(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """As model.py writes it."""
+    probs = torch.softmax(torch.einsum("bktd,bksd->bkts", q, keys), dim=-1)
+    return torch.einsum("bkts,bksd->bktd", probs, values)
+
+
+def attend_matmul(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """With torch's matrix product."""
+    return torch.softmax(q @ keys.transpose(-1, -2), dim=-1) @ values
+
+
+def attend_sums(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """With products and sums, which XLA can fuse with the reading of the cache."""
+    probs = torch.softmax((q.unsqueeze(3) * keys.unsqueeze(2)).sum(-1), dim=-1)
+    return (probs.unsqueeze(-1) * values.unsqueeze(2)).sum(3)
+
+
+ATTENTION = {"einsum": attend_einsum, "matmul": attend_matmul, "sums": attend_sums}
+
+
+def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Every formulation of attention over ``KEYS`` of twice as many cached positions, x rows; lines as ``linear_table``'s."""
+    device = runtime.init()
+    layers = min(args.n_layers, MOST_LAYERS)
+    cache = runtime.upload(torch.randn(2 * layers, 1, args.kv_heads, 2 * KEYS, args.head_dim), device)
+    group = args.n_heads // args.kv_heads
+    size = 2 * args.kv_heads * KEYS * args.head_dim * cache.element_size()
+    found = []
+    for count in rows:
+        q = runtime.upload(torch.randn(1, args.kv_heads, group * count, args.head_dim), device)
+        for name, attend in ATTENTION.items():
+            if name == "sums" and count > MOST_SUMS:
+                continue
+
+            def run(q: torch.Tensor, cache: torch.Tensor, attend: Callable[..., torch.Tensor] = attend) -> tuple[torch.Tensor, ...]:
+                for layer in range(layers):
+                    q = q + attend(q, cache[2 * layer, :, :, :KEYS], cache[2 * layer + 1, :, :, :KEYS])
+                return (q,)
+
+            seconds = measure(runtime.compile_program(name, run, (q, cache)), (q, cache)) / layers
+            flops = 4 * args.n_heads * count * KEYS * args.head_dim
+            numbers = {"ms": 1e3 * seconds, "gb_s": size / seconds / 1e9, "gflop_s": flops / seconds / 1e9}
+            found.append({"lowering": f"attention: {name}", "rows": count, "dtype": "float32", **numbers, "picked": name == "einsum"})
+    return found
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

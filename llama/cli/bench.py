@@ -86,12 +86,12 @@ bench.short = {"p": "prompt_len", "n": "gen_len", "r": "repetitions", "o": "outp
 
 
 def kernels(*, shape: str = "110m", rows: list[int] | None = None, save: str | None = None, json: bool = False) -> None:
-    """Time every lowering of a linear layer, and show which one the engine picks.
+    """Time every lowering of a linear layer and of attention, and show which one the engine picks.
 
     llama-xla kernels --shape 110m --rows 1,8,64,512
 
     Flags:
-        shape: tiny, 110m, 1.1b or 7b: the layer's sizes are those of its feed-forward.
+        shape: tiny, 110m, 1.1b or 7b: its feed-forward layer, and its attention to 512 keys.
         rows: Rows that go through the layer at once. Without it: 1,8,64,512.
         save: A file that the table is also written to.
         json: Print one JSON object per line and lowering.
@@ -100,7 +100,9 @@ def kernels(*, shape: str = "110m", rows: list[int] | None = None, save: str | N
     from llama.bench.workload import SHAPES
 
     log_to_stderr(quiet=True)
-    found = timing.linear_table(SHAPES[one_of("shape", shape, tuple(SHAPES))], rows or (1, 8, 64, 512))
+    args = SHAPES[one_of("shape", shape, tuple(SHAPES))]
+    counts = rows or (1, 8, 64, 512)
+    found = timing.linear_table(args, counts) + timing.attention_table(args, counts)
     text = "".join(json_line(each) for each in found) if json else timing.table(found)
     write(text)
     if save is not None:
