@@ -63,6 +63,21 @@ def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, r
     assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("lowering", "rows"), [("one_row", 1), ("row_by_row", 3)])
+def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
+    """Feed-forward layers of large models: the parts cover every column once, and their products add up."""
+    for width in (1, 4080, 4081, 8160, 14336):
+        covered = [column for a, b in ops.parts_of(width) for column in range(a, b)]
+        assert covered == list(range(width))
+        assert all(0 < b - a <= ops.WIDEST_ROW for a, b in ops.parts_of(width))
+    device = runtime.init()
+    x, weight = torch.randn(rows, 9001), torch.randn(40, 9001)
+    inputs = (runtime.upload(x, device), runtime.upload(weight, device))
+    program = runtime.compile_program(lowering, lambda x, w: (ops.LOWERINGS[lowering](x, w),), inputs)
+    expected = x.double() @ weight.double().t()
+    assert (runtime.fetch(program(*inputs)[0]).double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
     """One row, a few, many; other devices keep the plain form."""
     device = runtime.init()

@@ -6,10 +6,11 @@ import statistics
 import time
 from typing import Any
 
-from llama import LLaMA, runtime
+from llama import runtime
 from llama.bench.workload import SHAPES, WEIGHTS_SEED, Times, Workload
 from llama.config import DEFAULT_BUCKETS, EngineConfig, SamplingParams
 from llama.engine import BatchClock, Request
+from llama.generation import LLaMA
 from llama.model import Linear
 from llama.steps import ProgramKey
 
