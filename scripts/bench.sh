@@ -21,6 +21,7 @@ done
 run --shape 110m -p 512 -n 64 -r 5 --batch 8 --compare hf
 run --shape 1.1b -p 128 -n 32 -r 3 --batch 1,8
 run --shape 110m -p 700 -n 256 -r 3 --compare hf --compare llama.cpp
+run --shape 110m -p 700 -n 256 -r 3 --bucket_policy pad --compare hf
 run --shape 110m -p 1500 -n 2 -r 1
 run --shape 110m -p 1500 -n 2 -r 1 --buckets 1
 run --shape 110m -p 200 -n 32 -r 5 --max_seq_len 512

@@ -131,6 +131,7 @@ def test_bench_runs_ours_beside_transformers() -> None:
     [
         (["bench", "--shape", "9b"], ["shape", "'9b'", "110m"]),
         (["bench", "-o", "xml"], ["--output", "'xml'", "jsonl"]),
+        (["bench", "--bucket_policy", "best"], ["--bucket_policy", "'best'", "pad"]),
         (["bench", "-r", "0"], ["repetitions", "0"]),
         (["bench", "--compare", "vllm"], ["--compare", "'vllm'", "llama.cpp"]),
         (["bench", "-p", "x"], ["--prompt_len", "'x'", "whole number"]),

@@ -30,6 +30,7 @@ class OursRunner:
             max_batch_size=work.batch,
             dtype=work.dtype,  # type: ignore[arg-type]
             buckets=work.buckets or DEFAULT_BUCKETS,
+            bucket_policy=work.bucket_policy,  # type: ignore[arg-type]
         )
         shape = None if work.directory is not None else SHAPES[work.shape]
         llm = LLaMA.build(work.directory, config=config, random_weights=shape, seed=WEIGHTS_SEED)

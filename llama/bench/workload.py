@@ -32,6 +32,7 @@ class Workload:
         dtype: float32, bfloat16 or int8, of the weights.
         max_seq_len: positions of the cache; None means as many as are needed.
         buckets: chunk lengths; None means the engine's.
+        bucket_policy: ``greedy`` or ``pad``.
 
     Raises:
         ConfigError: a value out of its range.
@@ -45,6 +46,7 @@ class Workload:
     dtype: str = "float32"
     max_seq_len: int | None = None
     buckets: tuple[int, ...] | None = None
+    bucket_policy: str = "greedy"
 
     def __post_init__(self) -> None:
         if self.shape not in (*SHAPES, "demo"):

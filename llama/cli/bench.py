@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama.cli.flags import one_of
 from llama.cli.output import json_line, log_to_stderr, write
+from llama.config import BUCKET_POLICIES
 from llama.errors import ConfigError
 
 
@@ -21,6 +22,7 @@ def bench(
     dtype: str = "float32",
     max_seq_len: int | None = None,
     buckets: list[int] | None = None,
+    bucket_policy: str = "greedy",
     compare: list[str] | None = None,
     output: str = "md",
     plot: str | None = None,
@@ -39,6 +41,7 @@ def bench(
         dtype: How weights are stored: float32, bfloat16 or int8.
         max_seq_len: Positions of the cache. Without it: as many as are needed.
         buckets: Chunk lengths. Without it: the engine's.
+        bucket_policy: greedy, or pad.
         compare: hf (transformers) or llama.cpp, on the same weights, alternating with ours; may be given several times.
 
     Output:
@@ -52,12 +55,13 @@ def bench(
     log_to_stderr(quiet=True)
     one_of("output", output, report.FORMATS)
     runners = ["ours", *(one_of("compare", name, RUNNERS[1:]) for name in compare or ())]
+    policy = one_of("bucket_policy", bucket_policy, BUCKET_POLICIES)
     if repetitions < 1:
         raise ConfigError(f"repetitions: got {repetitions}, expected at least 1")
     if plot is not None and not Path(plot).absolute().parent.is_dir():
         raise ConfigError(f"--plot: no such directory: {Path(plot).absolute().parent}")
     works = [
-        Workload(shape, ckpt_dir, prompt_len, gen_len, rows, dtype, max_seq_len, tuple(buckets) if buckets else None)
+        Workload(shape, ckpt_dir, prompt_len, gen_len, rows, dtype, max_seq_len, tuple(buckets) if buckets else None, policy)
         for rows in batch or (1,)
     ]
     rows, ceiling = [], 0.0
