@@ -58,6 +58,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "path/to/new": directory / "new",
         "llama-2-70b-one": directory / "one",
         "llama-2-70b": DEMO_DIR,
+        "speed.png": directory / "speed.png",
+        "--profile trace": Path(f"--profile {directory / 'trace'}"),
+        "--dump_hlo programs": Path(f"--dump_hlo {directory / 'programs'}"),
     }
 
 

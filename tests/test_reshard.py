@@ -225,8 +225,8 @@ def test_no_sizes(text: str | int) -> None:
 
 
 def test_unknown_dtypes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dtype: got 'int8', expected one of float32"):
-        convert(one_file(tmp_path / "src"), tmp_path / "native", dtype="int8")
+    with pytest.raises(ConfigError, match="dtype: got 'int4', expected one of float32"):
+        convert(one_file(tmp_path / "src"), tmp_path / "native", dtype="int4")
 
 
 # Whole or not at all
