@@ -19,7 +19,7 @@ from torch import nn
 
 from llama.config import ModelArgs, RopeScaling
 from llama.kv_cache import CacheView
-from llama.ops import linear
+from llama.ops import attention_scores, linear
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
@@ -134,8 +134,7 @@ class Attention(nn.Module):
         # head h reads key head h // G: put the G queries of a key head side by side in the time axis
         xq = xq.view(bsz, seqlen, self.kv_heads, group, self.head_dim).permute(0, 2, 3, 1, 4)  # [B, K, G, T, D]
         xq = xq.reshape(bsz, self.kv_heads, group * seqlen, self.head_dim)
-        # einsum, not q @ k.transpose: on XLA:CPU the same product runs six times as fast (docs/log.md)
-        scores = torch.einsum("bktd,bksd->bkts", xq, keys) * (self.head_dim**-0.5)
+        scores = attention_scores(xq, keys) * (self.head_dim**-0.5)
         key_positions = torch.arange(keys.shape[2], device=xq.device, dtype=positions.dtype)
         seen = key_positions.view(1, 1, -1) <= positions.unsqueeze(-1)  # [B, T, S]
         seen = seen.unsqueeze(1).expand(bsz, group, seqlen, -1).reshape(bsz, 1, group * seqlen, -1)

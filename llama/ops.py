@@ -8,18 +8,22 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import platform
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llama import runtime
+from llama import fusion, runtime
 
-# On the CPU device: up to how many rows go through the one-row product one after the other, by the weight's dtype. With more, the
-# matrix product wins, for which narrow weights are widened into memory first (docs/performance.md, the kernel table).
+# What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
 WIDEST_ROW = 4080  # numbers: rows of 16 KiB and more are not fused into the loop, and XLA:CPU then transposes the weight at every step
-FEW_ROWS = {torch.float32: 32, torch.bfloat16: 96, torch.int8: 96}
+FIRST_CACHE = 16384  # bytes of a core's first cache that rows of x may take while a loop reads the weight beside them
+MOST_LOOP_ROWS = 4  # so many rows of float32 take as long as one
+MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
+MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product would first have widened in memory
+FEW_QUERIES = 8
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,22 +39,48 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = N
     """
     if scale is not None:
         return (linear(x, weight) * scale).to(x.dtype)
-    lowering = choose_lowering(x.shape[:-1].numel(), weight.dtype, x.device)
+    lowering = choose_lowering(x.shape[:-1].numel(), x.shape[-1], weight.dtype, x.device)
     return LOWERINGS[lowering](x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def choose_lowering(rows: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
     """Which of ``LOWERINGS`` a linear layer takes: the one table of what depends on the device kind.
 
     Args:
         rows: how many positions go through the layer at once.
+        width: the numbers of each.
         dtype: of the weight.
     """
     if device.type != "xla" or runtime.device_kind() != "CPU":
         return "plain"
     if rows == 1:
         return "one_row"
-    return "row_by_row" if rows <= FEW_ROWS.get(dtype, 1) else "matrix"
+    if dtype != torch.float32:
+        return "row_by_row" if rows <= MOST_NARROW_ROWS else "matrix"
+    if rows <= 2 * loop_rows(width):
+        return "loop"
+    return "onednn" if rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64" else "matrix"
+
+
+def loop_rows(width: int) -> int:
+    """How many rows of x of so many float32 numbers stay in a core's first cache beside the weight."""
+    return min(FIRST_CACHE // (4 * width), MOST_LOOP_ROWS)
+
+
+def attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The product of every query with every key of its head.
+
+    Args:
+        queries: [B, K, T, D].
+        keys: [B, K, S, D], which may be a slice of the cache.
+
+    Returns:
+        [B, K, T, S]. On XLA:CPU for few queries as sums of products, which read a slice of the cache where it is; a product would
+        have it copied first. For many as einsum, which runs six times as fast as ``q @ k.transpose`` (docs/log.md).
+    """
+    if queries.shape[2] <= FEW_QUERIES and runtime.device_kind() == "CPU":
+        return (materialised(queries).unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
+    return torch.einsum("bktd,bksd->bkts", queries, keys)
 
 
 def linear_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,7 +119,30 @@ def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-LOWERINGS = {"plain": linear_plain, "one_row": linear_one_row, "matrix": linear_matrix, "row_by_row": linear_row_by_row}
+def linear_loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A loop over the float32 weight's rows, each multiplied by a few rows of x while it is in the cache: about the time of one."""
+    if x.device.type != "xla":
+        return F.linear(x, weight.to(x.dtype))
+    whole, group = materialised(x), max(loop_rows(x.shape[-1]), 1)
+    return torch.cat([_product_op((1, 1), False)(weight.to(x.dtype), rows).t() for rows in whole.split(group)])
+
+
+def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``(w @ x.t()).t()`` by oneDNN, which XLA:CPU carries: for a few dozen rows faster than Eigen, which first copies the weight."""
+    if x.device.type != "xla":
+        return F.linear(x, weight.to(x.dtype))
+    columns = materialised(x.t().contiguous())
+    return _product_op((1, 0), True)(weight.to(x.dtype), columns).t()
+
+
+LOWERINGS = {
+    "plain": linear_plain,
+    "one_row": linear_one_row,
+    "loop": linear_loop,
+    "row_by_row": linear_row_by_row,
+    "onednn": linear_onednn,
+    "matrix": linear_matrix,
+}
 
 
 def materialised(x: torch.Tensor) -> torch.Tensor:
@@ -118,6 +171,19 @@ def _written(x: Any) -> Any:
 
     least = xb.Op.scalar(x.builder(), float("-inf"), dtype=x.shape().dtype)
     return x.reduce_window(least, lambda a, b: a.max(b), [2, 1], [1, 1], "same")
+
+
+@cache
+def _product_op(contracting: tuple[int, int], onednn: bool) -> Any:
+    """The registered XLA operation of one ready-made fusion, ``fusion.product``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(weight: Any, x: Any) -> Any:
+        computation = fusion.product(tuple(weight.shape().sizes), tuple(x.shape().sizes), contracting, onednn)
+        return xb.Op.call(computation, (weight, x))
+
+    return registry.register(f"llama_product_{'onednn' if onednn else 'loop'}", lower)
 
 
 @cache

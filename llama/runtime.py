@@ -13,6 +13,7 @@ Written against torch_xla 2.9.0, pinned in setup.py: the calls into ``_XLAC`` ar
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -33,8 +34,12 @@ CPU_FLAGS = (
     # its newer emitter writes to the cache by a loop over all positions of all layers
     "--xla_cpu_use_fusion_emitters=false",
     # the loop over rows widens a narrow weight as it reads it; hoisted, it would be written to memory in float32 first
-    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
+    # and sums of products, as attention's of one row are, split in two would be written to memory before they are added up
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion,tree_reduction_rewriter",
 )
+
+# glibc's mallopt: name -> (its number in malloc.h, value)
+MALLOC_OPTIONS = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -70,10 +75,23 @@ def init() -> torch.device:
         os.environ["PJRT_DEVICE"] = "CPU"
     if os.environ.get("PJRT_DEVICE") == "CPU" and CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
+        keep_freed_memory()
     import torch_xla
 
     device: torch.device = torch_xla.device()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a program's run frees for the next run. Call it before threads allocate; other libraries are left alone.
+
+    A run of a program allocates its scratch memory anew, and glibc would map it and give it back each time: the kernel then hands
+    out zeroed pages at 1 to 4 GB/s, which took most of a batched step (docs/log.md, 2026-11-21).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in MALLOC_OPTIONS.values():
+            mallopt(parameter, value)
 
 
 def dump_programs(directory: Path) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(llama.__file__).parent
 # Lower rooms know nothing of higher ones. Rooms on one line may know each other.
 LADDER = [
     {"config", "errors"},
-    {"runtime", "ops", "quantize"},
+    {"runtime", "ops", "fusion", "quantize"},
     {"kv_cache"},
     {"model"},
     {"checkpoint", "sampling", "buckets", "steps", "tokenizer", "memory"},
@@ -26,7 +26,7 @@ LADDER = [
     {"conversation", "bench"},
     {"cli"},
 ]
-KNOWS_TORCH_XLA = {"runtime", "ops"}
+KNOWS_TORCH_XLA = {"runtime", "ops", "fusion"}
 HOLDS_NO_TENSORS = {"config", "errors", "buckets", "tokenizer", "prompts", "chat", "cli"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, r
     assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize(("lowering", "rows"), [("one_row", 1), ("row_by_row", 3)])
+@pytest.mark.parametrize(("lowering", "rows"), [("one_row", 1), ("row_by_row", 3), ("loop", 3), ("onednn", 3)])
 def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
     """Feed-forward layers of large models: the parts cover every column once, and their products add up."""
     for width in (1, 4080, 4081, 8160, 14336):
@@ -81,10 +82,12 @@ def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
 def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
     """One row, a few, many; other devices keep the plain form."""
     device = runtime.init()
-    picked = [ops.choose_lowering(rows, torch.float32, device) for rows in (1, 2, 32, 33, 512)]
-    assert picked == ["one_row", "row_by_row", "row_by_row", "matrix", "matrix"]
-    assert ops.choose_lowering(64, torch.int8, device) == "row_by_row"
-    assert {ops.choose_lowering(rows, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}
+    few = "onednn" if platform.machine() == "x86_64" else "matrix"
+    picked = [ops.choose_lowering(rows, 768, torch.float32, device) for rows in (1, 2, 8, 9, 128, 129, 512)]
+    assert picked == ["one_row", "loop", "loop", few, few, "matrix", "matrix"]
+    assert [ops.choose_lowering(rows, 2048, torch.float32, device) for rows in (4, 5)] == ["loop", few]
+    assert [ops.choose_lowering(rows, 768, torch.int8, device) for rows in (1, 64, 512)] == ["one_row", "row_by_row", "matrix"]
+    assert {ops.choose_lowering(rows, 768, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -23,7 +23,7 @@ RUNS = 7
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 KEYS = 512
 MOST_SUMS = 8  # rows: it holds rows x keys x head columns
-TOO_SLOW = {"plain": 16, "row_by_row": 128, "one_row": 1}  # up to how many rows a lowering is tried
+TOO_SLOW = {"plain": 16, "row_by_row": 128, "one_row": 1, "loop": 16}  # up to how many rows a lowering is tried
 
 
 def measure(program: Callable[..., list[torch.Tensor]], args: Sequence[torch.Tensor]) -> float:
@@ -61,7 +61,7 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
                         "ms": 1e3 * seconds,
                         "gb_s": size * dtype.itemsize / seconds / 1e9,
                         "gflop_s": 2 * size * count / seconds / 1e9,
-                        "picked": ops.choose_lowering(count, dtype, device) == name,
+                        "picked": ops.choose_lowering(count, args.dim, dtype, device) == name,
                     }
                 )
     return found
