@@ -22,6 +22,8 @@ WIDEST_ROW = 4080  # numbers: rows of 16 KiB and more are not fused into the loo
 FIRST_CACHE = 16384  # bytes of a core's first cache that rows of x may take while a loop reads the weight beside them
 MOST_LOOP_ROWS = 4  # so many rows of float32 take as long as one
 MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
+WIDE = 1024  # from so many numbers a row on, turning the weight into panels costs less than it saves
+PANEL = 8  # output channels side by side
 MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product would first have widened in memory
 FEW_QUERIES = 8
 
@@ -56,10 +58,13 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
     if rows == 1:
         return "one_row"
     if dtype != torch.float32:
-        return "row_by_row" if rows <= MOST_NARROW_ROWS else "matrix"
-    if rows <= 2 * loop_rows(width):
+        if rows <= MOST_NARROW_ROWS:
+            return "row_by_row"
+    elif rows <= 2 * loop_rows(width):
         return "loop"
-    return "onednn" if rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64" else "matrix"
+    elif rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64":
+        return "onednn"
+    return "panels" if width >= WIDE else "matrix"
 
 
 def loop_rows(width: int) -> int:
@@ -108,7 +113,10 @@ def parts_of(width: int) -> list[tuple[int, int]]:
 
 def linear_matrix(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``(w @ x.t()).t()``: XLA:CPU hands this form to Eigen's matrix product, and not the one of ``F.linear``."""
-    return (weight.to(x.dtype) @ x.t()).t()
+    if weight.dtype != x.dtype:
+        x = materialised(x)
+        weight = waiting_for(x, weight).to(x.dtype)
+    return (weight @ x.t()).t()
 
 
 def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -124,7 +132,8 @@ def linear_loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
     whole, group = materialised(x), max(loop_rows(x.shape[-1]), 1)
-    return torch.cat([_product_op((1, 1), False)(weight.to(x.dtype), rows).t() for rows in whole.split(group)])
+    parts = [whole[a : a + group] for a in range(0, len(whole), group)]
+    return torch.cat([_product_op((1, 1), False)(weight.to(x.dtype), part).t() for part in parts])
 
 
 def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -132,7 +141,30 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
     columns = materialised(x.t().contiguous())
-    return _product_op((1, 0), True)(weight.to(x.dtype), columns).t()
+    product: torch.Tensor = _product_op((1, 0), True)(weight.to(x.dtype), columns)
+    return product.t()
+
+
+def linear_panels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Eigen's product with the weight turned into panels of a few output channels side by side, [out / 8, in, 8].
+
+    It takes wide weights as they are stored at half of its speed, because it packs them number by number.
+    """
+    channels, width = weight.shape
+    if channels % PANEL:
+        return linear_matrix(x, weight)
+    whole = materialised(x)
+    panels = materialised(waiting_for(whole, weight).view(-1, PANEL, width).permute(0, 2, 1).to(x.dtype).contiguous())
+    return torch.einsum("ri,bio->rbo", whole, panels).reshape(-1, channels)
+
+
+def waiting_for(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weight, unchanged, but not to be converted or packed before x is there.
+
+    What depends on weights alone could run at once, and XLA:CPU does run it early: the whole model would lie in memory a second
+    time. So add what is always zero and only x can tell.
+    """
+    return weight + (x[:1, :1] > float("inf")).to(weight.dtype)
 
 
 LOWERINGS = {
@@ -142,6 +174,7 @@ LOWERINGS = {
     "row_by_row": linear_row_by_row,
     "onednn": linear_onednn,
     "matrix": linear_matrix,
+    "panels": linear_panels,
 }
 
 

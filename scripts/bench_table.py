@@ -12,9 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HEADER = (
-    "| program | model | weights | tokens | batch | prefill tok/s | decode tok/s | ms/step | job s | of ceiling | host ms/step | peak MiB |"
-)
+HEADER = "| program | model | weights | tokens | batch | prefill tok/s | decode tok/s | ms/step | job s | of ceiling | host ms/step | start to first token s | peak MiB |"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -50,20 +48,15 @@ def line(row: dict[str, Any]) -> str:
         f"{row['job_s']:.2f}",
         share,
         host,
+        f"{row['ready_s']:.1f}" if "ready_s" in row else "",
         f"{row['peak_bytes'] / 2**20:.0f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main(results: Path, document: Path) -> None:
-    """Replace what stands between the marks."""
-    runs = [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()]
-    lines = [heading([run["read_ceiling_gb_s"] for run in runs]), ""]
-    lines += [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
-    for run in runs:
-        lines += [line(row) for row in run["rows"]]
-    lines += [
-        "",
+def ratios(runs: list[dict[str, Any]]) -> list[str]:
+    """The table of ours divided by each peer's."""
+    lines = [
         "| ours / | model | weights | tokens | batch | decode | prefill | whole job's time |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -72,11 +65,24 @@ def main(results: Path, document: Path) -> None:
         for each in run["ratios"]:
             what = f"{each['against']} | {first['model']} | {first['dtype']} | {first['prompt_len']} + {first['gen_len']} | {each['batch']}"
             lines.append(f"| {what} | {each['decode']:.2f} | {each['prefill']:.2f} | {each['job_time']:.2f} |")
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+    return lines
+
+
+def write(document: Path, lines: list[str]) -> None:
+    """Replace what stands between the document's marks."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     document.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}", encoding="utf-8")
 
 
+def main(results: Path, full: Path, readme: Path) -> None:
+    """Every run into one document, the ratios into the other."""
+    runs = [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()]
+    where = [heading([run["read_ceiling_gb_s"] for run in runs]), ""]
+    table = [HEADER, "|" + "---|" * (HEADER.count("|") - 1), *(line(row) for run in runs for row in run["rows"])]
+    write(full, [*where, *table, "", *ratios(runs)])
+    write(readme, [*where, *ratios(runs)])
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:4]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
     few = "onednn" if platform.machine() == "x86_64" else "matrix"
     picked = [ops.choose_lowering(rows, 768, torch.float32, device) for rows in (1, 2, 8, 9, 128, 129, 512)]
     assert picked == ["one_row", "loop", "loop", few, few, "matrix", "matrix"]
-    assert [ops.choose_lowering(rows, 2048, torch.float32, device) for rows in (4, 5)] == ["loop", few]
+    assert [ops.choose_lowering(rows, 2048, torch.float32, device) for rows in (4, 5, 512)] == ["loop", few, "panels"]
     assert [ops.choose_lowering(rows, 768, torch.int8, device) for rows in (1, 64, 512)] == ["one_row", "row_by_row", "matrix"]
     assert {ops.choose_lowering(rows, 768, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}
 
