@@ -26,6 +26,7 @@ class ProgramSummary:
         copies: bytes that copy operations of the entry write.
         aliases: outputs that take over an input's memory.
         largest: bytes written by kind of operation, the most first.
+        scratch: bytes that a run needs beside its inputs and outputs; 0 where XLA wrote no report of it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ProgramSummary:
     copies: int
     aliases: int
     largest: list[tuple[str, int]]
+    scratch: int
 
 
 def summarise(path: Path) -> ProgramSummary:
@@ -52,14 +54,24 @@ def summarise(path: Path) -> ProgramSummary:
         operations[found[3]] += 1
         if "dynamic-update-slice" not in line.partition("=")[0]:  # in place: it writes its update only
             written[found[3]] += size
-    return ProgramSummary(path.name, operations, written["copy"], len(re.findall(r"-alias\)", header)), written.most_common(SHOWN))
+    aliases = len(re.findall(r"-alias\)", header))
+    return ProgramSummary(path.name, operations, written["copy"], aliases, written.most_common(SHOWN), scratch_bytes(path))
+
+
+def scratch_bytes(path: Path) -> int:
+    """What XLA's own report beside a program's text says of its temporary buffers."""
+    buffers = path.with_name(path.name.replace(".txt", "-buffer-assignment.txt"))
+    if not buffers.exists():
+        return 0
+    return sum(int(size) for size in re.findall(r"^allocation \d+: size (\d+), preallocated-temp", buffers.read_text("utf-8"), re.M))
 
 
 def report(directory: Path) -> Iterator[str]:
     """A few lines a program of a dump directory, the largest programs first."""
     paths = sorted(directory.glob("*after_optimizations.txt"), key=lambda path: -path.stat().st_size)
     for summary in map(summarise, paths):
-        yield f"{summary.name}: {summary.operations.total()} operations, {summary.aliases} aliases, {summary.copies} bytes copied"
+        memory = f"{summary.aliases} aliases, {summary.copies} bytes copied, {summary.scratch:,} of scratch"
+        yield f"{summary.name}: {summary.operations.total()} operations, {memory}"
         counts = ", ".join(f"{kind} {count}" for kind, count in summary.operations.most_common(SHOWN))
         yield f"    operations: {counts}"
         yield "    bytes written: " + ", ".join(f"{kind} {size:,}" for kind, size in summary.largest)

@@ -25,7 +25,7 @@ MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
 WIDE = 1024  # from so many numbers a row on, turning the weight into panels costs less than it saves
 PANEL = 8  # output channels side by side
 MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product would first have widened in memory
-FEW_QUERIES = 8
+FEW_QUERIES = 8  # of a key head, up to which attention is sums
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,7 +53,7 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
         width: the numbers of each.
         dtype: of the weight.
     """
-    if device.type != "xla" or runtime.device_kind() != "CPU":
+    if not _on_cpu_device(device):
         return "plain"
     if rows == 1:
         return "one_row"
@@ -65,6 +65,11 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
     elif rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64":
         return "onednn"
     return "panels" if width >= WIDE else "matrix"
+
+
+def _on_cpu_device(device: torch.device) -> bool:
+    """Whether that is XLA's device on the CPU, whose compiler needs help; asking starts nothing for torch's own devices."""
+    return device.type == "xla" and runtime.device_kind() == "CPU"
 
 
 def loop_rows(width: int) -> int:
@@ -83,7 +88,7 @@ def attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         [B, K, T, S]. On XLA:CPU for few queries as sums of products, which read a slice of the cache where it is; a product would
         have it copied first. For many as einsum, which runs six times as fast as ``q @ k.transpose`` (docs/log.md).
     """
-    if queries.shape[2] <= FEW_QUERIES and runtime.device_kind() == "CPU":
+    if queries.shape[2] <= FEW_QUERIES and _on_cpu_device(queries.device):
         return (materialised(queries).unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
     return torch.einsum("bktd,bksd->bkts", queries, keys)
 

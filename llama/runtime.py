@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,12 @@ CPU_FLAGS = (
     "--xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion,tree_reduction_rewriter",
 )
 
-# glibc's mallopt: name -> (its number in malloc.h, value)
-MALLOC_OPTIONS = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
+# A run of a program allocates its scratch memory anew, and glibc would map it and give it back each time: the kernel hands out zeroed
+# pages at 1 to 4 GB/s, which was most of a batched attention's time. So freed memory is kept (docs/log.md, 2026-11-21), but from the
+# first compile on only: what loading frees would stay, too. One arena serves all threads, the others cannot grow large.
+MALLOC_PARAMETERS = {"M_ARENA_MAX": -8, "M_MMAP_MAX": -4, "M_TRIM_THRESHOLD": -1}  # their numbers in malloc.h
+MALLOC_AT_START = {"M_ARENA_MAX": 1}
+MALLOC_FOR_RUNS = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": 2**31 - 1}
 
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -75,23 +79,19 @@ def init() -> torch.device:
         os.environ["PJRT_DEVICE"] = "CPU"
     if os.environ.get("PJRT_DEVICE") == "CPU" and CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
-        keep_freed_memory()
+        set_malloc(MALLOC_AT_START)
     import torch_xla
 
     device: torch.device = torch_xla.device()
     return device
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what a program's run frees for the next run. Call it before threads allocate; other libraries are left alone.
-
-    A run of a program allocates its scratch memory anew, and glibc would map it and give it back each time: the kernel then hands
-    out zeroed pages at 1 to 4 GB/s, which took most of a batched step (docs/log.md, 2026-11-21).
-    """
+def set_malloc(options: Mapping[str, int]) -> None:
+    """Set glibc's mallopt parameters; other C libraries are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in MALLOC_OPTIONS.values():
-            mallopt(parameter, value)
+        for name, value in options.items():
+            mallopt(MALLOC_PARAMETERS[name], value)
 
 
 def dump_programs(directory: Path) -> None:
@@ -257,6 +257,8 @@ def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donat
     import torch_xla.core.xla_model as xm
     from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
+    if device_kind() == "CPU":
+        set_malloc(MALLOC_FOR_RUNS)
     xlac = torch_xla._XLAC
     began = time.perf_counter()
     known_fallbacks = fallback_ops()

@@ -19,7 +19,6 @@ run --shape 110m -p 512 -n 64 -r 5 --dtype bfloat16 --compare hf --compare llama
 run --shape 110m -p 512 -n 64 -r 5 --dtype int8 --compare llama.cpp
 run --shape 110m -p 512 -n 64 -r 5 --batch 8 --compare hf
 run --shape 110m -p 700 -n 256 -r 3 --compare hf --compare llama.cpp
-run --shape 110m -p 700 -n 256 -r 3 --bucket_policy pad --compare hf
 run --shape 110m -p 1500 -n 2 -r 1
 run --shape 110m -p 1500 -n 2 -r 1 --buckets 1
 run --shape 110m -p 200 -n 32 -r 5 --max_seq_len 512

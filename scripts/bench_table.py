@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HEADER = "| program | model | weights | tokens | batch | prefill tok/s | decode tok/s | ms/step | job s | of ceiling | host ms/step | start to first token s | peak MiB |"
+COLUMNS = ["program", "model", "weights", "tokens", "batch", "prefill tok/s", "decode tok/s", "ms/step", "job s", "of ceiling"]
+COLUMNS += ["host ms/step", "start to first token s", "peak MiB"]
+HEADER = f"| {' | '.join(COLUMNS)} |"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 

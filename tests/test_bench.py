@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ def test_kernels_times_every_lowering_and_marks_the_picked(run: Run, monkeypatch
     assert outcome.code == 0, outcome.err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines()[2:]]
     assert {(line[0], line[1], line[2]) for line in lines if line[6] == "yes" and "attention" not in line[2]} == {
-        (dtype, rows, lowering) for dtype in ("float32", "bfloat16", "int8") for rows, lowering in (("1", "one_row"), ("4", "row_by_row"))
+        (dtype, rows, lowering)
+        for dtype, few in (("float32", "loop"), ("bfloat16", "row_by_row"), ("int8", "row_by_row"))
+        for rows, lowering in (("1", "one_row"), ("4", few))
     }
     assert {line[2] for line in lines if line[2].startswith("attention")} == {f"attention: {name}" for name in kernels.ATTENTION}
     assert (tmp_path / "table.md").read_text() == outcome.out
@@ -189,7 +192,10 @@ def test_programs_are_summed_up(tmp_path: Path) -> None:
     assert found.copies == 16
     assert found.aliases == 2
     assert found.largest == [("fusion", 32 + 16), ("copy", 16)]
-    assert "4 operations, 2 aliases, 16 bytes copied" in next(hlo.report(tmp_path))
+    assert found.scratch == 0
+    report = "allocation 3: size 300, preallocated-temp:\n value: x\nallocation 4: size 80, parameter 1, shape |f32[20]|:\n"
+    (tmp_path / "module_0001.x.cpu_after_optimizations-buffer-assignment.txt").write_text(report)
+    assert "4 operations, 2 aliases, 16 bytes copied, 300 of scratch" in next(hlo.report(tmp_path))
 
 
 def test_a_trace_and_the_programs_are_written(tmp_path: Path) -> None:
@@ -203,6 +209,7 @@ def test_a_trace_and_the_programs_are_written(tmp_path: Path) -> None:
     assert list(tmp_path.glob("trace/**/*.xplane.pb"))
     summary = (tmp_path / "hlo/summary.txt").read_text()
     assert "1 aliases, 0 bytes copied" in summary  # the cache is donated and nothing is copied
+    assert re.search(r"[1-9][\d,]* of scratch", summary)  # XLA reports it under the name that is looked for
 
 
 def test_programs_can_be_dumped_before_xla_starts_only(run: Run, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from checkpoint_files import TINY, random_weights, write_meta
 from commands import ROOT, Run
 
-from llama import EngineConfig, LLaMA, checkpoint, ops, runtime
+from llama import EngineConfig, LLaMA, checkpoint, hlo, ops, runtime
 from llama.checkpoint import open_checkpoint, stored_as
 from llama.checkpoint.reshard import convert, reshard
 from llama.config import DEMO_DIR
@@ -141,6 +143,31 @@ def test_int8_in_other_formats_is_refused(tmp_path: Path) -> None:
     weights["layers.0.attention.wq.weight"] = weights["layers.0.attention.wq.weight"].to(torch.int8)
     with pytest.raises(CheckpointError, match=r"layers\.0\.attention\.wq\.weight"):
         open_checkpoint(write_meta(tmp_path / "meta", TINY, [weights]))
+
+
+LAYERS = """
+import torch
+from llama import ops, runtime
+device = runtime.init()
+x = runtime.upload(torch.randn({rows}, 1024), device)
+weights = [runtime.upload(torch.ones(1024, 1024, dtype=torch.{dtype}), device) for _ in range(12)]
+
+def chain(x):
+    for weight in weights:
+        x = ops.linear(x, weight) * 1e-3
+    return (x,)
+
+runtime.compile_program("chain", chain, (x,))
+"""
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "int8"), (8, "int8"), (200, "int8"), (200, "bfloat16"), (8, "float32"), (200, "float32")])
+def test_no_weight_is_held_twice(tmp_path: Path, rows: int, dtype: str) -> None:
+    """What is widened or packed for a product is widened when its turn comes: a chain needs the scratch of two layers, not of all."""
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
+    subprocess.run([sys.executable, "-c", LAYERS.format(rows=rows, dtype=dtype)], env=environment, check=True, capture_output=True)
+    (program,) = tmp_path.glob("*after_optimizations.txt")
+    assert 0 < hlo.summarise(program).scratch < 4 * 1024 * 1024 * 4
 
 
 def demo_perplexity(dtype: torch.dtype) -> tuple[float, torch.Tensor]:

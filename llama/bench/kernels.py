@@ -87,7 +87,7 @@ def _chain(name: str, lowering: Callable[..., torch.Tensor], weights: list[torch
 
 
 def attend_einsum(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """As model.py writes it."""
+    """As model.py writes it for many queries."""
     probs = torch.softmax(torch.einsum("bktd,bksd->bkts", q, keys), dim=-1)
     return torch.einsum("bkts,bksd->bktd", probs, values)
 
@@ -103,7 +103,13 @@ def attend_sums(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> to
     return (probs.unsqueeze(-1) * values.unsqueeze(2)).sum(3)
 
 
-ATTENTION = {"einsum": attend_einsum, "matmul": attend_matmul, "sums": attend_sums}
+def attend_mixed(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """As model.py writes it for few queries: scores as sums, which read the keys where they are, and values by einsum."""
+    probs = torch.softmax((ops.materialised(q).unsqueeze(3) * keys.unsqueeze(2)).sum(-1), dim=-1)
+    return torch.einsum("bkts,bksd->bktd", probs, values)
+
+
+ATTENTION = {"einsum": attend_einsum, "matmul": attend_matmul, "sums": attend_sums, "mixed": attend_mixed}
 
 
 def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -117,7 +123,7 @@ def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]
     for count in rows:
         q = runtime.upload(torch.randn(1, args.kv_heads, group * count, args.head_dim), device)
         for name, attend in ATTENTION.items():
-            if name == "sums" and count > MOST_SUMS:
+            if name in ("sums", "mixed") and count > MOST_SUMS:
                 continue
 
             def run(q: torch.Tensor, cache: torch.Tensor, attend: Callable[..., torch.Tensor] = attend) -> tuple[torch.Tensor, ...]:
@@ -128,7 +134,8 @@ def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]
             seconds = measure(runtime.compile_program(name, run, (q, cache)), (q, cache)) / layers
             flops = 4 * args.n_heads * count * KEYS * args.head_dim
             numbers = {"ms": 1e3 * seconds, "gb_s": size / seconds / 1e9, "gflop_s": flops / seconds / 1e9}
-            found.append({"lowering": f"attention: {name}", "rows": count, "dtype": "float32", **numbers, "picked": name == "einsum"})
+            picked = "mixed" if group * count <= ops.FEW_QUERIES else "einsum"
+            found.append({"lowering": f"attention: {name}", "rows": count, "dtype": "float32", **numbers, "picked": name == picked})
     return found
 
 
