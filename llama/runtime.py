@@ -77,9 +77,10 @@ def init() -> torch.device:
     """
     if "PJRT_DEVICE" not in os.environ and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
         os.environ["PJRT_DEVICE"] = "CPU"
-    if os.environ.get("PJRT_DEVICE") == "CPU" and CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
+    if os.environ.get("PJRT_DEVICE") == "CPU":
         set_malloc(MALLOC_AT_START)
+        if CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # a parent process may have set them
+            os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
     import torch_xla
 
     device: torch.device = torch_xla.device()
