@@ -20,23 +20,23 @@ ONEDNN = '{"fusion_config":{"kind":"__onednn_fusion"}}'  # how XLA:CPU's own rew
 
 
 @cache
-def product(rows: tuple[int, int], columns: tuple[int, int], contracting: tuple[int, int], onednn: bool) -> Any:
-    """A computation of one matrix product in float32, as one fusion.
+def product(weight: tuple[int, int], x: tuple[int, int], *, onednn: bool) -> Any:
+    """A computation of one matrix product in float32, as one fusion: [out, n], a column for each row of x.
 
     Args:
-        rows, columns: the shapes of the two operands.
-        contracting: the dimension of each that is summed over.
-        onednn: whether oneDNN runs it, which wants ``contracting`` (1, 0). Else it becomes one loop over the result's elements in
-            their order: the second operand is read anew for each row of the first, from the cache if it is small.
+        weight: its shape, [out, in].
+        x: the other operand's shape: [n, in], but for oneDNN, which knows no other order, [in, n].
+        onednn: whether oneDNN runs it. Else it becomes one loop over the result's elements in their order: x is read anew for each
+            row of the weight, from the cache if it is small.
 
     Returns:
         What ``Op.call`` of torch_xla's builder takes.
     """
     import torch_xla.core.xla_builder as xb
 
-    shapes = (shape(rows), shape(columns))
-    result = shape((rows[1 - contracting[0]], columns[1 - contracting[1]]))
-    dot = instruction(3, "dot", result, [1, 2], nested(30, packed(1, [contracting[0]]) + packed(2, [contracting[1]])))
+    shapes, contracted = (shape(weight), shape(x)), 0 if onednn else 1  # the dimension of x; of the weight the second
+    result = shape((weight[0], x[1 - contracted]))
+    dot = instruction(3, "dot", result, [1, 2], nested(30, packed(1, [1]) + packed(2, [contracted])))
     inner = computation(7, [parameter(1, shapes[0], 0), parameter(2, shapes[1], 1), dot], shapes, result, root=3)
     kind = nested(11, (CUSTOM if onednn else LOOP).encode()) + packed(38, [7])
     config = nested(43, ONEDNN.encode()) if onednn else b""

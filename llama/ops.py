@@ -88,9 +88,19 @@ def attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         [B, K, T, S]. On XLA:CPU for few queries as sums of products, which read a slice of the cache where it is; a product would
         have it copied first. For many as einsum, which runs six times as fast as ``q @ k.transpose`` (docs/log.md).
     """
-    if queries.shape[2] <= FEW_QUERIES and _on_cpu_device(queries.device):
-        return (materialised(queries).unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
+    if scored_by_sums(queries.shape[2], queries.device):
+        return scores_by_sums(queries, keys)
     return torch.einsum("bktd,bksd->bkts", queries, keys)
+
+
+def scored_by_sums(queries: int, device: torch.device) -> bool:
+    """Whether ``attention_scores`` takes the sums for so many queries of a key head."""
+    return queries <= FEW_QUERIES and _on_cpu_device(device)
+
+
+def scores_by_sums(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``attention_scores`` as sums of products; what makes the queries is kept out of the loop over the keys."""
+    return (materialised(queries).unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
 
 
 def linear_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -118,10 +128,8 @@ def parts_of(width: int) -> list[tuple[int, int]]:
 
 def linear_matrix(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``(w @ x.t()).t()``: XLA:CPU hands this form to Eigen's matrix product, and not the one of ``F.linear``."""
-    if weight.dtype != x.dtype:
-        x = materialised(x)
-        weight = waiting_for(x, weight).to(x.dtype)
-    return (weight @ x.t()).t()
+    whole = x if weight.dtype == x.dtype else materialised(x)
+    return (widened(weight, whole) @ whole.t()).t()
 
 
 def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -137,8 +145,8 @@ def linear_loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
     whole, group = materialised(x), max(loop_rows(x.shape[-1]), 1)
-    parts = [whole[a : a + group] for a in range(0, len(whole), group)]
-    return torch.cat([_product_op((1, 1), False)(weight.to(x.dtype), part).t() for part in parts])
+    wide, product = widened(weight, whole), _product_op(onednn=False)
+    return torch.cat([product(wide, whole[a : a + group]).t() for a in range(0, len(whole), group)])
 
 
 def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -146,7 +154,7 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
     columns = materialised(x.t().contiguous())
-    product: torch.Tensor = _product_op((1, 0), True)(weight.to(x.dtype), columns)
+    product: torch.Tensor = _product_op(onednn=True)(widened(weight, columns), columns)
     return product.t()
 
 
@@ -161,6 +169,11 @@ def linear_panels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     whole = materialised(x)
     panels = materialised(waiting_for(whole, weight).view(-1, PANEL, width).permute(0, 2, 1).to(x.dtype).contiguous())
     return torch.einsum("ri,bio->rbo", whole, panels).reshape(-1, channels)
+
+
+def widened(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The weight in the dtype of x, written to memory where it is narrower, but no sooner than x is there."""
+    return weight if weight.dtype == x.dtype else waiting_for(x, weight).to(x.dtype)
 
 
 def waiting_for(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -212,13 +225,13 @@ def _written(x: Any) -> Any:
 
 
 @cache
-def _product_op(contracting: tuple[int, int], onednn: bool) -> Any:
+def _product_op(*, onednn: bool) -> Any:
     """The registered XLA operation of one ready-made fusion, ``fusion.product``."""
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
     def lower(weight: Any, x: Any) -> Any:
-        computation = fusion.product(tuple(weight.shape().sizes), tuple(x.shape().sizes), contracting, onednn)
+        computation = fusion.product(tuple(weight.shape().sizes), tuple(x.shape().sizes), onednn=onednn)
         return xb.Op.call(computation, (weight, x))
 
     return registry.register(f"llama_product_{'onednn' if onednn else 'loop'}", lower)

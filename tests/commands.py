@@ -74,6 +74,14 @@ def process(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, encoding="utf-8", **options)
 
 
+def dumped_program(code: str, directory: Path) -> Path:
+    """The optimised HLO of the one program that this code compiles in a process of its own, dumped by XLA into the directory."""
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    (dump,) = directory.glob("*after_optimizations.txt")
+    return dump
+
+
 def finished(arguments: Sequence[str]) -> Outcome:
     """What such a process leaves behind."""
     with process(arguments) as running:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import dumped_program
 from conftest import LLMFactory
 
 from llama import SamplingParams, ops, runtime
@@ -35,12 +33,8 @@ CACHE = "f32[6,2,2,96,16]"  # 2 x 3 layers, 2 rows, 2 key heads, 96 positions, h
 
 
 def decode_hlo(directory: Path, tokenizer: Path, undonated: bool = False) -> str:
-    """The optimised HLO of a decode program, dumped by XLA in a process of its own."""
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text"}
-    code = DUMP.format(tokenizer=str(tokenizer), undonated=undonated)
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-    (dump,) = directory.glob("*after_optimizations.txt")
-    return dump.read_text()
+    """The optimised HLO of a decode program."""
+    return dumped_program(DUMP.format(tokenizer=str(tokenizer), undonated=undonated), directory).read_text()
 
 
 def cache_copies(hlo: str) -> list[str]:

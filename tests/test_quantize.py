@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import TINY, random_weights, write_meta
-from commands import ROOT, Run
+from commands import ROOT, Run, dumped_program
 
 from llama import EngineConfig, LLaMA, checkpoint, hlo, ops, runtime
 from llama.checkpoint import open_checkpoint, stored_as
@@ -50,17 +48,21 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert scales.eq(1).all()
 
 
+def multiplied(lowering: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product that a lowering computes on the device."""
+    inputs = [runtime.upload(tensor, runtime.init()) for tensor in (x, weight)]
+    program = runtime.compile_program(lowering, lambda x, w: (ops.LOWERINGS[lowering](x, w),), inputs)
+    return runtime.fetch(program(*inputs)[0])
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("lowering", sorted(ops.LOWERINGS))
 def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, rows: int) -> None:
     """Compiled on the device, against torch on the host in float64."""
-    device = runtime.init()
     x, weight = torch.randn(rows, 96), torch.randn(160, 96)
     weight = (20 * weight).to(dtype) if dtype == torch.int8 else weight.to(dtype)
-    inputs = (runtime.upload(x, device), runtime.upload(weight, device))
-    program = runtime.compile_program(lowering, lambda x, w: (ops.LOWERINGS[lowering](x, w),), inputs)
-    found = runtime.fetch(program(*inputs)[0])
+    found = multiplied(lowering, x, weight)
     expected = x.double() @ weight.double().t()
     assert found.shape == (rows, 160)
     assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -73,12 +75,9 @@ def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
         covered = [column for a, b in ops.parts_of(width) for column in range(a, b)]
         assert covered == list(range(width))
         assert all(0 < b - a <= ops.WIDEST_ROW for a, b in ops.parts_of(width))
-    device = runtime.init()
     x, weight = torch.randn(rows, 9001), torch.randn(40, 9001)
-    inputs = (runtime.upload(x, device), runtime.upload(weight, device))
-    program = runtime.compile_program(lowering, lambda x, w: (ops.LOWERINGS[lowering](x, w),), inputs)
     expected = x.double() @ weight.double().t()
-    assert (runtime.fetch(program(*inputs)[0]).double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (multiplied(lowering, x, weight).double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
@@ -164,9 +163,7 @@ runtime.compile_program("chain", chain, (x,))
 @pytest.mark.parametrize(("rows", "dtype"), [(1, "int8"), (8, "int8"), (200, "int8"), (200, "bfloat16"), (8, "float32"), (200, "float32")])
 def test_no_weight_is_held_twice(tmp_path: Path, rows: int, dtype: str) -> None:
     """What is widened or packed for a product is widened when its turn comes: a chain needs the scratch of two layers, not of all."""
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
-    subprocess.run([sys.executable, "-c", LAYERS.format(rows=rows, dtype=dtype)], env=environment, check=True, capture_output=True)
-    (program,) = tmp_path.glob("*after_optimizations.txt")
+    program = dumped_program(LAYERS.format(rows=rows, dtype=dtype), tmp_path)
     assert 0 < hlo.summarise(program).scratch < 4 * 1024 * 1024 * 4
 
 

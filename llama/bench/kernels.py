@@ -1,4 +1,4 @@
-"""The kernel table: every lowering of a linear layer, and both of attention, timed on the shapes of a model.
+"""The kernel table: every lowering of a linear layer and of attention, timed on the shapes of a model.
 
 A chain of layers that depend on each other, as in a model, so that neither XLA nor the caches can take a short cut: their weights
 together are larger than the caches.
@@ -45,13 +45,13 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
     device = runtime.init()
     found = []
     for dtype_name, dtype in DTYPES.items():
-        weights, layers = _weights(args, dtype, device)
+        weights = _weights(args, dtype, device)
         for count in rows:
             x = runtime.upload(torch.randn(count, args.dim), device)
             for name, lowering in ops.LOWERINGS.items():
                 if count > TOO_SLOW.get(name, count):
                     continue
-                seconds = _chain(f"{name} {count} {dtype_name}", lowering, weights, x) / layers
+                seconds = _chain(f"{name} {count} {dtype_name}", lowering, weights, x) / len(weights)
                 size = args.dim * args.hidden_dim
                 found.append(
                     {
@@ -67,13 +67,13 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
-def _weights(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> tuple[list[torch.Tensor], int]:
+def _weights(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     layers = min(max(CHAIN_BYTES // (args.dim * args.hidden_dim * dtype.itemsize), 2), MOST_LAYERS)
     made = []
     for _ in range(layers):
         weight = torch.randn(args.hidden_dim, args.dim) * 0.02
         made.append(runtime.adopt(quantize(weight)[0] if dtype == torch.int8 else weight.to(dtype), device))
-    return made, layers
+    return made
 
 
 def _chain(name: str, lowering: Callable[..., torch.Tensor], weights: list[torch.Tensor], x: torch.Tensor) -> float:
@@ -99,13 +99,13 @@ def attend_matmul(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
 
 def attend_sums(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """With products and sums, which XLA can fuse with the reading of the cache."""
-    probs = torch.softmax((q.unsqueeze(3) * keys.unsqueeze(2)).sum(-1), dim=-1)
+    probs = torch.softmax(ops.scores_by_sums(q, keys), dim=-1)
     return (probs.unsqueeze(-1) * values.unsqueeze(2)).sum(3)
 
 
 def attend_mixed(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """As model.py writes it for few queries: scores as sums, which read the keys where they are, and values by einsum."""
-    probs = torch.softmax((ops.materialised(q).unsqueeze(3) * keys.unsqueeze(2)).sum(-1), dim=-1)
+    probs = torch.softmax(ops.scores_by_sums(q, keys), dim=-1)
     return torch.einsum("bkts,bksd->bktd", probs, values)
 
 
@@ -134,7 +134,7 @@ def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]
             seconds = measure(runtime.compile_program(name, run, (q, cache)), (q, cache)) / layers
             flops = 4 * args.n_heads * count * KEYS * args.head_dim
             numbers = {"ms": 1e3 * seconds, "gb_s": size / seconds / 1e9, "gflop_s": flops / seconds / 1e9}
-            picked = "mixed" if group * count <= ops.FEW_QUERIES else "einsum"
+            picked = "mixed" if ops.scored_by_sums(group * count, device) else "einsum"
             found.append({"lowering": f"attention: {name}", "rows": count, "dtype": "float32", **numbers, "picked": name == picked})
     return found
 

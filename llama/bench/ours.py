@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from math import prod
 from typing import Any
 
 from llama import runtime
@@ -11,6 +12,7 @@ from llama.bench.workload import SHAPES, WEIGHTS_SEED, Times, Workload
 from llama.config import DEFAULT_BUCKETS, EngineConfig, SamplingParams
 from llama.engine import BatchClock, Request
 from llama.generation import LLaMA
+from llama.kv_cache import cache_shape
 from llama.model import Linear
 from llama.steps import ProgramKey
 
@@ -66,8 +68,8 @@ class OursRunner:
         if model.args.tie_word_embeddings:
             weights += model.tok_embeddings.weight.numel() * model.tok_embeddings.weight.element_size()
         live = self._work.prompt_len + self._work.gen_len // 2
-        per_position = 2 * model.args.n_layers * model.args.kv_heads * model.args.head_dim * model.activation_dtype.itemsize
-        return weights + live * per_position * self._work.batch
+        cache = prod(cache_shape(model.args, self._engine.config)) * model.activation_dtype.itemsize
+        return weights + cache // self._engine.config.max_seq_len * live
 
     def _host_ms(self) -> float:
         """Milliseconds that the host spends on handing one step to an idle device."""
