@@ -10,11 +10,19 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-COLUMNS = ["program", "model", "weights", "tokens", "batch", "prefill tok/s", "decode tok/s", "ms/step", "job s", "of ceiling"]
-COLUMNS += ["host ms/step", "start to first token s", "peak MiB"]
-HEADER = f"| {' | '.join(COLUMNS)} |"
+from llama.bench import report
+
+WORK = {"model": "model", "dtype": "weights", "tokens": "tokens", "batch": "batch"}
+SPEEDS = ("prefill_tok_s", "decode_tok_s", "step_ms", "bandwidth_share", "host_ms", "peak_bytes")
+RUNS = {
+    "runner": "program",
+    **WORK,
+    **{name: report.COLUMNS[name] for name in SPEEDS},
+    "job_s": "job s",
+    "ready_s": "start to first token s",
+}
+RATIOS = {"against": "ours /", **WORK, "decode": "decode", "prefill": "prefill", "job_time": "whole job's time"}
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -34,42 +42,6 @@ def heading(ceilings: list[float]) -> str:
     )
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row of the table."""
-    share = f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else ""
-    host = f"{row['host_ms']:.2f}" if "host_ms" in row else ""
-    cells = [
-        row["runner"],
-        row["model"],
-        row["dtype"],
-        f"{row['prompt_len']} + {row['gen_len']}",
-        row["batch"],
-        f"{row['prefill_tok_s']:.0f}",
-        f"{row['decode_tok_s']:.1f} ± {row['decode_spread']:.1f}",
-        f"{row['step_ms']:.1f}",
-        f"{row['job_s']:.2f}",
-        share,
-        host,
-        f"{row['ready_s']:.1f}" if "ready_s" in row else "",
-        f"{row['peak_bytes'] / 2**20:.0f}",
-    ]
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def ratios(runs: list[dict[str, Any]]) -> list[str]:
-    """The table of ours divided by each peer's."""
-    lines = [
-        "| ours / | model | weights | tokens | batch | decode | prefill | whole job's time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        first = run["rows"][0]
-        for each in run["ratios"]:
-            what = f"{each['against']} | {first['model']} | {first['dtype']} | {first['prompt_len']} + {first['gen_len']} | {each['batch']}"
-            lines.append(f"| {what} | {each['decode']:.2f} | {each['prefill']:.2f} | {each['job_time']:.2f} |")
-    return lines
-
-
 def write(document: Path, lines: list[str]) -> None:
     """Replace what stands between the document's marks."""
     before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
@@ -81,9 +53,13 @@ def main(results: Path, full: Path, readme: Path) -> None:
     """Every run into one document, the ratios into the other."""
     runs = [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()]
     where = [heading([run["read_ceiling_gb_s"] for run in runs]), ""]
-    table = [HEADER, "|" + "---|" * (HEADER.count("|") - 1), *(line(row) for run in runs for row in run["rows"])]
-    write(full, [*where, *table, "", *ratios(runs)])
-    write(readme, [*where, *ratios(runs)])
+    for run in runs:
+        for row in run["rows"]:
+            row["tokens"] = f"{row['prompt_len']} + {row['gen_len']}"
+    rows = [row for run in runs for row in run["rows"]]
+    compared = report.table([{**run["rows"][0], **each} for run in runs for each in run["ratios"]], RATIOS)
+    write(full, [*where, *report.table(rows, RUNS), "", *compared])
+    write(readme, [*where, *compared])
 
 
 if __name__ == "__main__":

@@ -91,10 +91,14 @@ def render(rows: Sequence[dict[str, Any]], compared: Sequence[dict[str, Any]], f
         writer.writeheader()
         writer.writerows(plain)
         return out.getvalue()
-    used = [name for name in COLUMNS if any(name in row for row in rows)]
-    lines = ["| " + " | ".join(COLUMNS[name] for name in used) + " |", "|" + "---|" * len(used)]
-    lines += ["| " + " | ".join(_cell(row, name) for name in used) + " |" for row in rows]
-    return "\n".join([*lines, *([""] if compared else []), *(_compared(each) for each in compared)]) + "\n"
+    return "\n".join([*table(rows, COLUMNS), *([""] if compared else []), *(_compared(each) for each in compared)]) + "\n"
+
+
+def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:
+    """The lines of a markdown table: those of the columns (name and heading) that some row has."""
+    used = [name for name in columns if any(name in row for row in rows)]
+    lines = ["| " + " | ".join(columns[name] for name in used) + " |", "|" + "---|" * len(used)]
+    return lines + ["| " + " | ".join(_cell(row, name) for name in used) + " |" for row in rows]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
