@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llama.config import EngineConfig, ModelArgs, RopeScaling, SamplingParams
+    from llama.config import EngineConfig, ModelArgs, RopeScaling
     from llama.errors import LLaMAError
     from llama.generation import LLaMA
     from llama.results import Generation, Piece
+    from llama.sampling_params import SamplingParams
     from llama.tokenizer import Tokenizer
 
 _HOME = {
     "EngineConfig": "llama.config",
     "ModelArgs": "llama.config",
     "RopeScaling": "llama.config",
-    "SamplingParams": "llama.config",
+    "SamplingParams": "llama.sampling_params",
     "LLaMAError": "llama.errors",
     "Generation": "llama.results",
     "LLaMA": "llama.generation",

@@ -5,7 +5,6 @@ No tensor and no device here. Validation happens at construction, so that a wron
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -233,7 +232,7 @@ class GenerationDefaults:
     """What a checkpoint's generation_config.json wishes; a flag or an argument of the caller overrides it.
 
     Attributes:
-        temperature, top_p: as in SamplingParams, or None where the file says nothing.
+        temperature, top_p, top_k, min_p, typical_p, repetition_penalty: as in SamplingParams, or None where the file says nothing.
         stop_ids: ids that end a generation besides the tokenizer's own; empty where the file says nothing.
 
     Raises:
@@ -243,12 +242,23 @@ class GenerationDefaults:
     temperature: float | None = None
     top_p: float | None = None
     stop_ids: tuple[int, ...] = ()
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None and (self.temperature != 0 or isinstance(self.temperature, bool)):
             _check_number("temperature", self.temperature, "; or 0")
-        if self.top_p is not None:
-            _check_number("top_p", self.top_p, " of at most 1", most=1.0)
+        for name in ("top_p", "typical_p"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), " of at most 1", most=1.0)
+        if self.min_p is not None and (self.min_p != 0 or isinstance(self.min_p, bool)):
+            _check_number("min_p", self.min_p, " of at most 1; or 0", most=1.0)
+        if self.repetition_penalty is not None:
+            _check_number("repetition_penalty", self.repetition_penalty)
+        if self.top_k is not None and (self.top_k != 0 or isinstance(self.top_k, bool)):
+            _check_size("top_k", self.top_k, "; or 0")
         for stop_id in self.stop_ids:
             if not isinstance(stop_id, int) or isinstance(stop_id, bool) or not 0 <= stop_id <= LARGEST_SIZE:
                 raise ConfigError(f"eos_token_id: got {_short(stop_id)}, expected token ids")
@@ -310,33 +320,3 @@ class EngineConfig:
                 chosen.add(size)
                 size *= 2
         return (*sorted(k for k in chosen if k < self.max_seq_len), self.max_seq_len)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """What one request wants. Every field reaches the device as data, so that no value compiles a program.
-
-    Attributes:
-        max_gen_len: most tokens to generate, at least 1.
-        temperature: 0 takes the likeliest token; above, logits are divided by it before sampling.
-        top_p: sample from the smallest set of likeliest tokens whose probabilities sum to at least this, in (0, 1].
-        seed: 0 to 2**63 - 1. The same seed gives the same text whatever the batch size and the row; None draws a new one.
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-
-    max_gen_len: int = 256
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_gen_len < 1:
-            raise ConfigError(f"max_gen_len: got {self.max_gen_len}, expected at least 1")
-        if not (0 <= self.temperature < math.inf):
-            raise ConfigError(f"temperature: got {self.temperature}, expected a finite number of 0 or more")
-        if not (0 < self.top_p <= 1):
-            raise ConfigError(f"top_p: got {self.top_p}, expected a number above 0 and at most 1")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed: got {self.seed}, expected 0 to 2**63 - 1")

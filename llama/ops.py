@@ -23,6 +23,7 @@ FIRST_CACHE = 16384  # bytes of a core's first cache that rows of x may take whi
 MOST_LOOP_ROWS = 4  # so many rows of float32 take as long as one
 MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
 WIDE = 1024  # from so many numbers a row on, turning the weight into panels costs less than it saves
+LANES = 64  # partial reductions over a vocabulary that run side by side
 PANEL = 8  # output channels side by side
 MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product would first have widened in memory
 FEW_QUERIES = 8  # of a key head, up to which attention is sums
@@ -316,6 +317,77 @@ def float_bits(x: torch.Tensor) -> torch.Tensor:
         return x.view(torch.int32)
     bits: torch.Tensor = _float_bits_op()(x)
     return bits
+
+
+def first_holding(keys: torch.Tensor, mass: torch.Tensor, wanted: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Which tokens are the first, in the order of their keys, that together hold the mass that is wanted.
+
+    The last key that belongs to them is the largest number below which less than that is held: it is built from its highest bit on,
+    in 31 sums. A loop inside the program, which is not entered where no row asks: an unused filter costs nothing.
+
+    Args:
+        keys: [B, V] int32, at least 0.
+        mass: [B, V] float32, at least 0.
+        wanted: [B] float32, above 0. Where all tokens hold less, as sums of floats can, all are kept.
+        asked: [B] bool, the rows that ask.
+
+    Returns:
+        [B, V] bool; tokens of equal keys are kept or left together. All tokens of a row that does not ask.
+    """
+    lanes = in_lanes(keys, 2**31 - 1), in_lanes(mass, 0.0)
+    first_bit = torch.where(asked.any(), 1 << 30, 0).to(torch.int32)
+    find = _last_key_op() if keys.device.type == "xla" else _last_key
+    last: torch.Tensor = find(*lanes, wanted, first_bit)
+    return (keys <= last.unsqueeze(-1)) | ~asked.unsqueeze(-1)
+
+
+def _last_key(keys: torch.Tensor, mass: torch.Tensor, wanted: torch.Tensor, first_bit: torch.Tensor) -> torch.Tensor:
+    """The last key of ``first_holding``, [B] int32; keys and mass [B, V / lanes, lanes]."""
+    last, bit = torch.zeros_like(wanted, dtype=torch.int32), int(first_bit)
+    while bit:
+        below = torch.where(keys < (last + bit).view(-1, 1, 1), mass, 0.0).sum(dim=1).sum(dim=-1)
+        last = torch.where(below < wanted, last + bit, last)
+        bit //= 2
+    return last
+
+
+@cache
+def _last_key_op() -> Any:
+    """The registered XLA operation that is ``_last_key`` on the device."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(keys: Any, mass: Any, wanted: Any, first_bit: Any) -> Any:
+        builder, sizes = keys.builder(), list(keys.shape().sizes)
+        none = xb.Op.scalar(builder, 0, dtype=xb.Type.S32).broadcast(sizes[:1])
+
+        def more(bit: Any, last: Any, keys: Any, mass: Any, wanted: Any) -> Any:
+            return bit > xb.Op.scalar(bit.builder(), 0, dtype=xb.Type.S32)
+
+        def one_bit(bit: Any, last: Any, keys: Any, mass: Any, wanted: Any) -> Any:
+            zero = xb.Op.scalar(bit.builder(), 0.0, dtype=mass.shape().dtype)
+            candidate = last + bit.broadcast(sizes[:1])
+            is_below = keys < candidate.broadcast_in_dim(sizes, [0])
+            below = is_below.select(mass, zero.broadcast(sizes)).reduce(zero, _add, [1]).reduce(zero, _add, [1])
+            half = bit / xb.Op.scalar(bit.builder(), 2, dtype=xb.Type.S32)
+            return xb.Op.tuple([half, (below < wanted).select(candidate, last), keys, mass, wanted])
+
+        return xb.Op.mkwhile([first_bit, none, keys, mass, wanted], more, one_bit).get_tuple_element(1)
+
+    return registry.register("llama_last_key", lower)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return a + b
+
+
+def in_lanes(x: torch.Tensor, fill: float) -> torch.Tensor:
+    """Fold [B, V] into [B, V / lanes, lanes], padded with ``fill``, for a reduction over the slow axis first.
+
+    XLA:CPU vectorises a reduction over the slow axis, not one over the fast.
+    """
+    padded = F.pad(x, (0, -x.shape[-1] % LANES), value=fill)
+    return padded.view(x.shape[0], -1, LANES)
 
 
 @cache

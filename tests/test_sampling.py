@@ -171,6 +171,11 @@ def test_argmax(vocab_size: int) -> None:
     assert chosen.tolist() == rows.argmax(axis=1).tolist()
 
 
+def every(rows: int) -> torch.Tensor:
+    """All rows are sampled."""
+    return torch.ones(rows, dtype=torch.bool)
+
+
 # --- the nucleus ------------------------------------------------------------------------------------------------------------------
 
 
@@ -198,8 +203,8 @@ def test_top_p_mask_equals_sorting(vocab_size: int, steps: int) -> None:
     weights = exact_weights(256, vocab_size, steps, seed=steps)
     top_p = np.random.default_rng(steps).random(256).astype(np.float32)
     top_p[:32] = np.tile([1.0, 0.5, 0.25, 1e-30], 8)  # all of it, shares that sums can hit exactly, and as good as nothing
-    (kept,) = both(sampling.top_p_mask, torch.from_numpy(weights), torch.from_numpy(top_p))
-    expected = np.stack([numpy_nucleus(w, p) for w, p in zip(weights, top_p, strict=True)])
+    (kept,) = both(sampling.top_p_mask, torch.from_numpy(weights), torch.from_numpy(top_p), every(256))
+    expected = np.stack([numpy_nucleus(w, p) if p < 1 else np.ones(vocab_size, bool) for w, p in zip(weights, top_p, strict=True)])
     assert np.array_equal(kept.numpy(), expected)
 
 
@@ -213,13 +218,14 @@ def test_top_p_mask_equals_sorting(vocab_size: int, steps: int) -> None:
         ([1.0, 1.0, 1.0, 1.0], 0.01, [1, 1, 1, 1]),
         ([0.5, 1.0, 0.5, 1.0], 1e-30, [0, 1, 0, 1]),
         ([0.5, 1.0, 0.5, 0.5 + 2.0**-24], 0.5, [0, 1, 0, 1]),  # neighbouring floats: the threshold's last bit decides
-        ([0.0, 1.0, 0.0, 0.0], 1.0, [0, 1, 0, 0]),  # what cannot occur is in no nucleus
-        ([0.0, 1.0, 0.0, 2.0**-20], 1.0, [0, 1, 0, 1]),
+        ([0.0, 1.0, 0.0, 0.0], 0.9999999, [0, 1, 0, 0]),  # what cannot occur is in no nucleus
+        ([0.0, 1.0, 0.0, 2.0**-20], 0.9999999, [0, 1, 0, 1]),
+        ([0.0, 1.0, 0.0, 2.0**-20], 1.0, [1, 1, 1, 1]),  # but 1 asks for none
     ],
 )
 def test_top_p_mask_by_hand(weights: list[float], top_p: float, kept: list[int]) -> None:
     """Cases small enough to check by reading: the boundary itself, ties at it, one survivor, everything, nothing of weight 0."""
-    (mask,) = both(sampling.top_p_mask, floats([weights]), floats([top_p]))
+    (mask,) = both(sampling.top_p_mask, floats([weights]), floats([top_p]), every(1))
     assert mask[0].int().tolist() == kept
 
 
@@ -230,7 +236,7 @@ def test_top_p_mask_of_real_weights() -> None:
     logits[generator.random(logits.shape) < 0.1] = -INF
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     top_p = generator.uniform(0.05, 0.999, 256).astype(np.float32)
-    (kept,) = both(sampling.top_p_mask, torch.from_numpy(weights), torch.from_numpy(top_p))
+    (kept,) = both(sampling.top_p_mask, torch.from_numpy(weights), torch.from_numpy(top_p), every(256))
     for mask, w, p in zip(kept.numpy(), weights, top_p, strict=True):
         smaller, larger = numpy_nucleus(w, p * (1 - 1e-5)), numpy_nucleus(w, p * (1 + 1e-5))
         assert not (smaller & ~mask).any()
@@ -238,11 +244,178 @@ def test_top_p_mask_of_real_weights() -> None:
         assert not mask[w == 0].any()
 
 
+# --- the other filters ------------------------------------------------------------------------------------------------------------
+
+
+def numpy_top_k(distance: np.ndarray, top_k: int) -> np.ndarray:
+    """A row's ``top_k`` nearest tokens by sorting, and what is as near as the last of them."""
+    return distance <= np.sort(distance)[min(top_k, len(distance)) - 1] if top_k else np.ones(len(distance), bool)
+
+
+def numpy_typical(distance: np.ndarray, typical_p: float) -> np.ndarray:
+    """A row's typical tokens by sorting, in float64."""
+    weights = np.exp(-distance.astype(np.float64))
+    p = weights / weights.sum()
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(p)
+    entropy = (p[p > 0] * surprise[p > 0]).sum()
+    unusual = np.abs(surprise - entropy)
+    order = np.argsort(unusual, kind="stable")
+    last = int(np.searchsorted(np.cumsum(p[order]), typical_p))
+    return unusual <= unusual[order[min(last, len(p) - 1)]]
+
+
+def random_distances(rows: int, seed: int, vocab_size: int = VOCAB) -> np.ndarray:
+    """Distances with ties, from all distinct to nearly all equal; infinities in every row, and in some rows one survivor only."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(rows, vocab_size)) * generator.uniform(0.1, 5, (rows, 1))
+    logits[: rows // 2] = np.round(logits[: rows // 2] * 2) / 2
+    logits[generator.random(logits.shape) < 0.1] = -INF
+    logits[-8:] = np.where(np.arange(vocab_size) == generator.integers(0, vocab_size, (8, 1)), 1.0, -INF)
+    logits[np.arange(rows), generator.integers(0, vocab_size, rows)] = 20.0  # in the last rows two survivors, or one twice
+    return (logits.max(axis=1, keepdims=True) - logits).astype(np.float32)
+
+
+def test_top_k_mask_equals_sorting() -> None:
+    distance = random_distances(256, seed=11)
+    top_k = np.random.default_rng(11).integers(0, VOCAB + 20, 256).astype(np.int32)
+    top_k[:64] = np.arange(64) % 8
+    (kept,) = both(sampling.top_k_mask, floats(distance), torch.from_numpy(top_k), every(256))
+    expected = np.stack([numpy_top_k(d, int(k)) for d, k in zip(distance, top_k, strict=True)])
+    assert np.array_equal(kept.numpy() | np.isinf(distance), expected | np.isinf(distance))
+    ties = (kept.numpy().sum(axis=1) > top_k) & (top_k > 0)
+    assert ties.any()  # some rows keep more than k, because the last are equal
+
+
+def test_typical_p_mask_equals_sorting() -> None:
+    """Sums round: the set lies between those of slightly smaller and slightly larger shares."""
+    distance = random_distances(256, seed=12)[128:]  # ties of surprise are a matter of rounding: the distinct rows, and the survivors
+    typical_p = np.random.default_rng(12).uniform(0.05, 0.99, 128).astype(np.float32)
+    (kept,) = both(sampling.typical_p_mask, floats(distance), floats(np.exp(-distance)), floats(typical_p), every(128))
+    for mask, d, p in zip(kept.numpy(), distance, typical_p, strict=True):
+        assert not (numpy_typical(d, p * (1 - 1e-4)) & ~mask).any()
+        assert not (mask & ~numpy_typical(d, p * (1 + 1e-4))).any()
+        assert mask.any()
+
+
+def survivors(distance: torch.Tensor, *wishes: torch.Tensor) -> torch.Tensor:
+    return sampling.filtered(distance, sampling.Filters(torch.ones(len(distance), device=distance.device), *wishes)) > 0
+
+
+def numpy_filtered(distance: np.ndarray, top_k: int, top_p: float, min_p: float, typical_p: float) -> np.ndarray:
+    """All filters, one after the other, each of what the ones before have left: which tokens survive."""
+    left = np.where(numpy_top_k(distance, top_k), distance, INF)
+    if top_p < 1:
+        left = np.where(numpy_nucleus(np.exp(-left), top_p), left, INF)
+    left = np.where(np.exp(-left) >= np.float32(min_p), left, INF)
+    if typical_p < 1:
+        left = np.where(numpy_typical(left, typical_p), left, INF)
+    return left < INF
+
+
+def random_wishes(rows: int, seed: int) -> tuple[np.ndarray, ...]:
+    """top_k, top_p, min_p and typical_p, each unused in a third of the rows."""
+    generator = np.random.default_rng(seed)
+
+    def mixed(values: np.ndarray, off: float, dtype: type) -> np.ndarray:
+        return np.where(generator.random(rows) < 1 / 3, off, values).astype(dtype)
+
+    return (
+        mixed(generator.integers(1, 60, rows), 0, np.int32),
+        mixed(generator.uniform(0.2, 0.99, rows), 1, np.float32),
+        mixed(generator.uniform(0.001, 0.5, rows), 0, np.float32),
+        mixed(generator.uniform(0.2, 0.99, rows), 1, np.float32),
+    )
+
+
+def test_filters_one_after_the_other() -> None:
+    """512 rows with every mixture of filters: the survivors are those of NumPy, which sorts; the likeliest is among them."""
+    distance = random_distances(1024, seed=13)[512:]
+    wishes = random_wishes(512, seed=13)
+    wishes_on = [torch.from_numpy(wish) for wish in wishes]
+    kept = both(survivors, floats(distance), *wishes_on)[0].numpy()
+    weights = sampling.filtered(floats(distance), sampling.Filters(torch.ones(512), *wishes_on))
+    # cuts where sums round are told apart from errors by shares a little to either side
+    lower, upper = (
+        np.stack([numpy_filtered(d, int(k), p * f, m, t * f) for d, k, p, m, t in zip(distance, *wishes, strict=True)])
+        for f in (1 - 1e-4, 1)
+    )
+    differs = (kept != upper).any(axis=1)
+    assert differs.mean() < 0.01
+    assert not (kept[differs] != lower[differs]).any(axis=1).sum() > 2
+    assert kept.any(axis=1).all()
+    no_typical = wishes[3] == 1
+    assert kept[no_typical][distance[no_typical] == 0].all()
+    np.testing.assert_allclose(weights.numpy()[kept], np.exp(-distance[kept]), rtol=1e-5)  # what is kept is unchanged
+
+
+def test_defaults_filter_nothing() -> None:
+    """Bit for bit, also tokens so unlikely that their weight is 0 in float32."""
+    distance = random_distances(64, seed=14) * 30
+    unused = torch.zeros(64, dtype=torch.int32), torch.ones(64), torch.zeros(64), torch.ones(64)
+    assert (distance[distance < INF] > 200).any()
+    weights = sampling.filtered(floats(distance), sampling.Filters(torch.ones(64), *unused))
+    assert torch.equal(weights, (-floats(distance)).exp())
+    assert torch.equal(both(survivors, floats(distance), *unused)[0], weights > 0)
+
+
+def test_an_infinite_logit_is_the_likeliest() -> None:
+    """+inf takes all the probability there is; beside it, and where every token is impossible, nothing becomes NaN."""
+    logits = floats([[0.0, INF, 1.0, -INF], [-INF] * 4, [INF, 0.0, INF, 0.0]])
+    wishes = torch.ones(3), torch.zeros(3, dtype=torch.int32), floats([0.9] * 3), floats([0.1] * 3), floats([0.9] * 3)
+    (chosen,) = both(choose, logits, *wishes, words([[1, 2]] * 3), words([5, 6, 7]))
+    assert chosen[0] == 1
+    assert 0 <= chosen[1] < 4
+    assert chosen[2] in (0, 2)
+
+
+# --- the filters of transformers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "typical_p"])
+def test_filters_are_those_of_transformers(name: str) -> None:
+    """On logits without ties, each filter keeps what transformers' logits warper keeps."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
+
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper, "typical_p": TypicalLogitsWarper}
+    unused = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+    distance = floats(random_distances(128, seed=15)[64:120])
+    for value in (1, 5, 50) if name == "top_k" else (0.05, 0.3, 0.7, 0.97):
+        wishes = [
+            torch.tensor([v] * len(distance), dtype=torch.int32 if n == "top_k" else torch.float32)
+            for n, v in (unused | {name: value}).items()
+        ]
+        (kept,) = both(survivors, distance, *wishes)
+        expected = warpers[name](value)(torch.zeros(1, 1, dtype=torch.long), -distance)
+        assert torch.equal(kept, expected > -INF), value
+
+
 # --- the choice -------------------------------------------------------------------------------------------------------------------
 
 
+def choose(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    typical_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    return sampling.choose(logits, sampling.Filters(temperature, top_k, top_p, min_p, typical_p), seed, position)
+
+
+def choose_plain(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """``sampling.choose`` with the other filters unused, as the programs of the head ``sample`` have it."""
+    zeros = torch.zeros_like(temperature)
+    return sampling.choose(logits, sampling.Filters(temperature, zeros.int(), top_p, zeros), seed, position)
+
+
 def random_rows(rows: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """The arguments of ``choose`` for rows that differ in everything; one in four is greedy, and a tenth of the logits are -inf."""
+    """The arguments of ``choose_plain`` for rows that differ in everything; one in four is greedy, and a tenth of the logits are -inf."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(rows, VOCAB)) * generator.uniform(0.5, 8, (rows, 1))
     logits[generator.random(logits.shape) < 0.1] = -INF
@@ -266,7 +439,7 @@ def numpy_choice(logits: np.ndarray, temperature: float, top_p: float, uniform: 
 def test_choose_equals_numpy() -> None:
     """1024 rows, greedy and sampled mixed: every token is the one that NumPy draws for the row's logits, wishes, seed and position."""
     rows = random_rows(1024, seed=7)
-    (chosen,) = both(sampling.choose, *rows)
+    (chosen,) = both(choose_plain, *rows)
     logits, temperature, top_p, seeds, positions = (t.numpy() for t in rows)
     uniform = numpy_uniform(seeds.view(np.uint32), positions.view(np.uint32), VOCAB)
     expected = [numpy_choice(*row) for row in zip(logits, temperature, top_p, uniform, strict=True)]
@@ -282,21 +455,21 @@ def test_temperature_0_is_argmax_among_sampled_rows() -> None:
     assert 0 < greedy.sum() < len(greedy)
     logits[greedy] = logits[greedy].clamp(max=1.0)  # many of them now share the lead
     assert ((logits == logits.amax(dim=1, keepdim=True)).sum(dim=1) > 1)[greedy].float().mean() > 0.9
-    (chosen,) = both(sampling.choose, logits, temperature, top_p, seeds, positions)
+    (chosen,) = both(choose_plain, logits, temperature, top_p, seeds, positions)
     assert chosen[greedy].tolist() == logits[greedy].numpy().argmax(axis=1).tolist()
 
 
 def test_row_depends_on_itself_alone() -> None:
     """A row's token is the same alone, in another place of a batch, and beside other neighbours: text does not depend on batching."""
     rows = random_rows(8, seed=9)
-    (chosen,) = both(sampling.choose, *rows)
+    (chosen,) = both(choose_plain, *rows)
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
-    (moved,) = both(sampling.choose, *(t[order] for t in rows))
+    (moved,) = both(choose_plain, *(t[order] for t in rows))
     assert torch.equal(moved, chosen[order])
     others = random_rows(8, seed=10)
     for i in range(8):
-        alone = both(sampling.choose, *(t[i : i + 1] for t in rows))[0]
-        beside = both(sampling.choose, *(torch.cat((o[:5], t[i : i + 1], o[6:])) for t, o in zip(rows, others, strict=True)))[0]
+        alone = both(choose_plain, *(t[i : i + 1] for t in rows))[0]
+        beside = both(choose_plain, *(torch.cat((o[:5], t[i : i + 1], o[6:])) for t, o in zip(rows, others, strict=True)))[0]
         assert chosen[i] == alone[0] == beside[5]
 
 
@@ -306,7 +479,7 @@ def test_every_part_of_seed_and_position_counts() -> None:
     count = torch.arange(256, dtype=torch.int32)
     zero = torch.zeros_like(count)
     for low, high, position in ((count, zero, zero), (zero, count, zero), (zero, zero, count)):
-        (chosen,) = both(sampling.choose, *flat, torch.stack((low, high), dim=1), position)
+        (chosen,) = both(choose_plain, *flat, torch.stack((low, high), dim=1), position)
         assert len(set(chosen.tolist())) > 120  # 256 draws of 331 equal tokens hit 178 different ones on average
 
 
@@ -317,7 +490,7 @@ def test_impossible_tokens_are_never_chosen() -> None:
     logits[torch.arange(rows), allowed] = -7.0
     temperature = torch.linspace(0, 4, rows)
     seeds, positions = torch.stack((allowed, allowed), dim=1).int(), allowed.int()
-    (chosen,) = both(sampling.choose, logits, temperature, torch.ones(rows), seeds, positions)
+    (chosen,) = both(choose_plain, logits, temperature, torch.ones(rows), seeds, positions)
     assert torch.equal(chosen.long(), allowed)
 
 
@@ -356,7 +529,7 @@ def draw(temperature: float, top_p: float, vary: str) -> np.ndarray:
     positions = count if vary == "position" else np.full_like(count, 17)
     same = floats(np.tile(LOGITS, (DRAWS_A_CALL, 1))), floats([temperature] * DRAWS_A_CALL), floats([top_p] * DRAWS_A_CALL)
     parts = [slice(i, i + DRAWS_A_CALL) for i in range(0, DRAWS, DRAWS_A_CALL)]
-    return np.concatenate([both(sampling.choose, *same, words(seeds[part]), words(positions[part]))[0].numpy() for part in parts])
+    return np.concatenate([both(choose_plain, *same, words(seeds[part]), words(positions[part]))[0].numpy() for part in parts])
 
 
 @pytest.mark.parametrize("vary", ["position", "seed"])
@@ -391,6 +564,29 @@ def test_neighbouring_draws_are_independent(vary: str) -> None:
     assert chi_square(counts, expected) < critical_chi_square(kinds**2 - 1)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "typical_p"), [(5, 1.0, 0.0, 1.0), (0, 1.0, 0.2, 1.0), (0, 1.0, 0.0, 0.5), (9, 0.8, 0.1, 0.9)]
+)
+def test_frequencies_follow_every_filter(top_k: int, top_p: float, min_p: float, typical_p: float) -> None:
+    """Chi-square of 20480 draws against the exact distribution of what the filters leave; false-alarm rate 1e-6."""
+    distance = LOGITS.max() - LOGITS
+    kept = numpy_filtered(distance, top_k, top_p, min_p, typical_p)
+    exact = np.where(kept, np.exp(-distance), 0)
+    exact /= exact.sum()
+    count = np.arange(DRAWS, dtype=np.uint32)
+    wishes = [floats([v] * DRAWS_A_CALL) for v in (1.0, top_k, top_p, min_p, typical_p)]
+    wishes[1] = wishes[1].int()
+    drawn = []
+    for i in range(0, DRAWS, DRAWS_A_CALL):
+        part = slice(i, i + DRAWS_A_CALL)
+        seeds = words(np.stack((np.full_like(count[part], 99), np.zeros_like(count[part])), axis=1))
+        drawn.append(both(choose, floats(np.tile(LOGITS, (DRAWS_A_CALL, 1))), *wishes, seeds, words(count[part]))[0].numpy())
+    counts = np.bincount(np.concatenate(drawn), minlength=len(exact))
+    assert counts[~kept].sum() == 0
+    assert 1 < kept.sum() < len(kept)
+    assert chi_square(counts[kept], DRAWS * exact[kept]) < critical_chi_square(int(kept.sum()) - 1)
+
+
 # --- the edges of float32 ---------------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +595,7 @@ def sharp_choice(token: int, temperature: float, top_p: float, seed: int, positi
     logits = torch.zeros(1, VOCAB)
     logits[0, token] = 40.0
     row = logits, torch.tensor([temperature]), torch.tensor([top_p]), words([[seed, 0]]), words([position])
-    return [result.item() for result in (sampling.choose(*row), *on_device(sampling.choose, *row))]
+    return [result.item() for result in (choose_plain(*row), *on_device(choose_plain, *row))]
 
 
 @pytest.mark.parametrize(("seed", "position", "token"), [(488, 100, 272), (1407, 117, 4)])
@@ -428,3 +624,15 @@ def test_parameters_near_zero(temperature: float, top_p: float) -> None:
     """Whatever SamplingParams accepts, down to what float32 cannot hold: towards 0 both parameters come to the likeliest token."""
     SamplingParams(temperature=temperature, top_p=top_p)
     assert sharp_choice(token=5, temperature=temperature, top_p=top_p, seed=1, position=1) == [5, 5]
+
+
+def test_a_filter_that_no_row_asks_for_is_not_computed() -> None:
+    """The loop over bits is not entered: a row that does not ask keeps all tokens, beside rows that ask and alone, greedy or at 1."""
+    distance = floats(random_distances(16, seed=16)[:4])
+    top_k = torch.tensor([5, 0, 5, 5], dtype=torch.int32)
+    sampled = torch.tensor([True, True, False, True])
+    (kept,) = both(sampling.top_k_mask, distance, top_k, sampled)
+    assert kept.all(dim=1).tolist() == [False, True, True, False]
+    for k, s in ((torch.zeros_like(top_k), sampled), (top_k, torch.zeros_like(sampled))):
+        (kept,) = both(sampling.top_k_mask, distance, k, s)
+        assert kept.all()
