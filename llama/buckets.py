@@ -40,12 +40,13 @@ class Chunk(NamedTuple):
         return self.start + self.valid
 
 
-def plan(prompt_len: int, config: EngineConfig, cached: int = 0) -> tuple[Chunk, ...]:
+def plan(prompt_len: int, config: EngineConfig, cached: int = 0, longest: int | None = None) -> tuple[Chunk, ...]:
     """Cut a prompt into chunks.
 
     Args:
         prompt_len: tokens of the longest prompt of a batch, 1 to ``config.max_seq_len``.
         cached: how many of them are in the cache already, fewer than ``prompt_len``; the first chunk begins behind them.
+        longest: no chunk is longer; None for as long as there are.
 
     Returns:
         Chunks in order; each begins where the one before ends, the last one ends at ``prompt_len``, and none reaches past
@@ -59,8 +60,9 @@ def plan(prompt_len: int, config: EngineConfig, cached: int = 0) -> tuple[Chunk,
     if not 0 <= cached < prompt_len:
         raise ConfigError(f"cached: got {cached}, expected 0 to prompt_len - 1 = {prompt_len - 1}")
     new = prompt_len - cached
+    allowed = tuple(b for b in config.buckets if longest is None or b <= longest)
     greedy = config.bucket_policy == "greedy"
-    lengths = _greedy(new, config.buckets) if greedy else _padded(new, config.max_seq_len - cached, config.buckets)
+    lengths = _greedy(new, allowed) if greedy else _padded(new, config.max_seq_len - cached, allowed)
     chunks, start = [], cached
     for length in lengths:
         valid = min(length, prompt_len - start)

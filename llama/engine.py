@@ -2,10 +2,12 @@
 
 The host's part of generation. It knows programs, states and reports, and nothing of text. What stays true throughout:
 
-- From the upload of a batch to its last token the host sends nothing to the device.
+- From the upload of a batch to its last token the host sends nothing to the device, but the masks of rows that follow a grammar.
 - The host reads a report of the last few tokens once in ``read_every`` steps, and only after it has started the next step, so the
   device does not wait for it. A batch whose rows have all ended therefore computes at most ``read_every + 1`` steps in vain; one
-  that runs to its length limit computes none, because the host knows the limit.
+  that runs to its length limit computes none, because the host knows the limit. A row that follows a grammar is read at every
+  step, because the next one needs its mask.
+- Several samples of one prompt are prefilled once, in a state of one row, which is then copied to theirs (``fan_out``).
 """
 
 from __future__ import annotations
@@ -13,153 +15,29 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from llama import buckets, kv_cache, runtime
-from llama.config import EngineConfig, SamplingParams
+from llama.batch import Batch, BatchClock, Details, Progress, Row, wanted_kinds
+from llama.buckets import Chunk
+from llama.config import EngineConfig
 from llama.errors import RecompileError
 from llama.model import Transformer
-from llama.steps import CACHE_ARGUMENT, HEADS, REPORT_WINDOW, Controls, Head, ProgramKey, State, make_step
+from llama.request import Controls, Request, Shaping, allowed_of, controls_of, shaping_of
+from llama.steps import CACHE_ARGUMENT, CHOOSING, IN_DECODE_STEP, REPORT_WINDOW, SHAPING, Head, Known, ProgramKey, State, make_step
 
 log = logging.getLogger("llama")
 
-MAX_STOP_IDS = 16  # a row; more would widen a tensor of every program
+LONGEST_SCORED = 64  # tokens of a chunk whose positions all go through the vocabulary head: their logits are length x vocabulary
 
-FinishReason = Literal["stop", "length", "interrupted"]
+FAN_OUT = ProgramKey(0, 0, "fan_out")
 
-
-@dataclass(frozen=True)
-class Request:
-    """One row of a batch.
-
-    Attributes:
-        prompt_ids: at least one token id.
-        params: what is wanted; ``seed`` settled, and prompt plus ``max_gen_len`` within ``max_seq_len``.
-        stop_ids: ids that end the row; they are not part of its tokens.
-    """
-
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    stop_ids: tuple[int, ...] = ()
-
-    @property
-    def limit(self) -> int:
-        """The row's length, prompt included, at which it ends."""
-        return len(self.prompt_ids) + self.params.max_gen_len
-
-
-class Progress(NamedTuple):
-    """What became known of a row: its new tokens, without the stop token, and why it ended if it did."""
-
-    row: int
-    new_ids: list[int]
-    finish_reason: FinishReason | None
-
-
-@dataclass
-class BatchClock:
-    """Times and counts of one batch, filled in while it runs.
-
-    Attributes:
-        ttft_s: from the start of the batch, warm-up excluded, to its first tokens on the host.
-        prefill_s: from the first chunk to the first tokens on the host.
-        decode_s: from there to the last tokens on the host.
-        generated: tokens produced, stop tokens not counted.
-        decoded: those of them that decode steps produced: all but each row's first.
-        runs: program runs.
-    """
-
-    ttft_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    generated: int = 0
-    decoded: int = 0
-    runs: int = 0
-    _began: float = 0.0
-    _prefill_began: float = 0.0
-    _prefill_ended: float = 0.0
-    _runs_before: int = 0
-
-    def start(self) -> None:
-        """The batch begins."""
-        self._began, self._runs_before = time.perf_counter(), runtime.counters.runs
-
-    def start_prefill(self) -> None:
-        """The batch is on the device."""
-        self._prefill_began = time.perf_counter()
-
-    def end_prefill(self) -> None:
-        """The first tokens are on the host."""
-        self._prefill_ended = time.perf_counter()
-        self.ttft_s = self._prefill_ended - self._began
-        self.prefill_s = self._prefill_ended - self._prefill_began
-
-    def tick(self, progress: Sequence[Progress]) -> None:
-        """Some tokens are on the host."""
-        new = sum(len(p.new_ids) for p in progress)
-        self.decoded += new if self.generated else 0
-        self.generated += new
-        self.runs = runtime.counters.runs - self._runs_before
-        if self._prefill_ended:
-            self.decode_s = time.perf_counter() - self._prefill_ended
-
-
-@dataclass
-class _Row:
-    """What the host knows of a row: ``ids`` are the prompt's and the generated ones, a stop token included."""
-
-    request: Request
-    ids: list[int]
-    active: bool = True
-
-
-@dataclass
-class _Batch:
-    """One batch on its way: the device's state, and what the host knows of the rows."""
-
-    state: State
-    controls: Controls
-    head: Head
-    rows: list[_Row]
-    cached: int = 0  # leading positions of every row whose keys and values are in the cache already
-
-    @property
-    def active(self) -> list[Request]:
-        """The requests that the host has not seen end."""
-        return [row.request for row in self.rows if row.active]
-
-    def read(self, report: torch.Tensor) -> list[Progress]:
-        """Fetch a report and tell what is new in it. Host sync: yes."""
-        progress = []
-        for i, (row, values) in enumerate(zip(self.rows, runtime.fetch(report).tolist(), strict=False)):
-            if not row.active:
-                continue
-            *recent, length, done = values
-            reason: FinishReason | None = None
-            new_ids = recent[REPORT_WINDOW - (length - len(row.ids)) :]
-            row.ids += new_ids
-            row.active = not done
-            if done:
-                reason = "stop" if new_ids[-1] in row.request.stop_ids else "length"
-            progress.append(Progress(i, new_ids[:-1] if reason == "stop" else new_ids, reason))
-        return progress
-
-    def forget_from(self, position: int) -> None:
-        """Drop what the prefill has not reached from the rows' ids; one more id stays, as one that was chosen but not run."""
-        for row in self.rows:
-            del row.ids[position + 1 :]
-
-    def end_interrupted(self) -> list[Progress]:
-        """End the rows that are still active."""
-        ended = [i for i, row in enumerate(self.rows) if row.active]
-        for i in ended:
-            self.rows[i].active = False
-        return [Progress(i, [], "interrupted") for i in ended]
+TensorsT = TypeVar("TensorsT", Controls, Shaping)
 
 
 @dataclass
@@ -185,37 +63,79 @@ class Engine:
     _programs: dict[ProgramKey, runtime.Program] = field(default_factory=dict)
     _cache: torch.Tensor | None = None
     _resident: list[list[int]] = field(default_factory=list)  # per row of the cache: the ids whose keys and values it holds
+    _running: Batch | None = None
     _warm: bool = False
+
+    # --- which programs ---------------------------------------------------------------------------------------------------------
 
     def all_keys(self) -> list[ProgramKey]:
         """Every program that any prompt, sampling parameter and length can need under this configuration."""
         shapes = buckets.program_shapes(self.config)
-        return [ProgramKey(length, key_len, head) for length, key_len in shapes for head in HEADS]
+        several = self.config.max_batch_size > 1
+        keys = [ProgramKey(length, key_len, "none") for length, key_len in shapes]
+        keys += [ProgramKey(1, key_len, head) for head in IN_DECODE_STEP for length, key_len in shapes if length == 1]
+        keys += [ProgramKey(0, 0, head) for head in CHOOSING]
+        scored = [ProgramKey(length, key_len, "score", several) for length, key_len in shapes if length <= LONGEST_SCORED]
+        if several:
+            keys += [ProgramKey(length, key_len, "none", one_row=True) for length, key_len in shapes] + [FAN_OUT]
+        return keys + scored
 
     def reusable(self, requests: Sequence[Request]) -> int:
         """How many leading positions of every row the cache still holds from the last batch, for prompts that begin alike.
 
         The smallest of the rows' common prefixes, because the rows run through one plan; at least one token of each prompt is
-        left to run, for its hidden state.
+        left to run, for its hidden state. None where something is to be known of a prompt's tokens: they must all be run.
         """
-        if len(requests) > len(self._resident):
+        if len(requests) > len(self._resident) or any(r.params.prompt_logprobs for r in requests):
             return 0
         shared = (common_prefix(ids, r.prompt_ids) for ids, r in zip(self._resident, requests, strict=False))
         return min(min(count, len(r.prompt_ids) - 1) for count, r in zip(shared, requests, strict=True))
 
     def keys_for(self, requests: Sequence[Request], cached: int = 0) -> list[ProgramKey]:
         """The programs that a batch of these requests can need, in the order of their first use."""
-        chunks = buckets.plan(max(len(r.prompt_ids) for r in requests), self.config, cached)
-        head = _head_for(requests)
-        keys = [ProgramKey(c.length, c.key_len, "none") for c in chunks[:-1]]
-        keys.append(ProgramKey(chunks[-1].length, chunks[-1].key_len, head))
+        head = head_for(requests)
+        if self._by_rows(requests, cached):
+            groups = rows_by_prompt(requests)
+            keys = [key for rows in groups.values() for _, key in self._chunks([requests[i] for i in rows], 0, None, one_row=True)]
+            keys += [FAN_OUT, ProgramKey(0, 0, head)]
+        else:
+            keys = [key for _, key in self._chunks(requests, cached, head)]
         decoding = [r for r in requests if r.params.max_gen_len > 1]
         if decoding:
             # from the shortest prompt on: where the longest rows end early, the batch goes on at the others' positions
             first = buckets.key_bucket(min(len(r.prompt_ids) for r in decoding) + 1, self.config)
             last = buckets.key_bucket(max(r.limit for r in decoding) - 1, self.config)
-            keys += [ProgramKey(1, k, head) for k in self.config.key_buckets if first <= k <= last]
+            keys += [key for k in self.config.key_buckets if first <= k <= last for key in _decode_keys(k, head)]
         return list(dict.fromkeys(keys))
+
+    def _chunks(
+        self, requests: Sequence[Request], cached: int, head: Head | None, *, one_row: bool = False
+    ) -> list[tuple[Chunk | None, ProgramKey]]:
+        """What runs, in order, for the requests' prefill: a chunk's programs, and behind the last chunk the head alone (no chunk).
+
+        Args:
+            head: chooses the first token; None for no head.
+        """
+        scored = any(r.params.prompt_logprobs for r in requests)
+        longest = max(len(r.prompt_ids) for r in requests)
+        chunks = buckets.plan(longest, self.config, cached, LONGEST_SCORED if scored else None)
+        runs: list[tuple[Chunk | None, ProgramKey]] = [
+            (c, ProgramKey(c.length, c.key_len, "score" if scored else "none", one_row)) for c in chunks
+        ]
+        if head in IN_DECODE_STEP and chunks[-1].length == 1 and not scored:
+            runs[-1] = (chunks[-1], ProgramKey(1, chunks[-1].key_len, head))
+        elif head is not None:
+            runs.append((None, ProgramKey(0, 0, head)))
+        return runs
+
+    def _by_rows(self, requests: Sequence[Request], cached: int) -> bool:
+        """Whether each prompt is prefilled by itself: once for all its samples, or for what is to be known of its tokens."""
+        if self.config.max_batch_size == 1 or cached:
+            return False
+        shares = any(r.params.samples > 1 for r in requests) and len(rows_by_prompt(requests)) < len(requests)
+        return shares or any(r.params.prompt_logprobs for r in requests)
+
+    # --- compiling --------------------------------------------------------------------------------------------------------------
 
     def warm_up(self, keys: Sequence[ProgramKey] | None = None) -> float:
         """Compile programs ahead of their first use; run none of them.
@@ -232,28 +152,61 @@ class Engine:
         began = time.perf_counter()
         missing = [key for key in (self.all_keys() if keys is None else keys) if key not in self._programs]
         if missing:
+            self._refuse_recompile(missing)
             resident = self._resident
-            state = self._fresh_state([])
-            self._compile(missing, state, self._controls([]))
-            self._cache, self._resident = state.kv_cache, resident  # compiling runs nothing
+            batch = self._begin([], head="full")
+            one = self._one_row_state([]) if any(key.one_row or key == FAN_OUT for key in missing) else None
+            log.info("Compiling %d programs", len(missing))
+            for key in tqdm(missing, "Compiling", unit="program", disable=not self.progress, leave=False):
+                if self.interrupted:
+                    break
+                self._compile(key, self._fan_out_arguments(batch, one, ()) if key == FAN_OUT else self._arguments(key, batch, one))
+            self._cache, self._resident = batch.state.kv_cache, resident  # compiling runs nothing
         self._warm = True
         return time.perf_counter() - began
 
-    def _compile(self, keys: Sequence[ProgramKey], state: State, controls: Controls) -> None:
-        """Compile ``keys`` for tensors like these, which keep their values."""
+    def _refuse_recompile(self, keys: Sequence[ProgramKey]) -> None:
         if self._warm and self.config.fail_on_recompile:
             raise RecompileError(
                 f"{len(keys)} programs would be compiled after warm-up: {', '.join(map(str, keys[:4]))}; warm up with prompts of this "
                 "length, or with all programs (LLaMA.warm_up()), or run without --fail_on_recompile"
             )
-        log.info("Compiling %d programs", len(keys))
-        for key in tqdm(keys, "Compiling", unit="program", disable=not self.progress, leave=False):
-            if self.interrupted:
-                return
-            step = make_step(self.model, key)
-            before = runtime.counters.compile_s
-            self._programs[key] = runtime.compile_program(str(key), step, (*state, *controls), donated=(CACHE_ARGUMENT,))
-            log.debug("Compiled %s in %.2f seconds", key, runtime.counters.compile_s - before)
+
+    def _compile(self, key: ProgramKey, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Compile a program for tensors like these, which keep their values."""
+        before = runtime.counters.compile_s
+        donated = (CACHE_ARGUMENT,) if key.length or key == FAN_OUT else ()
+        self._programs[key] = runtime.compile_program(str(key), make_step(self.model, key), arguments, donated)
+        log.debug("Compiled %s in %.2f seconds", key, runtime.counters.compile_s - before)
+
+    def _arguments(self, key: ProgramKey, batch: Batch, one: State | None = None) -> tuple[torch.Tensor, ...]:
+        """What a program takes; see ``steps.make_step``."""
+        if key.one_row:
+            assert one is not None
+            return tuple(one)
+        if key.head not in CHOOSING:
+            return tuple(batch.state)
+        shaping = batch.shaping if key.head in SHAPING else None
+        return (*batch.state, *batch.controls, *(shaping or ()))
+
+    def _fan_out_arguments(self, batch: Batch, one: State | None, rows: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """What ``steps.fan_out`` takes to copy one row's prefill to these rows."""
+        assert one is not None
+        chosen = torch.zeros(self.config.max_batch_size, dtype=torch.bool)
+        chosen[list(rows)] = True
+        return (*batch.state, one.kv_cache, one.hidden, runtime.upload(chosen, self.device))
+
+    def _run(self, key: ProgramKey, arguments: tuple[torch.Tensor, ...]) -> tuple[State, Known | None]:
+        """Run one program; compile it first where warm-up did not foresee it."""
+        if key not in self._programs:
+            self._refuse_recompile([key])
+            log.info("Compiling 1 programs")
+            self._compile(key, arguments)
+        outputs = self._programs[key](*arguments)
+        known = outputs[len(State._fields) :]
+        return State(*outputs[: len(State._fields)]), Known(*known) if known else None
+
+    # --- running ----------------------------------------------------------------------------------------------------------------
 
     def run(self, requests: Sequence[Request], clock: BatchClock, cached: int = 0) -> Iterator[Progress]:
         """Generate for up to ``max_batch_size`` requests.
@@ -264,13 +217,13 @@ class Engine:
             cached: how many leading tokens of every row are not run again; at most ``reusable(requests)``.
 
         Yields:
-            Progress of the rows as their tokens become known; each row's last one carries a finish reason.
+            Progress of the rows as their tokens become known; each row's last one carries a finish reason, unless the caller has
+            ended it by ``end_row``.
         """
         assert cached <= (self.reusable(requests) if cached else 0)
         clock.start()
         compilations = runtime.xla_compilations()
-        rows = [_Row(r, list(r.prompt_ids)) for r in requests]
-        batch = _Batch(self._fresh_state(requests, cached), self._controls(requests), _head_for(requests), rows, cached)
+        batch = self._running = self._begin(requests, cached)
         try:
             for progress in itertools.chain(self._prefill(batch, clock), self._decode(batch)):
                 clock.tick(progress)
@@ -281,49 +234,118 @@ class Engine:
         self._keep(batch)
         self._check_no_compile(compilations)
 
-    def _keep(self, batch: _Batch) -> None:
+    def end_row(self, row: int) -> None:
+        """The caller of ``run`` wants no more of this row: the batch ends when its other rows have."""
+        assert self._running is not None
+        self._running.end(row)
+
+    def _keep(self, batch: Batch) -> None:
         """Take the cache back; the last token of each row was chosen but not run, so its keys are not in it."""
-        self._cache = batch.state.kv_cache
+        self._cache, self._running = batch.state.kv_cache, None
         self._resident = [row.ids[:-1] for row in batch.rows]
 
-    def _prefill(self, batch: _Batch, clock: BatchClock) -> Iterator[list[Progress]]:
-        """Run the chunks of the longest prompt; the last one chooses the first token of every row."""
+    def _prefill(self, batch: Batch, clock: BatchClock) -> Iterator[list[Progress]]:
+        """Run the prompts' chunks, and choose the first token of every row."""
         clock.start_prefill()
-        chunks = buckets.plan(max(len(r.prompt_ids) for r in batch.active), self.config, batch.cached)
-        for chunk in chunks:
+        requests, by_rows = batch.active, self._by_rows(batch.active, batch.cached)
+        prompts = rows_by_prompt(requests) if by_rows else [r.prompt_ids for r in requests]
+        clock.prefilled = sum(len(prompt) - batch.cached for prompt in prompts)
+        runs: list[tuple[Chunk | None, ProgramKey]] = [(None, ProgramKey(0, 0, batch.head))]
+        if not by_rows:
+            runs = self._chunks(requests, batch.cached, batch.head)
+        elif not all(self._prefill_once(batch, rows) for rows in rows_by_prompt(requests).values()):
+            batch.forget_from(-1)  # interrupted: some rows have nothing in the cache
+        scores: list[Details] = []
+        for chunk, key in runs:
             if self.interrupted:
-                batch.forget_from(chunk.start)
+                if chunk is not None:
+                    batch.forget_from(chunk.start)
                 yield batch.end_interrupted()
                 return
-            log.info("Processing prompt pos [%d, %d), section length %d", chunk.start, chunk.end, chunk.length)
-            self._step(batch, ProgramKey(chunk.length, chunk.key_len, batch.head if chunk is chunks[-1] else "none"))
-        progress = batch.read(batch.state.report)
+            if chunk is None:
+                self._choose(batch)
+            else:
+                _log_chunk(chunk)
+                batch.state, known = self._run(key, self._arguments(key, batch))
+                self._score(known, chunk, batch.rows[0].request, scores)
+        if scores:
+            batch.rows[0].prompt_details = _of_prompt(scores, batch.rows[0].request)
+        progress = batch.read(batch.snapshot())
         clock.end_prefill()
         yield progress
 
-    def _decode(self, batch: _Batch) -> Iterator[list[Progress]]:
+    def _prefill_once(self, batch: Batch, rows: Sequence[int]) -> bool:
+        """Prefill the prompt that some rows share in a state of one row, and copy that to theirs; False when interrupted."""
+        requests = [batch.rows[i].request for i in rows]
+        one = self._one_row_state(requests[:1])
+        scores: list[Details] = []
+        for chunk, key in self._chunks(requests, 0, None, one_row=True):
+            if self.interrupted:
+                return False
+            assert chunk is not None
+            _log_chunk(chunk)
+            one, known = self._run(key, self._arguments(key, batch, one))
+            self._score(known, chunk, next((r for r in requests if r.params.prompt_logprobs), requests[0]), scores)
+        batch.state, _ = self._run(FAN_OUT, self._fan_out_arguments(batch, one, rows))
+        for i in rows if scores else ():
+            if batch.rows[i].request.params.prompt_logprobs:
+                batch.rows[i].prompt_details = _of_prompt(scores, batch.rows[i].request)
+        return True
+
+    def _decode(self, batch: Batch) -> Iterator[list[Progress]]:
         """One token a row and step, until every row has ended; yields what the late reads bring."""
         step, unread = 0, None
         while batch.active and not self.interrupted:
             step += 1
             end = max(len(r.prompt_ids) for r in batch.active) + step
-            self._step(batch, ProgramKey(1, buckets.key_bucket(min(end, self.config.max_seq_len), self.config), batch.head))
+            for key in _decode_keys(buckets.key_bucket(min(end, self.config.max_seq_len), self.config), batch.head):
+                if key.length:
+                    batch.state, _ = self._run(key, self._arguments(key, batch))
+                else:
+                    self._choose(batch)
             if unread is not None:
                 yield batch.read(unread)
                 unread = None
             if batch.active and step + 1 >= max(r.params.max_gen_len for r in batch.active):
-                yield batch.read(batch.state.report)  # no row can want more: nothing runs beyond the limit
+                yield batch.read(batch.snapshot())  # no row can want more: nothing runs beyond the limit
+            elif batch.is_constrained:
+                yield batch.read(batch.snapshot())
             elif step % self.config.read_every == 0:
-                unread = batch.state.report
+                unread = batch.snapshot()
         if batch.active:
-            yield batch.read(batch.state.report)
+            yield batch.read(batch.snapshot())
             yield batch.end_interrupted()
 
-    def _step(self, batch: _Batch, key: ProgramKey) -> None:
-        """Run one program on the batch; compile it first where warm-up did not foresee it."""
-        if key not in self._programs:
-            self._compile([key], batch.state, batch.controls)
-        batch.state = State(*self._programs[key](*batch.state, *batch.controls))
+    def _choose(self, batch: Batch) -> None:
+        """Run the head alone, behind a chunk that had none."""
+        if batch.masks_stale:
+            assert batch.shaping is not None
+            rows = [row.request if row.active else None for row in batch.rows]
+            allowed = allowed_of(rows, self.config.max_batch_size, self.model.args.vocab_size)
+            batch.shaping = batch.shaping._replace(allowed=runtime.upload(allowed, self.device))
+            batch.masks_stale = False
+        key = ProgramKey(0, 0, batch.head)
+        batch.state, known = self._run(key, self._arguments(key, batch))
+        if known is not None:
+            batch.add_known(known)
+
+    def _score(self, known: Known | None, chunk: Chunk, request: Request, scores: list[Details]) -> None:
+        """Fetch what a scored chunk tells of the one row that it ran, before the next chunk makes more. Host sync: yes."""
+        if known is not None:
+            scores.append(Details.fetched(known, wanted_kinds([request])).of_row(0).first(chunk.valid))
+
+    def bare_steps(self, requests: Sequence[Request], key_len: int) -> Generator[None, None, None]:
+        """Decode steps without a prefill, handed to the device one each time that the caller asks for the next; for measurements."""
+        keys = _decode_keys(key_len, head_for(requests))
+        self.warm_up(keys)
+        batch = self._begin(requests)
+        try:
+            while True:
+                for key in keys:
+                    batch.state, _ = self._run(key, self._arguments(key, batch))
+                yield
+        finally:
+            self._cache = batch.state.kv_cache
 
     def _check_no_compile(self, compilations: int) -> None:
         """After a run under ``fail_on_recompile``: XLA itself has compiled nothing, by its own counter."""
@@ -335,16 +357,35 @@ class Engine:
                 f"buckets {list(self.config.buckets)}, key buckets {list(self.config.key_buckets)}"
             )
 
+    # --- what goes onto the device ----------------------------------------------------------------------------------------------
+
+    def _begin(self, requests: Sequence[Request], cached: int = 0, head: Head | None = None) -> Batch:
+        """A batch before its first chunk; ``head`` says which controls it has where the requests do not."""
+        rows, head = self.config.max_batch_size, head or head_for(requests)
+        controls = self._uploaded(controls_of(requests, rows))
+        shaping = self._uploaded(shaping_of(requests, rows, self.model.args.vocab_size)) if head in SHAPING else None
+        state = self._fresh_state(requests, self._take_cache(), cached)
+        return Batch(state, controls, shaping, head, [Row(r, list(r.prompt_ids)) for r in requests], cached)
+
+    def _uploaded(self, tensors: TensorsT) -> TensorsT:
+        """The same named tuple of tensors, on the device."""
+        return type(tensors)(*(runtime.upload(t, self.device) for t in tensors))
+
     def _take_cache(self) -> torch.Tensor:
         """The cache, out of the engine's hands while a batch owns it: what an abandoned batch donated is never used again."""
         cache, self._cache, self._resident = self._cache, None, []
-        if cache is None:
-            cache = kv_cache.allocate(self.model.args, self.config, self.model.activation_dtype, self.device)
-        return cache
+        return self._new_cache(self.config.max_batch_size) if cache is None else cache
 
-    def _fresh_state(self, requests: Sequence[Request], cached: int = 0) -> State:
+    def _new_cache(self, rows: int) -> torch.Tensor:
+        return kv_cache.allocate(self.model.args, replace(self.config, max_batch_size=rows), self.model.activation_dtype, self.device)
+
+    def _one_row_state(self, requests: Sequence[Request]) -> State:
+        """A state of one row, with a cache of its own, which lives as long as it."""
+        return self._fresh_state(requests, self._new_cache(1))
+
+    def _fresh_state(self, requests: Sequence[Request], cache: torch.Tensor, cached: int = 0) -> State:
         """The state before the first chunk at position ``cached``; rows without a request are marked done and hold one token."""
-        rows, positions = self.config.max_batch_size, self.config.max_seq_len
+        rows, positions = cache.shape[1], self.config.max_seq_len
         tokens = torch.zeros(rows, positions, dtype=torch.int32)
         length = torch.ones(rows, dtype=torch.int32)
         done = torch.ones(rows, dtype=torch.bool)
@@ -354,21 +395,7 @@ class Engine:
         hidden = torch.zeros(rows, self.model.args.dim, dtype=self.model.activation_dtype)
         report = torch.zeros(rows, REPORT_WINDOW + 2, dtype=torch.int32)
         host = (tokens, torch.full((rows,), cached, dtype=torch.int32), length, hidden, done, report)
-        return State(self._take_cache(), *(runtime.upload(t, self.device) for t in host))
-
-    def _controls(self, requests: Sequence[Request]) -> Controls:
-        """The rows' wishes as tensors."""
-        rows = self.config.max_batch_size
-        temperature, top_p = torch.zeros(rows), torch.ones(rows)
-        seed = torch.zeros(rows, 2, dtype=torch.int32)
-        limit = torch.ones(rows, dtype=torch.int32)
-        stop_ids = torch.full((rows, MAX_STOP_IDS), -1, dtype=torch.int32)
-        for i, request in enumerate(requests):
-            temperature[i], top_p[i] = request.params.temperature, request.params.top_p
-            seed[i] = _seed_words(request.params.seed or 0)
-            limit[i] = request.limit
-            stop_ids[i, : len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.int32)
-        return Controls(*(runtime.upload(t, self.device) for t in (temperature, top_p, seed, limit, stop_ids)))
+        return State(cache, *(runtime.upload(t, self.device) for t in host))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -376,11 +403,38 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _head_for(requests: Sequence[Request]) -> Head:
-    """All-greedy batches skip the sampler; one sampled row brings it in for the batch, where the others keep temperature 0."""
-    return "greedy" if all(r.params.temperature == 0 for r in requests) else "sample"
+def rows_by_prompt(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
+    """The rows that share each prompt."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(request.prompt_ids, []).append(i)
+    return groups
 
 
-def _seed_words(seed: int) -> torch.Tensor:
-    """A 63-bit seed as two int32 words, low first."""
-    return torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64).to(torch.int32)
+def head_for(requests: Sequence[Request]) -> Head:
+    """The cheapest head that serves all rows; one row that needs more brings it in for the batch, where the others ask nothing of it."""
+    return max((_head_of(r) for r in requests), key=CHOOSING.index, default="greedy")
+
+
+def _head_of(request: Request) -> Head:
+    if request.wants_details:
+        return "logprobs"
+    if request.params.reshapes_logits:
+        return "full"
+    return "greedy" if request.params.temperature == 0 else "sample"
+
+
+def _decode_keys(key_len: int, head: Head) -> list[ProgramKey]:
+    """The programs of one decode step."""
+    if head in IN_DECODE_STEP:
+        return [ProgramKey(1, key_len, head)]
+    return [ProgramKey(1, key_len, "none"), ProgramKey(0, 0, head)]
+
+
+def _log_chunk(chunk: Chunk) -> None:
+    log.info("Processing prompt pos [%d, %d), section length %d", chunk.start, chunk.end, chunk.length)
+
+
+def _of_prompt(scores: Sequence[Details], request: Request) -> Details:
+    """What the chunks told of the prompt's tokens from the second on: the last position tells the token behind the prompt."""
+    return Details.joined(scores).first(len(request.prompt_ids) - 1)

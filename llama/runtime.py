@@ -57,14 +57,23 @@ class Counters:
         compile_s: seconds that tracing and compiling them took.
         runs: program runs.
         fetches: transfers from the device to the host.
+        fetched_bytes: what they carried.
         uploads: tensors that the host gave to the device.
+        uploaded_bytes: what they held.
     """
 
     compiled: int = 0
     compile_s: float = 0.0
     runs: int = 0
     fetches: int = 0
+    fetched_bytes: int = 0
     uploads: int = 0
+    uploaded_bytes: int = 0
+
+    def sent(self, tensor: torch.Tensor) -> None:
+        """Count a tensor that goes to the device."""
+        self.uploads += 1
+        self.uploaded_bytes += tensor.nbytes
 
 
 counters = Counters()
@@ -148,7 +157,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a host tensor to the device. A transfer: it compiles nothing."""
-    counters.uploads += 1
+    counters.sent(tensor)
     return tensor.to(device)
 
 
@@ -162,7 +171,7 @@ def adopt(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return upload(tensor, device)
     from torch_xla.utils.dlpack import from_dlpack
 
-    counters.uploads += 1
+    counters.sent(tensor)
     host = tensor.detach().contiguous()
     adopted: torch.Tensor = from_dlpack(host.clone() if host.data_ptr() % ALIGNMENT else host)
     return adopted
@@ -171,6 +180,7 @@ def adopt(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def fetch(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a device tensor to the host. Host sync: yes, it waits until the program that makes the tensor has run."""
     counters.fetches += 1
+    counters.fetched_bytes += tensor.nbytes
     return tensor.cpu()
 
 

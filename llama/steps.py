@@ -21,12 +21,16 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from llama import sampling
+from llama import logprobs, sampling
 from llama.kv_cache import CacheView
 from llama.model import Transformer
+from llama.request import Controls, Shaping
+from llama.shaping import shaped
 
-Head = Literal["none", "greedy", "sample"]
-HEADS: tuple[Head, ...] = ("none", "greedy", "sample")
+Head = Literal["none", "score", "greedy", "sample", "full", "logprobs", "fan_out"]
+CHOOSING: tuple[Head, ...] = ("greedy", "sample", "full", "logprobs")  # each does all that the ones before it do
+IN_DECODE_STEP: tuple[Head, ...] = ("greedy", "sample")  # compiled together with a chunk of one token; the others are programs of their own
+SHAPING: tuple[Head, ...] = ("full", "logprobs")
 
 REPORT_WINDOW = 16  # tokens a row that a report holds: at most so many steps may lie between two reads
 
@@ -35,17 +39,27 @@ class ProgramKey(NamedTuple):
     """What a compiled program depends on, beside the engine's own shapes.
 
     Attributes:
-        length: tokens a row that it runs.
-        key_len: cache positions that it reads.
-        head: ``none`` in the middle of a prompt; ``greedy`` where every row takes the likeliest token; ``sample`` otherwise.
+        length: tokens a row that it runs; 0 for a head alone.
+        key_len: cache positions that it reads; 0 for a head alone.
+        head: what follows the chunk.
+            ``none``: nothing.
+            ``score``: what is known of each of the chunk's tokens.
+            ``greedy``: every row takes the likeliest token.
+            ``sample``: temperature, top-k, top-p and min-p.
+            ``full``: every control there is.
+            ``logprobs``: the same, and what is known of the token.
+            ``fan_out``: no token; one row's prefill becomes that of several.
+        one_row: it runs a state of one row and not the batch's.
     """
 
     length: int
     key_len: int
     head: Head
+    one_row: bool = False
 
     def __str__(self) -> str:
-        return f"(chunk length {self.length}, key bucket {self.key_len}, head {self.head})"
+        what = f"chunk length {self.length}, key bucket {self.key_len}, " if self.length else ""
+        return f"({what}head {self.head}{', one row' if self.one_row else ''})"
 
 
 class State(NamedTuple):
@@ -70,43 +84,55 @@ class State(NamedTuple):
     report: torch.Tensor
 
 
-class Controls(NamedTuple):
-    """What each row's request asks for; on the device, unchanged through a batch.
+class Known(NamedTuple):
+    """What programs of the heads ``score`` and ``logprobs`` return behind the state; the host fetches what was asked for.
 
     Attributes:
-        temperature: [B] float32.
-        top_p: [B] float32.
-        seed: [B, 2] int32, low and high word.
-        limit: [B] int32, the length at which the row ends.
-        stop_ids: [B, n] int32, the tokens that end the row; -1 fills up.
+        logprobs: [B, T, logprobs.WIDTH] float32, of the token behind each of the chunk's positions, or of the one that was chosen.
+        hidden: [B, T, dim], the last layer's hidden state, behind its norm, that tells that token.
+        logits: [B, T, V] float32, raw.
     """
 
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    seed: torch.Tensor
-    limit: torch.Tensor
-    stop_ids: torch.Tensor
+    logprobs: torch.Tensor
+    hidden: torch.Tensor
+    logits: torch.Tensor
 
 
 CACHE_ARGUMENT = State._fields.index("kv_cache")
 
 
 def make_step(model: Transformer, key: ProgramKey) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The function to compile for ``key``: takes the tensors of a State and of Controls in order, returns those of the next State."""
+    """The function to compile for ``key``.
+
+    It takes the tensors of a State in order and returns those of the next, and of Known where the head has it. Behind the state it
+    takes: for a head that chooses, those of Controls; for ``full`` and ``logprobs``, those of Shaping, too; for ``fan_out`` what that
+    function takes.
+    """
 
     def step(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        state = State(*tensors[: len(State._fields)])
-        controls = Controls(*tensors[len(State._fields) :])
-        state = run_chunk(model, state, key.length, key.key_len)
-        if key.head != "none":
-            state = choose_token(model, state, controls, key.head)
-        return tuple(state)
+        state, others = State(*tensors[: len(State._fields)]), tensors[len(State._fields) :]
+        if key.head == "fan_out":
+            return tuple(fan_out(state, *others))
+        known: tuple[torch.Tensor, ...] = ()
+        if key.length:
+            before = state
+            state, stream = run_chunk(model, state, key.length, key.key_len)
+            if key.head == "score":
+                known = score(model, before, stream)
+        if key.head in CHOOSING:
+            controls, shaping = Controls(*others[: len(Controls._fields)]), others[len(Controls._fields) :]
+            state, known = choose_token(model, state, controls, Shaping(*shaping) if shaping else None, key.head)
+        return (*state, *known)
 
     return step
 
 
-def run_chunk(model: Transformer, state: State, length: int, key_len: int) -> State:
-    """Run ``length`` tokens of every row from its ``start`` on; keep the stream behind a row's last known token where it is among them."""
+def run_chunk(model: Transformer, state: State, length: int, key_len: int) -> tuple[State, torch.Tensor]:
+    """Run ``length`` tokens of every row from its ``start`` on; keep the stream behind a row's last known token where it is among them.
+
+    Returns:
+        The next state, and the residual stream [B, T, dim].
+    """
     offsets = torch.arange(length, dtype=torch.int32, device=state.start.device)
     positions = state.start.unsqueeze(-1) + offsets  # [B, T]
     ids = state.tokens.gather(1, positions.long())
@@ -116,17 +142,45 @@ def run_chunk(model: Transformer, state: State, length: int, key_len: int) -> St
     inside = (last >= 0) & (last < length)
     index = last.clamp(0, length - 1).long().view(-1, 1, 1).expand(-1, 1, stream.shape[-1])
     hidden = torch.where(inside.unsqueeze(-1), stream.gather(1, index).squeeze(1), state.hidden)
-    return state._replace(kv_cache=view.kv_cache, start=state.start + length, hidden=hidden)
+    return state._replace(kv_cache=view.kv_cache, start=state.start + length, hidden=hidden), stream
 
 
-def choose_token(model: Transformer, state: State, controls: Controls, head: Head) -> State:
-    """Put one position a row through the vocabulary head, choose its next token and append it to the rows that have not ended."""
-    logits = model.head(state.hidden)  # [B, V]
+def score(model: Transformer, state: State, stream: torch.Tensor) -> Known:
+    """What is known of the token behind each position of a chunk: of position ``start`` + 1 to ``start`` + T.
+
+    Args:
+        state: as it was before the chunk.
+        stream: [B, T, dim].
+    """
+    rows, length = stream.shape[:2]
+    logits = model.head(stream)  # [B, T, V]
+    following = state.start.unsqueeze(-1) + 1 + torch.arange(length, dtype=torch.int32, device=stream.device)
+    ids = state.tokens.gather(1, following.clamp(max=state.tokens.shape[1] - 1).long())
+    described = logprobs.describe(logits.flatten(0, 1), ids.flatten())
+    return Known(described.view(rows, length, -1), model.norm(stream), logits)
+
+
+def choose_token(
+    model: Transformer, state: State, controls: Controls, shaping: Shaping | None, head: Head
+) -> tuple[State, tuple[torch.Tensor, ...]]:
+    """Put one position a row through the vocabulary head, choose its next token and append it to the rows that have not ended.
+
+    Returns:
+        The next state, and Known for the head ``logprobs``.
+    """
+    raw = model.head(state.hidden)  # [B, V]
     if head == "greedy":
-        chosen = sampling.argmax(logits)
-    else:
-        chosen = sampling.choose(logits, controls.temperature, controls.top_p, controls.seed, state.length)
-    return append(state, controls, chosen)
+        return append(state, controls, sampling.argmax(raw)), ()
+    logits, typical_p = raw, None
+    if shaping is not None:
+        logits, typical_p = shaped(raw, shaping, controls.stop_ids, state.tokens, state.length), shaping.typical_p
+    filters = sampling.Filters(controls.temperature, controls.top_k, controls.top_p, controls.min_p, typical_p)
+    chosen = sampling.choose(logits, filters, controls.seed, state.length)
+    known: tuple[torch.Tensor, ...] = ()
+    if head == "logprobs":
+        described = logprobs.describe(raw, chosen)
+        known = Known(described.unsqueeze(1), model.norm(state.hidden).unsqueeze(1), raw.unsqueeze(1))
+    return append(state, controls, chosen), known
 
 
 def append(state: State, controls: Controls, chosen: torch.Tensor) -> State:
@@ -143,3 +197,18 @@ def append(state: State, controls: Controls, chosen: torch.Tensor) -> State:
     recent = torch.where(active.unsqueeze(-1), shifted, recent)
     report = torch.cat((recent, length.unsqueeze(-1), done.to(torch.int32).unsqueeze(-1)), dim=-1)
     return state._replace(tokens=tokens, start=length - 1, length=length, done=done, report=report)
+
+
+def fan_out(state: State, kv_cache: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> State:
+    """Give some rows the cache and the hidden state that one row's prefill has made.
+
+    Args:
+        state: of the batch.
+        kv_cache: the stacked cache of one row.
+        hidden: [1, dim].
+        rows: [B] bool, which ones.
+    """
+    chosen = rows.view(1, -1, 1, 1, 1)
+    return state._replace(
+        kv_cache=torch.where(chosen, kv_cache, state.kv_cache), hidden=torch.where(rows.unsqueeze(-1), hidden, state.hidden)
+    )

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, LLMFactory
 
 from llama import Generation, SamplingParams, runtime
-from llama.engine import MAX_STOP_IDS
+from llama.request import MAX_STOP_IDS
 
 PROMPTS = [
     "Once upon a time",

@@ -14,20 +14,23 @@ import llama
 ROOT = Path(llama.__file__).parent
 # Lower rooms know nothing of higher ones. Rooms on one line may know each other.
 LADDER = [
-    {"config", "errors"},
+    {"config", "errors", "sampling_params"},
     {"runtime", "ops", "fusion", "quantize"},
     {"kv_cache"},
     {"model"},
-    {"checkpoint", "sampling", "buckets", "steps", "tokenizer", "memory"},
-    {"chat", "inspection", "hlo"},
+    {"checkpoint", "sampling", "buckets", "tokenizer", "memory", "request"},
+    {"shaping", "logprobs", "grammar"},
+    {"steps"},
+    {"chat", "inspection", "hlo", "batch"},
     {"engine", "prompts"},
     {"results"},
+    {"samples", "text"},
     {"generation"},
     {"conversation", "bench"},
     {"cli"},
 ]
 KNOWS_TORCH_XLA = {"runtime", "ops", "fusion"}
-HOLDS_NO_TENSORS = {"config", "errors", "buckets", "tokenizer", "prompts", "chat", "cli"}
+HOLDS_NO_TENSORS = {"config", "errors", "sampling_params", "grammar", "samples", "buckets", "tokenizer", "prompts", "chat", "cli"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -8,7 +8,9 @@ import pytest
 from conftest import LLMFactory
 
 from llama import LLaMA, SamplingParams, runtime
-from llama.engine import BatchClock, Request, common_prefix
+from llama.batch import BatchClock
+from llama.engine import common_prefix
+from llama.request import Request
 
 WISH = SamplingParams(12, 0.0, 1.0, 0)
 
