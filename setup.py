@@ -28,6 +28,7 @@ setup(
         "tiktoken>=0.9,<1",
         "tokenizers>=0.21,<1",
         "jinja2>=3.1.6,<4",
+        "llguidance>=1.7,<2",
         "fire>=0.7,<0.8",
         "fairscale>=0.4.13,<0.5",
         "tqdm>=4.66,<5",

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama.chat import ChatFormat, Message
-from llama.config import OVERFLOWS, Overflow, SamplingParams
+from llama.config import OVERFLOWS, Overflow
 from llama.errors import ChatError, ConfigError
 from llama.generation import LLaMA
 from llama.results import Generation
+from llama.sampling_params import SamplingParams
 
 log = logging.getLogger("llama")
 
@@ -27,7 +28,7 @@ class Conversation:
     Args:
         llm: its first row is used.
         chat_format: how the dialog becomes a prompt.
-        params: of every answer; ``max_gen_len`` is the most that an answer takes, less where the cache has less room left.
+        params: of every answer, which is one sample; ``max_gen_len`` is the most that it takes, less where the cache has less room.
         system_prompt: the first message, or None.
         on_overflow: what to do when the dialog no longer fits: ``refuse`` it, or ``drop`` the oldest turns, as few as do.
         min_answer: an answer must have room for at least this many tokens.
@@ -49,6 +50,8 @@ class Conversation:
     ) -> None:
         if on_overflow not in OVERFLOWS:
             raise ConfigError(f"on_overflow: got {on_overflow!r}, expected one of {', '.join(OVERFLOWS)}")
+        if params.samples > 1:
+            raise ConfigError(f"n: got {params.samples} samples of an answer, expected 1: a conversation goes on in one way")
         self._llm, self._format, self._params = llm, chat_format, params
         self._on_overflow, self._min_answer = on_overflow, min_answer
         self.messages: list[Message] = []
@@ -64,7 +67,8 @@ class Conversation:
         dialog: list[Message] = [*self.messages, {"role": "user", "content": text}]
         dialog, ids = self._fitting(dialog)
         room = self._llm.config.max_seq_len - len(ids)
-        params = replace(self._params, max_gen_len=min(self._params.max_gen_len, room))
+        most = min(self._params.max_gen_len, room)
+        params = replace(self._params, max_gen_len=most, min_tokens=min(self._params.min_tokens, most))
         return self._answer(dialog, ids, params)
 
     def _answer(self, dialog: list[Message], ids: list[int], params: SamplingParams) -> Iterator[str]:

@@ -6,26 +6,31 @@ prompt with its typed result, and ``generate`` and ``stream`` are what most call
 
 from __future__ import annotations
 
+import itertools
 import logging
-import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from llama import checkpoint, runtime
+from llama.batch import BatchClock, Details
 from llama.chat import Dialog, choose_format
-from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs, SamplingParams
-from llama.engine import MAX_STOP_IDS, BatchClock, Engine, FinishReason, Request
-from llama.errors import ConfigError, PromptError, TokenizerError
+from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs
+from llama.engine import Engine
+from llama.errors import ConfigError, TokenizerError
 from llama.memory import check_fits, dtypes_for
 from llama.model import Transformer
-from llama.prompts import Prompt, check_fit, encode_prompt
-from llama.results import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing
-from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
+from llama.prompts import Prompt
+from llama.results import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing, TokenList
+from llama.samples import Sample, make_samples
+from llama.sampling_params import SamplingParams
+from llama.text import RowText
+from llama.tokenizer import Tokenizer, find_tokenizer
 
 log = logging.getLogger("llama")
 
@@ -119,27 +124,28 @@ class LLaMA:
         """
         return self.engine.warm_up()
 
-    def sampling(
-        self,
-        max_gen_len: int = 256,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        otherwise: tuple[float, float] = (SamplingParams.temperature, SamplingParams.top_p),
-    ) -> SamplingParams:
+    def sampling(self, otherwise: SamplingParams | None = None, **given: Any) -> SamplingParams:
         """Sampling parameters: what is given, else what the checkpoint's generation_config.json wishes, else ``otherwise``.
 
         The log says where the checkpoint's wish won.
+
+        Args:
+            otherwise: None means SamplingParams().
+            given: fields of SamplingParams; those of None count as not given.
+
+        Raises:
+            ConfigError: see SamplingParams.
         """
-        chosen = []
-        given = (("temperature", temperature, self.defaults.temperature), ("top_p", top_p, self.defaults.top_p))
-        for (name, value, wish), fallback in zip(given, otherwise, strict=True):
-            if value is None and wish is not None:
+        chosen = {name: value for name, value in given.items() if value is not None}
+        for name, wish in asdict(self.defaults).items():
+            if name == "stop_ids" or wish is None:
+                continue
+            if name not in chosen:
                 log.info("%s %g, from the checkpoint's generation_config.json", name, wish)
-            elif value is not None and wish is not None and value != wish:
-                log.info("%s %g, as asked; the checkpoint's generation_config.json has %g", name, value, wish)
-            chosen.append(value if value is not None else wish if wish is not None else fallback)
-        return SamplingParams(max_gen_len, chosen[0], chosen[1], seed)
+                chosen[name] = wish
+            elif chosen[name] != wish:
+                log.info("%s %g, as asked; the checkpoint's generation_config.json has %g", name, chosen[name], wish)
+        return replace(otherwise or SamplingParams(), **chosen)
 
     def interrupt(self) -> None:
         """End the running call after its current step, or the next call where none runs; what was generated is kept.
@@ -164,32 +170,48 @@ class LLaMA:
         top_p: float = 0.95,
         seed: int | None = None,
         *,
-        params: Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **controls: Any,
     ) -> list[Generation]:
         """Generate for every prompt, in batches of ``max_batch_size``.
 
         Args:
             prompts: one or several. A text is encoded behind BOS, so that the empty one is BOS alone; ids are taken as they are.
-            max_gen_len, temperature, top_p, seed: see SamplingParams; the same for all prompts.
-            params: one per prompt, instead of those.
+            max_gen_len, temperature, top_p, seed, controls: see SamplingParams; the same for all prompts.
+            params: instead of those, one for all prompts or one for each.
 
         Returns:
-            One result per prompt, in order.
+            One result per prompt and sample, in order.
 
         Raises:
             PromptError: a prompt that does not fit; nothing is generated then.
+            ConfigError: a control out of its range, or two that contradict each other; likewise.
             RecompileError: under ``fail_on_recompile``, when something was left to compile after warm-up.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        common = SamplingParams(max_gen_len, temperature, top_p, seed)
-        pieces = self.pieces(texts, [common] * len(texts) if params is None else params)
-        return sorted((p.result for p in pieces if p.result is not None), key=lambda result: result.index)
+        common = SamplingParams(max_gen_len, temperature, top_p, seed, **controls) if params is None else params
+        return _results(self.pieces(texts, [common] * len(texts) if isinstance(common, SamplingParams) else common))
 
     def stream(
-        self, prompt: Prompt, max_gen_len: int = 256, temperature: float = 0.8, top_p: float = 0.95, seed: int | None = None
+        self,
+        prompt: Prompt,
+        max_gen_len: int = 256,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        **controls: Any,
     ) -> Iterator[str]:
-        """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the same seed."""
-        for piece in self.pieces([prompt], [SamplingParams(max_gen_len, temperature, top_p, seed)]):
+        """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the same seed.
+
+        Raises:
+            ConfigError: more than one sample is asked for, which would come interleaved; ``pieces`` tells them apart.
+        """
+        params = SamplingParams(max_gen_len, temperature, top_p, seed, **controls)
+        if params.samples > 1:
+            raise ConfigError(
+                f"n: got {params.samples} samples to stream as one text, expected 1; generate returns several, pieces streams them"
+            )
+        for piece in self.pieces([prompt], [params]):
             if piece.text:
                 yield piece.text
 
@@ -208,14 +230,15 @@ class LLaMA:
             prompts: texts.
             temperature, top_p: see SamplingParams.
             max_gen_len: None means as many as the cache has room for.
-            logprobs: not computed yet.
-            echo: repeat the prompt before its generation.
-
-        Raises:
-            ConfigError: ``logprobs``.
+            logprobs: also return the tokens and their log-probabilities.
+            echo: repeat the prompt before its generation, also among the tokens; the first one's log-probability is 0, as in Meta's code.
         """
-        results = self._complete([tuple(self.tokenizer.encode(p)) for p in prompts], temperature, top_p, max_gen_len, logprobs)
-        return [{"generation": (prompt if echo else "") + r.generation} for prompt, r in zip(prompts, results, strict=True)]
+        ids = [tuple(self.tokenizer.encode(p)) for p in prompts]
+        results = self._complete(ids, temperature, top_p, max_gen_len, logprobs, scored=logprobs and echo)
+        return [
+            {"generation": (prompt if echo else "") + result.generation, **self._token_list(result, prompt_ids[0])}
+            for prompt, prompt_ids, result in zip(prompts, ids, results, strict=True)
+        ]
 
     def chat_completion(
         self,
@@ -233,12 +256,25 @@ class LLaMA:
 
         Raises:
             ChatError: a dialog of another order, or a checkpoint that has no chat format.
-            ConfigError: ``logprobs``.
         """
         chat_format = choose_format(self.tokenizer, self.directory)
         prompts = [tuple(chat_format.encode(dialog)) for dialog in dialogs]
-        results = self._complete(prompts, temperature, top_p, max_gen_len, logprobs, chat_format.stop_ids)
-        return [{"generation": {"role": "assistant", "content": r.generation.strip()}} for r in results]
+        results = self._complete(prompts, temperature, top_p, max_gen_len, logprobs, stop_ids=chat_format.stop_ids)
+        return [
+            {"generation": {"role": "assistant", "content": result.generation.strip()}, **self._token_list(result, prompt_ids[0])}
+            for prompt_ids, result in zip(prompts, results, strict=True)
+        ]
+
+    def _token_list(self, result: Generation, first_id: int) -> TokenList:
+        """A result's tokens and their log-probabilities as Meta's predictions have them; nothing where they were not asked for."""
+        if result.logprobs is None:
+            return {}
+        told = [*(result.prompt_logprobs or ()), *result.logprobs]
+        first = self.tokenizer.token_bytes(first_id).decode(errors="replace")  # of a prompt, which nothing tells
+        return {
+            "tokens": [first if each is None else each.token for each in told],
+            "logprobs": [0.0 if each is None else each.logprob for each in told],
+        }
 
     def _complete(
         self,
@@ -247,111 +283,111 @@ class LLaMA:
         top_p: float,
         max_gen_len: int | None,
         logprobs: bool,
+        *,
+        scored: bool = False,
         stop_ids: Sequence[int] = (),
     ) -> list[Generation]:
-        if logprobs:
-            raise ConfigError("logprobs: not computed yet; leave it out")
         room = self.config.max_seq_len
         limits = [max(room - len(p), 1) if max_gen_len is None else max_gen_len for p in prompts]
-        params = [SamplingParams(limit, temperature, top_p) for limit in limits]
-        pieces = self.pieces(prompts, params, stop_ids=stop_ids)
-        return sorted((p.result for p in pieces if p.result is not None), key=lambda result: result.index)
+        wanted = 0 if logprobs else None
+        params = [SamplingParams(limit, temperature, top_p, logprobs=wanted, prompt_logprobs=scored) for limit in limits]
+        return _results(self.pieces(prompts, params, stop_ids=stop_ids))
 
     def pieces(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, stop_ids: Sequence[int] = (), reuse: bool = False
     ) -> Iterator[Piece]:
         """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``.
 
+        Of a prompt that returns the best of more samples, text comes when all of them have ended.
+
         Args:
             stop_ids: ids that end a row, besides the tokenizer's and the checkpoint's own.
             reuse: do not run again what the cache still holds of the last call's prompts and generations; one batch only.
         """
-        requests = self._requests(prompts, params, stop_ids)
+        eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *stop_ids)))
+        samples = make_samples(prompts, params, self.tokenizer, eos_ids, self.engine.model.args.vocab_size, self.config.max_seq_len)
         size = self.config.max_batch_size
-        batches = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
+        batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         compiled_before = runtime.counters.compiled
-        cached = self.engine.reusable(requests) if reuse and len(batches) == 1 else 0
-        keys = [key for batch in batches for key in self.engine.keys_for(requests[batch.start : batch.stop], cached)]
-        compile_s = self.engine.warm_up(list(dict.fromkeys(keys)))
+        cached = [self.engine.reusable([s.request for s in samples]) if reuse and len(batches) == 1 else 0 for _ in batches[:1]]
+        cached += [_shared(before, batch) for before, batch in itertools.pairwise(batches)]
+        keys = [
+            key for batch, count in zip(batches, cached, strict=True) for key in self.engine.keys_for([s.request for s in batch], count)
+        ]
+        call = _Call(self.engine.warm_up(list(dict.fromkeys(keys))), compiled_before)
         was_interrupted = False
         try:
-            for batch in batches:  # an interrupt during one batch ends those behind it before their first chunk
-                rows = [_Text(i, self.prompt_text(prompts[i]), requests[i], self.tokenizer) for i in batch]
-                for piece in self._run_batch(rows, compile_s, compiled_before, cached):
+            for batch, count in zip(batches, cached, strict=True):
+                # an interrupt during one batch ends those behind it before their first chunk, whatever of them is cached
+                for piece in self._run_batch(batch, call, 0 if was_interrupted else count):
                     was_interrupted |= piece.result is not None and piece.result.finish_reason == "interrupted"
                     yield piece
         finally:
             if was_interrupted:  # one that comes after the last step is the next call's
                 self.engine.interrupted = False
 
-    def _run_batch(self, rows: list[_Text], compile_s: float, compiled_before: int, cached: int) -> Iterator[Piece]:
+    def _run_batch(self, samples: Sequence[Sample], call: _Call, cached: int) -> Iterator[Piece]:
         """One batch through the engine; results come at the batch's end, when its times are known."""
         clock = BatchClock()
-        for progress in self.engine.run([row.request for row in rows], clock, cached):
-            row = rows[progress.row]
-            text = row.push(progress.new_ids, progress.finish_reason)
-            if text:
-                yield Piece(row.index, text, None)
-        lengths = [len(row.request.prompt_ids) for row in rows]
-        timing = _timing(clock, sum(lengths) - cached * len(rows), self.load_s, compile_s)
-        programs = ProgramCount(runtime.counters.compiled - compiled_before, clock.runs)
-        for row in rows:
-            yield Piece(row.index, "", row.result(cached, timing, programs))
-        steps = max(len(row.ids) for row in rows)
+        rows = [RowText(s.prompt, s.number, self.prompt_text(s.text), s.request, self.tokenizer) for s in samples]
+        for progress in self.engine.run([s.request for s in samples], clock, cached):
+            row, sample = rows[progress.row], samples[progress.row]
+            text = row.push(progress)
+            if row.finish_reason is not None and progress.finish_reason is None:
+                self.engine.end_row(progress.row)
+            if text and not sample.request.params.is_ranked:
+                yield Piece(sample.prompt, sample.number, text, None)
+        lengths = [len(s.request.prompt_ids) for s in samples]
+        timing = _timing(clock, self.load_s, call.compile_s)
+        programs = ProgramCount(runtime.counters.compiled - call.compiled_before, clock.runs)
+        for row, sample in zip(rows, samples, strict=True):
+            yield from call.take(sample, row, cached, timing, programs)
+        steps = max(len(row.token_ids) for row in rows)
         log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
         log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s)
 
-    def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], more_stop_ids: Sequence[int]) -> list[Request]:
-        """Encode and check all prompts before any of them runs."""
-        if len(prompts) != len(params):
-            raise PromptError(f"got {len(prompts)} prompts and {len(params)} sampling parameters, expected one per prompt")
-        stop_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *more_stop_ids)))
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise ConfigError(f"stop ids: got {len(stop_ids)} ({', '.join(map(str, stop_ids))}), expected at most {MAX_STOP_IDS}")
-        requests = []
-        for index, (prompt, wish) in enumerate(zip(prompts, params, strict=True)):
-            ids = encode_prompt(self.tokenizer, index, prompt, self.engine.model.args.vocab_size)
-            check_fit(index, len(ids), wish.max_gen_len, self.config.max_seq_len)
-            seed = secrets.randbits(63) if wish.seed is None else wish.seed
-            requests.append(Request(ids, replace(wish, seed=seed), stop_ids))
-        return requests
+
+@dataclass
+class _Call:
+    """What one call of ``pieces`` gathers over its batches.
+
+    Attributes:
+        compile_s: seconds that compiling took before the first batch.
+        compiled_before: programs that had been compiled before the call.
+    """
+
+    compile_s: float
+    compiled_before: int
+    _ranked: dict[int, list[tuple[float, Generation]]] = field(default_factory=dict)  # by prompt
+    _prompt_details: dict[int, Details | None] = field(default_factory=dict)  # of each prompt's first sample, which the others share
+
+    def take(self, sample: Sample, row: RowText, cached: int, timing: Timing, programs: ProgramCount) -> Iterator[Piece]:
+        """Turn a row that has ended into its last piece; where the best of several are wanted, when the last one is there."""
+        row.prompt_details = self._prompt_details.setdefault(sample.prompt, row.prompt_details)
+        result, params = row.result(cached, timing, programs), sample.request.params
+        if not params.is_ranked:
+            yield Piece(sample.prompt, sample.number, "", result)
+            return
+        found = self._ranked.setdefault(sample.prompt, [])
+        found.append((row.mean_logprob, result))
+        if len(found) == params.samples:
+            best = sorted(found, key=lambda pair: -pair[0])[: params.n]
+            for place, (_, each) in enumerate(best):
+                yield Piece(sample.prompt, place, each.generation, None)
+                yield Piece(sample.prompt, place, "", replace(each, sample=place))
 
 
-class _Text:
-    """A row's text while it grows."""
+def _shared(before: Sequence[Sample], batch: Sequence[Sample]) -> int:
+    """How many leading tokens of every row the batch before leaves in the cache: more samples of the same prompts are not run again."""
+    pairs = list(zip(before, batch, strict=False))
+    if len(before) < len(batch) or any(a.prompt != b.prompt or b.request.params.prompt_logprobs for a, b in pairs):
+        return 0
+    return min(len(b.request.prompt_ids) for _, b in pairs) - 1
 
-    def __init__(self, index: int, prompt: str, request: Request, tokenizer: Tokenizer) -> None:
-        self.index, self.prompt, self.request = index, prompt, request
-        self.ids: list[int] = []
-        self._decoder = StreamDecoder(tokenizer, request.prompt_ids)
-        self._parts: list[str] = []
-        self._finish_reason: FinishReason | None = None
 
-    def push(self, new_ids: list[int], finish_reason: FinishReason | None) -> str:
-        """Take new ids in; return the text that they made certain."""
-        self.ids += new_ids
-        self._finish_reason = finish_reason
-        text = self._decoder.push(new_ids)
-        if finish_reason is not None:
-            text += self._decoder.finish()
-        self._parts.append(text)
-        return text
-
-    def result(self, cached: int, timing: Timing, programs: ProgramCount) -> Generation:
-        assert self._finish_reason is not None
-        assert self.request.params.seed is not None
-        return Generation(
-            index=self.index,
-            prompt=self.prompt,
-            generation="".join(self._parts),
-            token_ids=self.ids,
-            finish_reason=self._finish_reason,
-            prompt_tokens=len(self.request.prompt_ids),
-            cached_tokens=cached,
-            seed=self.request.params.seed,
-            timing=timing,
-            programs=programs,
-        )
+def _results(pieces: Iterable[Piece]) -> list[Generation]:
+    """The results of a call's pieces, prompt by prompt and sample by sample."""
+    return sorted((p.result for p in pieces if p.result is not None), key=lambda result: (result.index, result.sample))
 
 
 def _matched(args: ModelArgs | None, source: checkpoint.Source | None, tokenizer: Tokenizer, config: EngineConfig) -> ModelArgs:
@@ -374,13 +410,13 @@ def _matched(args: ModelArgs | None, source: checkpoint.Source | None, tokenizer
     return args
 
 
-def _timing(clock: BatchClock, prompt_tokens: int, load_s: float, compile_s: float) -> Timing:
+def _timing(clock: BatchClock, load_s: float, compile_s: float) -> Timing:
     return Timing(
         load_s=load_s,
         compile_s=compile_s,
         ttft_s=clock.ttft_s,
         prefill_s=clock.prefill_s,
         decode_s=clock.decode_s,
-        prefill_tok_s=prompt_tokens / clock.prefill_s if clock.prefill_s else 0.0,
+        prefill_tok_s=clock.prefilled / clock.prefill_s if clock.prefill_s else 0.0,
         decode_tok_s=clock.decoded / clock.decode_s if clock.decode_s else 0.0,
     )

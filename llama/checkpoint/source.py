@@ -278,6 +278,7 @@ def read_defaults(directory: Path) -> GenerationDefaults:
             temperature=temperature,
             top_p=content.get("top_p"),
             stop_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            **{name: content.get(name) for name in ("top_k", "min_p", "typical_p", "repetition_penalty")},
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -77,6 +77,19 @@ class Tokenizer:
         ids = self.encode_parts([Part(text, allow_special)])
         return [*([self.bos_id] if bos else []), *ids, *([self.eos_id] if eos else [])]
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that goes on in the middle of another: without the space that some kinds put before a beginning.
+
+        Encoded behind a character that takes no part in its tokens: the line break, or another where it does.
+        """
+        for before in ("\n", "a", "."):
+            ids, written = self.encode(before + text, bos=False), b""
+            for count, token_id in enumerate(ids, start=1):
+                written += self.token_bytes(token_id) if written or count > 1 else self.first_bytes(token_id)
+                if written == before.encode():
+                    return ids[count:]
+        return self.encode(text, bos=False)
+
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         """Token ids of the parts joined to one text: words and merges run across their borders, control tokens do not.
 
@@ -150,12 +163,13 @@ class StreamDecoder:
         tokenizer: what the ids mean.
         context: ids that stand before the stream, whose text has been shown already. A continuation keeps the space before its
             first word; a text that begins the sequence does not.
+        at_start: False keeps that space also where the context has no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = (), *, at_start: bool = True) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at_start = True
+        self._at_start = at_start
         self.push(list(context))
         self._utf8.reset()  # half a character at the end of the context belongs to the context
 

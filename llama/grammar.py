@@ -1,0 +1,113 @@
+"""Constrained output: a JSON schema or a regular expression that says which tokens may come next.
+
+The work is llguidance's (the library that vLLM, SGLang and llama.cpp use, too): it follows the grammar byte by byte and answers
+with a mask over the vocabulary in well under a millisecond. This module tells it what our tokens mean, and keeps one matcher a row.
+
+The bytes of the generation are what is matched, so the first token of a continuation counts with the space that it begins with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from llama.errors import ConfigError
+from llama.sampling_params import SamplingParams
+from llama.tokenizer import Tokenizer
+
+JSON_SPACE = r"( |\n {0,16})?"  # within JSON: any of it is allowed, and small models write it for ever
+
+
+def compile_grammar(params: SamplingParams) -> str:
+    """A request's schema or regular expression in llguidance's language, checked; no tokenizer is needed for that.
+
+    Raises:
+        ConfigError: it is not one, or needs something that the library does not know.
+    """
+    if params.json_schema is not None:
+        try:
+            schema = json.loads(str(params.json_schema))
+        except ValueError as error:
+            raise ConfigError(f"json_schema: got what is no JSON: {error}") from error
+        if not isinstance(schema, dict):
+            raise ConfigError(f"json_schema: got {str(params.json_schema)[:60]}, expected an object; {{}} takes any JSON")
+        grammar = LLMatcher.grammar_from_json_schema(str(params.json_schema), overrides={"whitespace_pattern": JSON_SPACE})
+    else:
+        assert params.regex is not None
+        grammar = LLMatcher.grammar_from_regex(params.regex)
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if is_error:
+        raise ConfigError(f"{params.constraint_name}: {_one_line(messages[0])}")
+    return grammar
+
+
+class Vocabulary:
+    """A tokenizer as llguidance needs it: the bytes of every token, which of them are control tokens, and how a text is cut.
+
+    Args:
+        tokenizer: ours.
+        stop_ids: the tokens that may end a generation once the grammar is satisfied; at least one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self.stop_ids = tuple(stop_ids)
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.special_token_ids = sorted({*tokenizer.special_ids.values(), *stop_ids})
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_words)]
+
+    @cached_property
+    def compiled(self) -> LLTokenizer:
+        """llguidance's own form of it, a trie of all tokens."""
+        return LLTokenizer(TokenizerWrapper(self), eos_token=list(self.stop_ids))
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Token ids of a text that continues another one: without the space that some kinds put before a beginning."""
+        return self._tokenizer.encode_continuation(text if isinstance(text, str) else text.decode())
+
+
+class Grammar:
+    """One row's way through a grammar.
+
+    Args:
+        grammar: from ``compile_grammar``.
+        vocabulary: of the tokenizer.
+
+    Raises:
+        ConfigError: the grammar is too large for the library's limits.
+    """
+
+    def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
+        self._matcher = LLMatcher(vocabulary.compiled, grammar, log_level=0)
+        self._stop_ids = vocabulary.stop_ids
+        self._check()
+
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """Which tokens may come next: ceil(vocab_size / 32) int32 words of bits, the lowest bit first.
+
+        Stop tokens only where the grammar is satisfied; ids beyond the tokenizer never.
+        """
+        words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+        found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        words[: len(found)] = found[: len(words)]  # a word more than the tokenizer needs
+        self._check()
+        return words
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Follow what was chosen."""
+        self._matcher.consume_tokens(list(token_ids))
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConfigError(f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}")
+
+
+def _one_line(message: str) -> str:
+    """The library's message without the pictures of the place, which are of its own form of the grammar."""
+    lines = [line.strip() for line in message.split("\n   1 |")[0].splitlines()]
+    return " ".join(line for line in lines if line.strip("^ "))
