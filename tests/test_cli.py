@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import PROCESS_TIMEOUT_S, Outcome, Run, exit_code, finished, process, refused, refused_at_once
 
@@ -24,7 +25,7 @@ from llama.cli.generate import SYNTHETIC_PROMPT_LEN
 from llama.cli.output import SEPARATOR
 from llama.errors import LLaMAError, PromptError, RecompileError, UserError
 
-FIELDS = ["index", "prompt", "generation", "token_ids", "finish_reason", "usage", "timing", "programs", "seed"]
+FIELDS = ["index", "sample", "prompt", "generation", "token_ids", "finish_reason", "stop_reason", "usage", "timing", "programs", "seed"]
 USAGE_FIELDS = ["prompt_tokens", "cached_tokens", "completion_tokens"]
 TIMING_FIELDS = ["load_s", "compile_s", "ttft_s", "prefill_s", "decode_s", "prefill_tok_s", "decode_tok_s"]
 TINY_SHAPE = ("--random_weights", "--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2")
@@ -132,6 +133,21 @@ def test_mp_is_refused_by_name(run: Run, value: list[str]) -> None:
         ("--bucket_policy lazy", ["--bucket_policy", "'lazy'", "greedy", "pad"]),
         ("--dtype fp8", ["--dtype", "'fp8'", "auto", "float32", "bfloat16"]),
         ("--prompt_len 0", ["--prompt_len", "0", "at least 1"]),
+        ("--top_k -2", ["top_k", "-2", "0 or more"]),
+        ("--min_p 2", ["min_p", "2.0", "0 to 1"]),
+        ("--repetition_penalty 0", ["repetition_penalty", "above 0"]),
+        ("--repeat_penalty 0", ["repetition_penalty", "above 0"]),
+        ("--presence_penalty -3", ["presence_penalty", "-3", "-2 to 2"]),
+        ("--logit_bias 5", ["--logit_bias", "'5'", "15043:-100"]),
+        ("--logit_bias 5:x", ["--logit_bias", "'5:x'", "15043:-100"]),
+        ("--logit_bias {5:1}", ["--logit_bias", "JSON object"]),
+        ("--logit_bias 5:200", ["logit_bias", "200.0 for id 5", "-100 to 100"]),
+        ("--logprobs 21", ["logprobs", "21", "0 to 20"]),
+        ("--min_tokens 300", ["min_tokens", "300", "max_gen_len=256"]),
+        ("--stop=", ["stop", "empty"]),
+        ("--regex [0-", ["regex", "unclosed character class"]),
+        ("--json_schema nowhere.json", ["--json_schema nowhere.json", "No such file"]),
+        ("--max_tokens 3 --max_gen_len 3", ["--max_gen_len", "2 times"]),
         # flags that contradict each other
         ("--dim 64", ["--dim", "--random_weights", "--ckpt_dir"]),
         ("--dim 64 --ckpt_dir somewhere", ["--dim", "params.json"]),
@@ -141,6 +157,10 @@ def test_mp_is_refused_by_name(run: Run, value: list[str]) -> None:
         ("--random_weights --dim 64 --n_heads 4", ["--random_weights", "--n_layers"]),
         ("--random_weights --dim 63 --n_layers 1 --n_heads 4", ["dim", "63", "4 heads"]),
         ("--prompt_len 5 --prompt a", ["--prompt_len", "--prompt"]),
+        ("--n 2 --temperature 0", ["n: got 2", "temperature 0"]),
+        ("--n 3 --best_of 2", ["best_of: got 2", "n=3"]),
+        ("--n 1 --best_of 2 --stream", ["--stream", "--best_of 2"]),
+        ("--regex a --ignore_eos", ["ignore_eos", "regex"]),
     ],
 )
 def test_flags_are_checked_before_anything_is_loaded(run: Run, flags: str, words: list[str]) -> None:
@@ -408,7 +428,7 @@ def test_streamed_json_pieces_join_to_the_generation(generate: Run) -> None:
     for piece in outcome.objects:
         assert piece["index"] == len(ended)
         if "piece" in piece:
-            assert list(piece) == ["index", "piece"]
+            assert list(piece) == ["index", "sample", "piece"]
             assert piece["piece"] != ""
             joined += piece["piece"]
         else:
@@ -811,3 +831,88 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_loaded(run: Ru
     outcome = run("generate", "--prompt", "a", "--max_gen_len", "600")
     assert "Loading" not in outcome.err
     refused(outcome, "prompt 0 does not fit", "--max_seq_len")
+
+
+# ---------------------------------------------------------------------------------------------------- how tokens are chosen
+
+
+@pytest.mark.parametrize("flag", ["--max_tokens", "--max-tokens", "--max_new_tokens"])
+def test_other_systems_names_are_understood(run: Run, tiny_checkpoint: Path, flag: str) -> None:
+    shape = ["--ckpt_dir", str(tiny_checkpoint), "--buckets", "8,1", "--max-seq-len", "64", "--temperature", "0", "--ignore_eos"]
+    (result,) = run("generate", *shape, flag, "3", "--prompt", "a", "--json").results
+    assert result["usage"]["completion_tokens"] == 3
+
+
+def test_controls_reach_the_model(generate: Run) -> None:
+    """Each flag by what it does: allowed ids and bias in the tokens, a stop string in the text, min_tokens in the count."""
+    (only,) = generate("--prompt", "a", "--allowed_token_ids", "40,50", "--json").results
+    assert set(only["token_ids"]) <= {40, 50}
+    (biased,) = generate("--prompt", "a", "--logit_bias", '{"77": 100}', "--temperature", "0", "--json").results
+    assert biased["token_ids"] == [77] * 6
+    (stopped,) = generate("--prompt", "a", "--logit_bias", "77:100", "--temperature", "0", "--stop_token_ids", "77", "--json").results
+    assert (stopped["token_ids"], stopped["stop_reason"]) == ([], 77)
+    (late,) = generate("--prompt", "a", "--logit_bias", "2:100", "--min_tokens", "4", "--temperature", "0", "--json").results
+    assert len(late["token_ids"]) == 4
+    (shaped,) = generate("--prompt", "a", "--regex", "[0-9]{2}", "--json").results
+    assert shaped["generation"].isdigit()
+    stops = generate("--prompt", "a", "--regex", "[0-9]{2}:x", "--stop", ":", "--stop", "q", "--include_stop", "--json").results
+    assert (stops[0]["generation"][2:], stops[0]["stop_reason"]) == (":", ":")
+
+
+def test_samples_are_printed_one_after_the_other(generate: Run) -> None:
+    """With --n, prompt by prompt, with the same line between them; streamed or not, as text and as JSON."""
+    flags = ["--prompt", "once", "--prompt", "the", "--n", "3", "--temperature", "1"]
+    results = generate(*flags, "--json").results
+    assert [(r["index"], r["sample"], r["seed"]) for r in results] == [(i, k, 1 + k) for i in range(2) for k in range(3)]
+    texts = [r["generation"] for r in results]
+    assert generate(*flags).out == (SEPARATOR.join(text + "\n" for text in texts))
+    assert generate(*flags, "--stream", "--max_batch_size", "2").out == generate(*flags).out
+    pieces = generate(*flags, "--stream", "--json").objects
+    for i in range(2):
+        for k in range(3):
+            own = [p for p in pieces if (p["index"], p["sample"]) == (i, k)]
+            assert "".join(p["piece"] for p in own[:-1]) == own[-1]["generation"]
+    best = generate(*flags, "--best_of", "5", "--json").results
+    assert len(best) == 6
+    assert all(0 <= r["seed"] - 1 < 5 for r in best)
+
+
+def test_log_probabilities_are_a_table_behind_the_text(generate: Run) -> None:
+    """A line a token; with --echo the prompt's, too, but for its first."""
+    plain = generate("--prompt", "once", "--temperature", "0").out
+    told = generate("--prompt", "once", "--temperature", "0", "--logprobs", "2").out
+    assert told.startswith(plain)
+    lines = told[len(plain) :].strip("\n").split("\n")
+    assert lines[0].split() == ["logprob", "rank", "token", "likeliest"]
+    assert len(lines) == 1 + 6
+    assert all(line.split()[1] == "1" for line in lines[1:])  # greedy takes the likeliest
+    echoed = generate("--prompt", "once", "--temperature", "0", "--logprobs", "2", "--echo")
+    (result,) = generate("--prompt", "once", "--temperature", "0", "--logprobs", "2", "--echo", "--json").results
+    assert len(result["prompt_logprobs"]) == result["usage"]["prompt_tokens"]
+    assert result["prompt_logprobs"][0] is None
+    assert echoed.out.count("\n") == plain.count("\n") + 2 + 6 + result["usage"]["prompt_tokens"] - 1
+
+
+def test_arrays_are_written_to_files(generate: Run, tmp_path: Path) -> None:
+    """One .npy a generation, of one row a token; a directory that cannot be made is refused at once."""
+    hidden, logits = tmp_path / "hidden", tmp_path / "deep" / "logits"
+    outcome = generate("--prompt", "once", "--prompt", "a", "--n", "2", "--hidden_states", str(hidden), "--logits", str(logits), "--json")
+    for result in outcome.results:
+        count = len(result["token_ids"])
+        name = f"{result['index']}-{result['sample']}.npy"
+        assert np.load(hidden / name).shape == (count, 64)
+        assert np.load(logits / name).shape == (count, 320)
+    (tmp_path / "file").write_text("")
+    refused_at_once(generate("--prompt", "a", "--logits", str(tmp_path / "file")), "--logits", "File exists")
+
+
+def test_a_grammar_that_was_cut_short_is_told(generate: Run, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "integer"}, "minItems": 40}')
+    outcome = generate("--prompt", "a", "--json_schema", str(tmp_path / "schema.json"))
+    assert outcome.code == 0
+    assert "prompt 0: cut at --max_gen_len before the json_schema was satisfied" in outcome.err
+
+
+def test_a_schema_that_is_none_is_refused(generate: Run, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "nonsense"}')
+    refused_at_once(generate("--prompt", "a", "--json_schema", str(tmp_path / "schema.json")), "json_schema", "nonsense")

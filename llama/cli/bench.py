@@ -23,6 +23,8 @@ def bench(
     max_seq_len: int | None = None,
     buckets: list[int] | None = None,
     bucket_policy: str = "greedy",
+    vocab_size: int | None = None,
+    heads: list[str] | None = None,
     compare: list[str] | None = None,
     output: str = "md",
     plot: str | None = None,
@@ -42,6 +44,8 @@ def bench(
         max_seq_len: Positions of the cache. Without it: as many as are needed.
         buckets: Chunk lengths. Without it: the engine's.
         bucket_policy: greedy, or pad.
+        vocab_size: Tokens of the random model's vocabulary. Without it: the shape's own.
+        heads: Also time a decode step with each of these heads: greedy, sample, full, logprobs; may be given several times.
         compare: hf (transformers) or llama.cpp, on the same weights, alternating with ours; may be given several times.
 
     Output:
@@ -51,6 +55,7 @@ def bench(
     from llama.bench import child, report
     from llama.bench.ceiling import read_ceiling
     from llama.bench.workload import RUNNERS, Workload
+    from llama.steps import CHOOSING
 
     log_to_stderr(quiet=True)
     one_of("output", output, report.FORMATS)
@@ -61,7 +66,19 @@ def bench(
     if plot is not None and not Path(plot).absolute().parent.is_dir():
         raise ConfigError(f"--plot: no such directory: {Path(plot).absolute().parent}")
     works = [
-        Workload(shape, ckpt_dir, prompt_len, gen_len, rows, dtype, max_seq_len, tuple(buckets) if buckets else None, policy)
+        Workload(
+            shape,
+            ckpt_dir,
+            prompt_len,
+            gen_len,
+            rows,
+            dtype,
+            max_seq_len,
+            tuple(buckets) if buckets else None,
+            policy,
+            vocab_size,
+            tuple(one_of("heads", head, CHOOSING) for head in heads or ()),
+        )
         for rows in batch or (1,)
     ]
     rows, ceiling = [], 0.0

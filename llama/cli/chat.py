@@ -13,8 +13,10 @@ from llama.chat import choose_format
 from llama.cli.flags import one_of
 from llama.cli.loading import readable_tokenizer
 from llama.cli.output import interruptible, log_to_stderr, write
-from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow, SamplingParams
+from llama.cli.sampling import SamplingFlags, takes_sampling_flags
+from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
 from llama.errors import InterruptedRunError, PromptError, UserError
+from llama.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from llama.conversation import Conversation
@@ -23,23 +25,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("llama")
 turns = logging.getLogger("llama.turns")
 
+DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # Meta's, for chat
 HELP = """/system TEXT   set the system prompt (none takes it away)     /undo        take back the last turn
 /reset         forget all turns                               /save FILE   write the dialog as JSON
 /help          this                                           /exit        end (so does Ctrl-D)
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 
+@takes_sampling_flags(temperature=DEFAULTS.temperature, top_p=DEFAULTS.top_p, result="answer")
 def chat(
     *,
+    sampling: SamplingFlags,
     ckpt_dir: str,
     tokenizer_path: str | None = None,
     chat_format: str | None = None,
     system_prompt: str | None = None,
     on_overflow: str = "refuse",
     max_gen_len: int = 512,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     max_seq_len: int = 2048,
     dtype: str = "auto",
     quiet: bool = False,
@@ -60,12 +62,9 @@ def chat(
         system_prompt: What the model is told first.
         on_overflow: When the dialog no longer fits: refuse, or drop the oldest turns.
         max_seq_len: Positions of the cache: the whole dialog.
+        max_gen_len: Most tokens of an answer (also --max_tokens).
 
-    Sampling:
-        max_gen_len: Most tokens of an answer.
-        temperature: 0 takes the likeliest token; higher is more random. Without it: the checkpoint's own wish, or 0.6.
-        top_p: Sample from the likeliest tokens that together have this probability. Without it: the checkpoint's own wish, or 0.9.
-        seed: Same seed, same answers. Without it: a new one for each answer.
+    {sampling}
 
     Output:
         quiet: No log on stderr.
@@ -74,7 +73,7 @@ def chat(
     log_to_stderr(quiet, verbose)
     config = EngineConfig(max_seq_len=max_seq_len, dtype=one_of("dtype", dtype, DTYPES))
     overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
-    SamplingParams(max_gen_len, temperature or 0.0, 1.0 if top_p is None else top_p, seed)  # refuses what is out of range
+    given = sampling.given(max_gen_len=max_gen_len)
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
         raise PromptError("stdin: got nothing, expected a question; for a conversation run llama-xla chat at a terminal")
@@ -84,7 +83,7 @@ def chat(
     from llama.generation import LLaMA
 
     llm = LLaMA.build(ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty())
-    params = llm.sampling(max_gen_len, temperature, top_p, seed, otherwise=(0.6, 0.9))
+    params = llm.sampling(DEFAULTS, **given)
     assert chosen is not None  # a model without a tokenizer has been refused by now
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)
     turns.setLevel(log.level)

@@ -16,6 +16,11 @@ from llama.errors import FlagError
 
 Command = Callable[..., None]
 
+ALIASES = {  # other systems' names, where a command has the flag that they stand for
+    "max_tokens": "max_gen_len",
+    "max_new_tokens": "max_gen_len",
+    "repeat_penalty": "repetition_penalty",
+}
 NOT_YET = {"mp": "splitting a model over several devices is not supported yet; run without it, on one device"}
 
 
@@ -49,6 +54,7 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
             raise FlagError(f"unexpected argument {argument!r}: every value belongs to a flag, for instance --prompt {argument!r}")
         written, has_value, value = argument[2:].partition("=")
         name = written.replace("-", "_")
+        name = ALIASES[name] if name not in kinds and ALIASES.get(name) in kinds else name
         if name not in kinds:
             raise FlagError(_unknown(written, name, kinds))
         if kinds[name] == "bool":
@@ -99,10 +105,18 @@ def parser_for(name: str, kind: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             return PARSERS[kind.removesuffix(" | None")](text)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise FlagError(f"--{name}: got {text!r}, expected {EXPECTED[kind.removesuffix(' | None')]}") from None
 
     return parse
+
+
+def _biases(text: str) -> dict[int, float]:
+    """``15043:-100,29889:5``, or a JSON object."""
+    if text.startswith("{"):
+        return {int(name): float(value) for name, value in json.loads(text).items()}
+    pairs = [part.split(":") for part in text.split(",")]
+    return {int(name): float(value) for name, value in pairs}
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {
@@ -112,8 +126,15 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
     "list[str]": json.loads,
     "list[int]": lambda text: [int(part) for part in text.strip("[]() ").split(",")],
+    "dict[int, float]": _biases,
 }
-EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "list[int]": "whole numbers such as 512,64,8,1"}
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list[int]": "whole numbers such as 512,64,8,1",
+    "dict[int, float]": "token ids and numbers such as 15043:-100,29889:2.5, or a JSON object",
+}
 
 
 def help_text(name: str, command: Command) -> str:
@@ -130,10 +151,18 @@ def _help_line(line: str, parameters: Mapping[str, inspect.Parameter]) -> str:
     kind, default = str(parameters[flag].annotation).removesuffix(" | None"), parameters[flag].default
     required = " Required." if default is inspect.Parameter.empty else ""
     shown = f" [{default}]" if isinstance(default, (int, float, str)) and not isinstance(default, bool) else ""
-    return f"  --{flag}{PLACEHOLDERS[kind]}".ljust(27) + f"{text}{required}{shown}"
+    return f"  --{flag}{PLACEHOLDERS[kind]}".ljust(31) + f"{text}{required}{shown}"
 
 
-PLACEHOLDERS = {"str": " TEXT", "int": " N", "float": " X", "bool": "", "list[str]": " TEXT", "list[int]": " N,N,..."}
+PLACEHOLDERS = {
+    "str": " TEXT",
+    "int": " N",
+    "float": " X",
+    "bool": "",
+    "list[str]": " TEXT",
+    "list[int]": " N,N,...",
+    "dict[int, float]": " N:X,...",
+}
 
 
 def one_of(flag: str, value: str, allowed: Sequence[Any]) -> Any:

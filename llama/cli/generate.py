@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from llama.cli.flags import one_of
 from llama.cli.loading import readable_tokenizer
 from llama.cli.output import Printer, interruptible, log_to_stderr
-from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs, SamplingParams
+from llama.cli.sampling import SamplingFlags, takes_sampling_flags
+from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs
 from llama.errors import FlagError, InterruptedRunError, PromptError
 from llama.prompts import check_fit, encode_prompt
+from llama.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from llama.generation import LLaMA
@@ -30,8 +32,10 @@ LARGEST_DEFAULT_BATCH = 32
 TRACED_TOKENS = 8
 
 
+@takes_sampling_flags(temperature=SamplingParams.temperature, top_p=SamplingParams.top_p, result="generation")
 def generate(
     *,
+    sampling: SamplingFlags,
     prompt: list[str] | None = None,
     prompts_file: str | None = None,
     prompt_len: int | None = None,
@@ -40,9 +44,11 @@ def generate(
     dtype: str = "auto",
     allow_nan: bool = False,
     max_gen_len: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    n: int = 1,
+    best_of: int | None = None,
+    logprobs: int | None = None,
+    hidden_states: str | None = None,
+    logits: str | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
     buckets: list[int] | None = None,
@@ -79,11 +85,17 @@ def generate(
         allow_nan: Go on where a weight holds NaN or infinity.
         dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else bfloat16.
 
-    Sampling:
-        max_gen_len: Most tokens to generate for a prompt.
-        temperature: 0 takes the likeliest token; higher is more random. Without it: the checkpoint's own wish, or 0.8.
-        top_p: Sample from the likeliest tokens that together have this probability, above 0, at most 1. Without it: likewise, or 0.95.
-        seed: Same seed, same text. Without it: a new one for each prompt, shown by --json.
+    How much:
+        max_gen_len: Most tokens to generate for a prompt (also --max_tokens).
+        n: Generations of each prompt, which is prefilled once.
+        best_of: Generate so many, and print the n whose tokens have the highest mean log-probability. Without it: n.
+
+    {sampling}
+
+    What is known of each token:
+        logprobs: Log-probabilities of the chosen tokens and of so many likeliest ones, 0 to 20; with --echo of the prompt's tokens, too.
+        hidden_states: A directory for the last layer's hidden states, one .npy file a generation; with --echo of the prompt, too.
+        logits: A directory for the raw logits, likewise.
 
     Shapes, fixed when the programs are compiled:
         max_seq_len: Positions of the cache, prompt and generated tokens together. Without it: 2048, or 512 for the demo model.
@@ -113,13 +125,25 @@ def generate(
     log_to_stderr(quiet, verbose)
     if repeat < 1:
         raise FlagError(f"--repeat: got {repeat}, expected at least 1")
-    SamplingParams(max_gen_len, temperature or 0.0, 1.0 if top_p is None else top_p, seed)  # refuses what is out of range
+    knows = logprobs is not None or hidden_states is not None or logits is not None
+    given = sampling.given(
+        max_gen_len=max_gen_len,
+        n=n,
+        best_of=best_of,
+        logprobs=logprobs,
+        hidden_states=hidden_states is not None,
+        logits=logits is not None,
+        prompt_logprobs=echo and knows,
+    )
+    wish = SamplingParams(**given)
+    if stream and wish.is_ranked:
+        raise FlagError(f"--stream with --best_of {best_of}: which {n} of them are the best is known at the end; leave one of them out")
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
     random_args = _random_shape(random_weights, ckpt_dir, shape)
     is_demo = ckpt_dir is None and random_args is None
     texts = _texts(prompt, prompts_file, prompt_len, is_demo)
     config = EngineConfig(
-        max_batch_size=max_batch_size if max_batch_size is not None else min(max(len(texts), 1), LARGEST_DEFAULT_BATCH),
+        max_batch_size=max_batch_size if max_batch_size is not None else min(max(len(texts), 1) * wish.samples, LARGEST_DEFAULT_BATCH),
         max_seq_len=max_seq_len if max_seq_len is not None else (DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len),
         buckets=tuple(buckets or DEFAULT_BUCKETS),
         bucket_policy=one_of("bucket_policy", bucket_policy, BUCKET_POLICIES),
@@ -134,18 +158,19 @@ def generate(
         from llama import runtime
 
         runtime.dump_programs(_made_directory("dump_hlo", dump_hlo))
-    if profile is not None:
-        _made_directory("profile", profile)
+    for flag, name in (("profile", profile), ("hidden_states", hidden_states), ("logits", logits)):
+        if name is not None:
+            _made_directory(flag, name)
     from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
 
     progress = not quiet and sys.stderr.isatty()
     llm = LLaMA.build(
         ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, random_weights=random_args, allow_nan=allow_nan, progress=progress
     )
-    params = llm.sampling(max_gen_len, temperature, top_p, seed)
+    params = llm.sampling(**given)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
     prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size
-    printer = Printer([llm.prompt_text(p) for p in prompts], as_json=json, stream=stream, echo=echo)
+    printer = Printer([llm.prompt_text(p) for p in prompts], n, as_json=json, stream=stream, echo=echo)
     with interruptible(llm):
         for number in range(1, repeat + 1):
             if llm.engine.interrupted:  # Ctrl-C between two passes
@@ -153,6 +178,9 @@ def generate(
             if repeat > 1:
                 log.info("Pass %d of %d", number, repeat)
             results = printer.print_pieces(llm.pieces(prompts, [params] * len(prompts)))
+            _save(results, hidden_states, logits)
+            if params.is_constrained:
+                _warn_of_cuts(results, params.constraint_name)
             _log_summary(results)
             if any(result.finish_reason == "interrupted" for result in results):
                 raise InterruptedRunError("interrupted; what had been generated is printed")
@@ -163,6 +191,27 @@ def generate(
 
         (Path(dump_hlo) / "summary.txt").write_text("\n".join(hlo.report(Path(dump_hlo))) + "\n", encoding="utf-8")
         log.info("Wrote the programs to %s; summary.txt tells what they hold", dump_hlo)
+
+
+def _warn_of_cuts(results: Sequence[Generation], grammar: str) -> None:
+    """Say which generations ended before their grammar did."""
+    for result in results:
+        if result.finish_reason == "length":
+            log.warning("prompt %d: cut at --max_gen_len before the %s was satisfied", result.index, grammar)
+
+
+def _save(results: Sequence[Generation], hidden_states: str | None, logits: str | None) -> None:
+    """Write what is known of each generation's tokens to files of its own."""
+    import numpy as np
+
+    for result in results:
+        name = f"{result.index}-{result.sample}.npy"
+        for directory, array in ((hidden_states, result.hidden_states), (logits, result.logits)):
+            if directory is not None and array is not None:
+                try:
+                    np.save(Path(directory) / name, array)
+                except OSError as error:
+                    raise FlagError(f"cannot write {Path(directory) / name}: {error.strerror or error}") from error
 
 
 def _made_directory(flag: str, name: str) -> Path:
@@ -179,7 +228,9 @@ def _trace(llm: LLaMA, prompts: Sequence[Prompt], params: SamplingParams, direct
     """Run the first batch again for a few tokens, with everything compiled, under the profiler."""
     from llama import runtime
 
-    few = replace(params, max_gen_len=min(params.max_gen_len, TRACED_TOKENS))
+    few = replace(
+        params, max_gen_len=(count := min(params.max_gen_len, TRACED_TOKENS)), min_tokens=min(params.min_tokens, count), n=1, best_of=None
+    )
     batch = prompts[: llm.config.max_batch_size]
     with runtime.profiled(directory):
         llm.generate(batch, params=[few] * len(batch))
@@ -240,11 +291,11 @@ def _log_summary(results: Sequence[Generation]) -> None:
     """What the pass took: the times of each batch added up, once a batch (its rows share them)."""
     batches = list({id(r.timing): r for r in results}.values())
     prefill_s, decode_s = sum(r.timing.prefill_s for r in batches), sum(r.timing.decode_s for r in batches)
-    prompt_tokens, generated = sum(r.prompt_tokens for r in results), sum(len(r.token_ids) for r in results)
+    prompt_tokens, generated = sum(r.timing.prefill_tok_s * r.timing.prefill_s for r in batches), sum(len(r.token_ids) for r in results)
     decoded = sum(r.timing.decode_tok_s * r.timing.decode_s for r in batches)
     first = batches[0]
     log.info(
-        "load %.2f s, compile %.2f s (%d programs), first token %.3f s, prefill %.3f s (%d tokens, %.1f tok/s), "
+        "load %.2f s, compile %.2f s (%d programs), first token %.3f s, prefill %.3f s (%.0f tokens, %.1f tok/s), "
         "decode %.3f s (%d tokens, %.1f tok/s), %d program runs",
         first.timing.load_s,
         first.timing.compile_s,

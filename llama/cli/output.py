@@ -25,48 +25,63 @@ class Printer:
 
     Args:
         prompts: the prompts' texts, for ``echo``.
+        samples: results of each.
     """
 
-    def __init__(self, prompts: Sequence[str], as_json: bool, stream: bool, echo: bool) -> None:
+    def __init__(self, prompts: Sequence[str], samples: int, as_json: bool, stream: bool, echo: bool) -> None:
         self._prompts, self._as_json, self._stream, self._echo = prompts, as_json, stream, echo
-        self._begun = -1  # index of the last prompt whose text has begun
+        self._order = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
+        self._begun: tuple[int, int] | None = None  # prompt and sample whose text has begun last
         self._separate = False
 
     def print_pieces(self, pieces: Iterable[Piece]) -> list[Generation]:
-        """Consume a call's pieces; text of a prompt whose turn has not come is held back until it has."""
-        held: dict[int, list[Piece]] = {i: [] for i in range(len(self._prompts))}
+        """Consume a call's pieces; text of a result whose turn has not come is held back until it has."""
+        held: dict[tuple[int, int], list[Piece]] = {turn: [] for turn in self._order}
         results: list[Generation] = []
-        self._begun = -1
+        self._begun = None
         for piece in pieces:
-            held[piece.index].append(piece)
-            while len(results) in held:
-                turn = len(results)
-                for ready in held[turn]:
+            held[piece.index, piece.sample].append(piece)
+            while len(results) < len(self._order):
+                turn = self._order[len(results)]
+                waiting, held[turn] = held[turn], []
+                for ready in waiting:
                     self._print(ready)
                     if ready.result is not None:
                         results.append(ready.result)
-                held[turn] = []
-                if len(results) == turn:
+                if not waiting or waiting[-1].result is None:
                     break
         return results
 
     def _print(self, piece: Piece) -> None:
         if self._as_json:
             if self._stream and piece.text:
-                write(json_line({"index": piece.index, "piece": piece.text}))
+                write(json_line({"index": piece.index, "sample": piece.sample, "piece": piece.text}))
             if piece.result is not None:
                 write(json_line(piece.result.as_json()))
         elif self._stream or piece.result is not None:
-            self._begin(piece.index)
+            self._begin(piece)
             text = piece.text if self._stream or piece.result is None else piece.result.generation
             write(text + ("" if piece.result is None else "\n"))
+            if piece.result is not None and piece.result.logprobs is not None:
+                write("\n" + "".join(f"{line}\n" for line in _logprob_table(piece.result)))
 
-    def _begin(self, index: int) -> None:
-        """Before a prompt's first text: a line between two results, and the prompt where it is to be echoed."""
-        if index == self._begun:
+    def _begin(self, piece: Piece) -> None:
+        """Before a result's first text: a line between two results, and the prompt where it is to be echoed."""
+        if (piece.index, piece.sample) == self._begun:
             return
-        write((SEPARATOR if self._separate else "") + (self._prompts[index] if self._echo else ""))
-        self._begun, self._separate = index, True
+        write((SEPARATOR if self._separate else "") + (self._prompts[piece.index] if self._echo else ""))
+        self._begun, self._separate = (piece.index, piece.sample), True
+
+
+def _logprob_table(result: Generation) -> Iterator[str]:
+    """A line for each token: its log-probability, its rank, and the likeliest ones."""
+    told = [*(result.prompt_logprobs or ()), *(result.logprobs or ())]
+    width = max((len(repr(each.token)) for each in told if each is not None), default=0)
+    yield f"{'logprob':>9} {'rank':>6}  {'token':{width}}  likeliest"
+    for each in told:
+        if each is not None:
+            likeliest = "  ".join(f"{top.token!r} {top.logprob:.3f}" for top in each.top)
+            yield f"{each.logprob:9.3f} {each.rank:6}  {each.token!r:{width}}  {likeliest}".rstrip()
 
 
 def write(text: str) -> None:

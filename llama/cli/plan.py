@@ -38,5 +38,7 @@ def plan(
             padding = f", {chunk.length - chunk.valid} of it padding" if chunk.valid < chunk.length else ""
             print(f"prompt pos [{chunk.start}, {chunk.end}), section length {chunk.length}{padding}, reads keys [0, {chunk.key_len})")
     if not json:
-        shapes = {(c.length, c.key_len, c is chunks[-1]) for c in chunks}
-        print(f"{len(chunks)} sections, {len(shapes)} programs, {prompt_len} of {max_seq_len} positions")
+        # the token behind a last chunk of one token is chosen in its program, that behind a longer one in a program of its own
+        headless = chunks[:-1] if chunks[-1].length == 1 else chunks
+        programs = len({(c.length, c.key_len) for c in headless}) + 1
+        print(f"{len(chunks)} sections, {programs} programs, {prompt_len} of {max_seq_len} positions")
