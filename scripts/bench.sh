@@ -23,6 +23,9 @@ run --shape 110m -p 1500 -n 2 -r 1
 run --shape 110m -p 1500 -n 2 -r 1 --buckets 1
 run --shape 110m -p 200 -n 32 -r 5 --max_seq_len 512
 run --shape 110m -p 200 -n 32 -r 5 --max_seq_len 4096
+for dtype in float32 int8; do
+  run --shape 110m --vocab_size 128256 -p 16 -n 8 -r 1 --dtype "$dtype" --batch 1,8 --heads greedy --heads sample --heads full --heads logprobs
+done
 run --shape 1.1b -p 512 -n 32 -r 3 --compare hf --compare llama.cpp
 run --shape 1.1b -p 512 -n 32 -r 3 --dtype bfloat16 --compare llama.cpp
 run --shape 1.1b -p 512 -n 32 -r 3 --dtype int8 --compare llama.cpp

@@ -20,6 +20,7 @@ from llama.bench.peers import HuggingFaceRunner
 from llama.bench.workload import SHAPES, Times, Workload
 from llama.errors import ConfigError
 from llama.model import Transformer
+from llama.steps import CHOOSING
 
 WORK = Workload("tiny", prompt_len=20, gen_len=11, batch=2)
 
@@ -216,3 +217,22 @@ def test_programs_can_be_dumped_before_xla_starts_only(run: Run, tmp_path: Path)
     import torch_xla  # noqa: F401
 
     refused_at_once(run("generate", "--prompt", "x", "--dump_hlo", str(tmp_path)), "dump_hlo", "new process")
+
+
+def test_ways_to_choose_a_token_side_by_side(run: Run) -> None:
+    """A decode step with each head, every control in use, as multiples of the first; one that does not exist is refused."""
+    flags = ["--shape", "tiny", "-p", "8", "-n", "4", "-r", "1", "--vocab_size", "2000", "--batch", "2"]
+    wanted = [word for head in CHOOSING for word in ("--heads", head)]
+    outcome = run("bench", *flags, *wanted)
+    assert outcome.code == 0, outcome.err
+    lines = re.findall(r"^batch 2, a step with head (\w+): ([\d.]+) ms, ([\d.]+) x greedy$", outcome.out, flags=re.MULTILINE)
+    assert [name for name, _, _ in lines] == ["greedy", "sample", "full", "logprobs"]
+    (row,) = json.loads(outcome.out.splitlines()[-1])["rows"]
+    assert row["vocab_size"] == 2000
+    assert all(ms > 0 for ms in row["heads_ms"].values())
+    refused_at_once(run("bench", *flags, "--heads", "best"), "--heads", "'best'", "greedy, sample, full, logprobs")
+
+
+def test_a_checkpoint_has_its_own_vocabulary() -> None:
+    with pytest.raises(ConfigError, match="vocab_size: a checkpoint has its own"):
+        Workload(shape="demo", vocab_size=5)

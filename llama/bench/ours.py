@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Generator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from llama import runtime
-from llama.bench.workload import SHAPES, WEIGHTS_SEED, Times, Workload
-from llama.config import DEFAULT_BUCKETS, EngineConfig, SamplingParams
-from llama.engine import BatchClock, Request
+from llama.batch import BatchClock
+from llama.bench.workload import WEIGHTS_SEED, Times, Workload
+from llama.config import DEFAULT_BUCKETS, EngineConfig
 from llama.generation import LLaMA
 from llama.kv_cache import cache_shape
 from llama.model import Linear
-from llama.steps import ProgramKey
+from llama.request import Request
+from llama.sampling_params import SamplingParams
+from llama.steps import Head
 
 HOST_STEPS = 20
+GREEDY = SamplingParams(1, 0.0)
+SAMPLED = SamplingParams(1, 0.8, 0.95, top_k=50, min_p=0.02)
+FULL = replace(SAMPLED, typical_p=0.9, repetition_penalty=1.1, presence_penalty=0.5, logit_bias={5: 1.0}, bad_words=((6, 7),))
+HEAD_PARAMS: dict[Head, SamplingParams] = {"greedy": GREEDY, "sample": SAMPLED, "full": FULL, "logprobs": replace(FULL, logprobs=20)}
+HEAD_ROUNDS, HEAD_STEPS = 10, 8
 
 
 class OursRunner:
@@ -34,10 +43,10 @@ class OursRunner:
             buckets=work.buckets or DEFAULT_BUCKETS,
             bucket_policy=work.bucket_policy,  # type: ignore[arg-type]
         )
-        shape = None if work.directory is not None else SHAPES[work.shape]
+        shape = work.args
         llm = LLaMA.build(work.directory, config=config, random_weights=shape, seed=WEIGHTS_SEED)
         self._work, self._engine = work, llm.engine
-        params = SamplingParams(work.gen_len, 0.0, 1.0, 0)
+        params = SamplingParams(work.gen_len, 0.0, seed=0)
         vocab = llm.engine.model.args.vocab_size
         self._requests = [Request(tuple(work.prompt(row, vocab)), params) for row in range(work.batch)]
         compile_s = llm.engine.warm_up(llm.engine.keys_for(self._requests))
@@ -49,7 +58,10 @@ class OursRunner:
             "read_bytes": self._read_bytes(),
             "weight_bytes": sum(p.numel() * p.element_size() for p in llm.engine.model.parameters()),
             "host_ms": self._host_ms(),
+            "vocab_size": vocab,
         }
+        if work.heads:
+            self.facts["heads_ms"] = self._heads_ms()
 
     def run(self) -> Times:
         """Prefill and decode once."""
@@ -73,17 +85,33 @@ class OursRunner:
 
     def _host_ms(self) -> float:
         """Milliseconds that the host spends on handing one step to an idle device."""
-        engine = self._engine
-        key = ProgramKey(1, engine.config.key_buckets[-1], "greedy")
-        engine.warm_up([key])
-        state, controls = engine._fresh_state([]), engine._controls([])
-        program, spent = engine._programs[key], []
+        steps, spent = self._steps(GREEDY), []
         for _ in range(HOST_STEPS):
             runtime.wait()
             began = time.perf_counter()
-            outputs = program(*state, *controls)
+            next(steps)
             spent.append(time.perf_counter() - began)
-            state = type(state)(*outputs)
         runtime.wait()
-        engine._cache = state.kv_cache
+        steps.close()
         return 1e3 * statistics.median(spent)
+
+    def _steps(self, params: SamplingParams) -> Generator[None, None, None]:
+        """Decode steps at the widest key bucket, each row with these parameters and a seed of its own."""
+        requests = [Request((1,), replace(params, seed=row)) for row in range(self._work.batch)]
+        return self._engine.bare_steps(requests, self._engine.config.key_buckets[-1])
+
+    def _heads_ms(self) -> dict[Head, float]:
+        """Milliseconds of a decode step with each of the heads that are wanted, the rounds of one alternating with the others'."""
+        spent: dict[Head, list[float]] = {head: [] for head in self._work.heads}
+        for _ in range(HEAD_ROUNDS):
+            for head, times in spent.items():
+                steps = self._steps(HEAD_PARAMS[head])
+                next(steps)
+                runtime.wait()
+                began = time.perf_counter()
+                for _ in range(HEAD_STEPS):
+                    next(steps)
+                runtime.wait()
+                times.append((time.perf_counter() - began) / HEAD_STEPS)
+                steps.close()
+        return {head: 1e3 * statistics.median(times) for head, times in spent.items()}

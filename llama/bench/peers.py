@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llama.bench.workload import SHAPES, WEIGHTS_SEED, Times, Workload
+from llama.bench.workload import WEIGHTS_SEED, Times, Workload
 from llama.checkpoint import open_checkpoint, random_tensors
 from llama.checkpoint.names import to_hugging_face
 from llama.config import ModelArgs
@@ -28,7 +28,8 @@ def weights_of(work: Workload) -> tuple[ModelArgs, Iterator[tuple[str, torch.Ten
     if work.directory is not None:
         source = open_checkpoint(work.directory)
         return source.args, source.tensors()
-    args = SHAPES[work.shape]
+    args = work.args
+    assert args is not None  # no directory: random weights
     with torch.device("meta"):
         model = Transformer(args, 2)
     return args, random_tensors(model, WEIGHTS_SEED)

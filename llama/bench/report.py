@@ -91,7 +91,8 @@ def render(rows: Sequence[dict[str, Any]], compared: Sequence[dict[str, Any]], f
         writer.writeheader()
         writer.writerows(plain)
         return out.getvalue()
-    return "\n".join([*table(rows, COLUMNS), *([""] if compared else []), *(_compared(each) for each in compared)]) + "\n"
+    notes = [*(_compared(each) for each in compared), *(line for row in rows for line in _heads(row))]
+    return "\n".join([*table(rows, COLUMNS), *([""] if notes else []), *notes]) + "\n"
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:
@@ -112,6 +113,13 @@ def _cell(row: dict[str, Any], name: str) -> str:
     if name.endswith("_bytes"):
         return f"{value / 2**20:.0f} MiB"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _heads(row: dict[str, Any]) -> list[str]:
+    """What a decode step takes with each way to choose a token, beside the first of them."""
+    times: dict[str, float] = row.get("heads_ms", {})
+    first = next(iter(times), "")
+    return [f"batch {row['batch']}, a step with head {head}: {ms:.2f} ms, {ms / times[first]:.3f} x {first}" for head, ms in times.items()]
 
 
 def _compared(each: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama.config import DEMO_DIR, ModelArgs
 from llama.errors import ConfigError
+from llama.steps import Head
 
 SHAPES: dict[str, ModelArgs] = {
     "tiny": ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=1024, multiple_of=32),
@@ -33,6 +34,8 @@ class Workload:
         max_seq_len: positions of the cache; None means as many as are needed.
         buckets: chunk lengths; None means the engine's.
         bucket_policy: ``greedy`` or ``pad``.
+        vocab_size: of the random weights; None means the shape's own.
+        heads: ways to choose a token (``steps.CHOOSING``) whose decode steps are timed side by side, every control in use.
 
     Raises:
         ConfigError: a value out of its range.
@@ -47,10 +50,14 @@ class Workload:
     max_seq_len: int | None = None
     buckets: tuple[int, ...] | None = None
     bucket_policy: str = "greedy"
+    vocab_size: int | None = None
+    heads: tuple[Head, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shape not in (*SHAPES, "demo"):
             raise ConfigError(f"shape: got {self.shape!r}, expected one of {', '.join((*SHAPES, 'demo'))}")
+        if self.vocab_size is not None and self.directory is not None:
+            raise ConfigError("vocab_size: a checkpoint has its own; leave it out")
         for name, least in (("prompt_len", 1), ("gen_len", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
@@ -70,6 +77,14 @@ class Workload:
         return DEMO_DIR if self.shape == "demo" else None
 
     @property
+    def args(self) -> ModelArgs | None:
+        """The shape of the random weights; None for a checkpoint's."""
+        if self.directory is not None:
+            return None
+        shape = SHAPES[self.shape]
+        return shape if self.vocab_size is None else shape.with_vocab_size(self.vocab_size)
+
+    @property
     def name(self) -> str:
         """How tables call the model."""
         return self.shape if self.ckpt_dir is None else Path(self.ckpt_dir).name
@@ -86,7 +101,7 @@ class Workload:
     def from_json(cls, text: str) -> Workload:
         """The workload that ``to_json`` wrote."""
         found = cls(**json.loads(text))
-        return replace(found, buckets=tuple(found.buckets) if found.buckets else None)
+        return replace(found, buckets=tuple(found.buckets) if found.buckets else None, heads=tuple(found.heads))
 
 
 @dataclass
