@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from checkpoint_files import TINY, random_weights, write_meta
 from tokenizer_files import byte_level, write_ranks
 
 import llama
+from llama import SamplingParams
 from llama.cli import COMMANDS
 from llama.cli.flags import help_text
 from llama.config import DEMO_DIR
@@ -92,10 +94,19 @@ def test_flags_are_the_help_s() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_every_flag(name: str) -> None:
     """A parameter that its command's docstring forgets would be a secret flag."""
-    import inspect
-
     shown = set(re.findall(r"^  --(\w+)", help_text(name, COMMANDS[name]), flags=re.MULTILINE))
     assert shown == set(inspect.signature(COMMANDS[name]).parameters)
+
+
+def test_the_table_of_controls_is_complete() -> None:
+    """A row for every field of SamplingParams, with its default; the generate command has a flag for each, but for --echo's."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", README, flags=re.MULTILINE))
+    defaults = {f.name: f.default for f in fields(SamplingParams)}
+    assert set(rows) == set(defaults)
+    for name, shown in rows.items():
+        assert shown == ("none" if defaults[name] in (None, ()) else str(defaults[name])), name
+    flags = set(inspect.signature(COMMANDS["generate"]).parameters)
+    assert set(defaults) - flags == {"prompt_logprobs"}
 
 
 def test_console_output_is_real() -> None:
