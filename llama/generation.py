@@ -309,8 +309,9 @@ class LLaMA:
         size = self.config.max_batch_size
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         compiled_before = runtime.counters.compiled
-        cached = [self.engine.reusable([s.request for s in samples]) if reuse and len(batches) == 1 else 0 for _ in batches[:1]]
-        cached += [_shared(before, batch) for before, batch in itertools.pairwise(batches)]
+        cached = [_shared(before, batch) for before, batch in itertools.pairwise([[], *batches])]
+        if reuse and len(batches) == 1:
+            cached = [self.engine.reusable([s.request for s in samples])]
         keys = [
             key for batch, count in zip(batches, cached, strict=True) for key in self.engine.keys_for([s.request for s in batch], count)
         ]

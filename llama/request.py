@@ -105,7 +105,7 @@ class Shaping(NamedTuple):
 
     Attributes:
         typical_p: [B] float32, see ``sampling.Filters``.
-        repetition, presence, frequency: [B] float32, see ``sampling.Penalties``.
+        repetition, presence, frequency: [B] float32, see ``shaping.penalised``.
         prompt_len: [B] int32, where the output begins.
         first_stop: [B] int32, the length from which on a stop token may be chosen.
         bias_ids, bias: [B, 300] int32 and float32, added to these tokens' logits; zeros fill up.

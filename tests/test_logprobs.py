@@ -138,6 +138,21 @@ def test_nothing_is_computed_or_transferred_unasked(make_llm: LLMFactory) -> Non
     assert everything[2] == reads * report + 17 * 4 * llm.engine.model.args.vocab_size
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_padding_is_not_scored(make_llm: LLMFactory, rows: int) -> None:
+    """Under the pad policy the last chunk holds positions of no token: what is known of the others is the same."""
+    prompt = [1] + [5 + i % 90 for i in range(42)]
+    wish = SamplingParams(3, 0.0, logprobs=1, logits=True, prompt_logprobs=True)
+    exact, padded = (make_llm(bucket_policy=policy, max_batch_size=rows).generate([prompt], params=wish)[0] for policy in ("greedy", "pad"))
+    assert len(padded.prompt_logprobs or ()) == len(prompt)
+    assert padded.token_ids == exact.token_ids
+    assert exact.logits is not None
+    np.testing.assert_allclose(padded.logits, exact.logits, atol=CLOSE)
+    told = [[each.logprob for each in r.prompt_logprobs or () if each] for r in (exact, padded)]
+    assert told[0] == pytest.approx(told[1], abs=CLOSE)
+    assert padded.programs.runs < exact.programs.runs
+
+
 def test_describe_with_ties_and_infinities() -> None:
     """Equal tokens share the best rank and come lowest id first; impossible ones have -inf, which JSON writes as -9999."""
     logits = torch.tensor(
