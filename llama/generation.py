@@ -23,6 +23,7 @@ from llama.chat import Dialog, choose_format
 from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs
 from llama.engine import Engine
 from llama.errors import ConfigError, TokenizerError
+from llama.grammar import Grammars
 from llama.memory import check_fits, dtypes_for
 from llama.model import Transformer
 from llama.prompts import Prompt
@@ -54,6 +55,7 @@ class LLaMA:
         self.tokenizer = tokenizer
         self.config = engine.config
         self.load_s = load_s
+        self._grammars = Grammars(tokenizer)
 
     @classmethod
     def build(
@@ -305,7 +307,8 @@ class LLaMA:
             reuse: do not run again what the cache still holds of the last call's prompts and generations; one batch only.
         """
         eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *stop_ids)))
-        samples = make_samples(prompts, params, self.tokenizer, eos_ids, self.engine.model.args.vocab_size, self.config.max_seq_len)
+        vocab_size, room = self.engine.model.args.vocab_size, self.config.max_seq_len
+        samples = make_samples(prompts, params, self.tokenizer, eos_ids, vocab_size, room, self._grammars)
         size = self.config.max_batch_size
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         compiled_before = runtime.counters.compiled

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from llama.errors import ConfigError, PromptError
-from llama.grammar import Grammar, Vocabulary, compile_grammar
+from llama.grammar import Grammars
 from llama.prompts import Prompt, check_fit, encode_prompt
 from llama.request import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_STOP_IDS, Request
 from llama.sampling_params import SamplingParams
@@ -38,6 +38,7 @@ def make_samples(
     eos_ids: Sequence[int],
     vocab_size: int,
     max_seq_len: int,
+    grammars: Grammars,
 ) -> list[Sample]:
     """The rows of a call, prompt by prompt.
 
@@ -48,6 +49,7 @@ def make_samples(
         eos_ids: end every generation that does not ignore them.
         vocab_size: rows of the embedding.
         max_seq_len: positions of the cache.
+        grammars: of this tokenizer.
 
     Raises:
         PromptError: a prompt that cannot be read or does not fit.
@@ -56,7 +58,6 @@ def make_samples(
     if len(prompts) != len(params):
         raise PromptError(f"got {len(prompts)} prompts and {len(params)} sampling parameters, expected one per prompt")
     samples: list[Sample] = []
-    grammars = _Grammars(tokenizer)
     for index, (prompt, wish) in enumerate(zip(prompts, params, strict=True)):
         ids = encode_prompt(tokenizer, index, prompt, vocab_size)
         check_fit(index, len(ids), wish.max_gen_len, max_seq_len)
@@ -67,7 +68,7 @@ def make_samples(
         for number in range(wish.samples):
             # the samples share what is to be known of their prompt: the first one finds it out
             own = replace(wish, seed=(seed + number) % 2**63, prompt_logprobs=wish.prompt_logprobs and number == 0)
-            request = Request(ids, own, stop_ids, bad_words, grammars.start(own, stop_ids))
+            request = Request(ids, own, stop_ids, bad_words, grammars.start(own, tuple(eos_ids)))
             samples.append(Sample(index, number, prompt, request))
     return samples
 
@@ -112,23 +113,3 @@ def _bad_words(params: SamplingParams, tokenizer: Tokenizer) -> tuple[tuple[int,
             f"bad_words: got more than {MAX_BAD_WORDS} ways to write those of several tokens; a word counts with and without a space"
         )
     return words
-
-
-class _Grammars:
-    """Makes the constraints of a call, each schema compiled once and the vocabulary once for each set of stop tokens."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._compiled: dict[tuple[object, object], str] = {}
-        self._vocabularies: dict[tuple[int, ...], Vocabulary] = {}
-
-    def start(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> Grammar | None:
-        """A fresh way through the grammar of a request; None where it has none."""
-        if not params.is_constrained:
-            return None
-        written = (params.json_schema, params.regex)
-        if written not in self._compiled:
-            self._compiled[written] = compile_grammar(params)
-        if stop_ids not in self._vocabularies:
-            self._vocabularies[stop_ids] = Vocabulary(self._tokenizer, stop_ids)
-        return Grammar(self._compiled[written], self._vocabularies[stop_ids])

@@ -138,3 +138,15 @@ def test_a_grammar_follows_every_tokenizer(tokenizer: Tokenizer, text: str) -> N
         grammar.advance([token_id])
     member = np.unpackbits(grammar.allowed(vocab_size).view(np.uint8), bitorder="little")
     assert set(np.flatnonzero(member)) == set(tokenizer.stop_ids)
+
+
+def test_a_stop_token_of_the_callers_is_a_token_of_the_text(make_llm: LLMFactory) -> None:
+    """It may come where the grammar allows its text, and then ends the generation; the model's own end it where the grammar is satisfied."""
+    llm = make_llm()
+    with_x = tuple(i for i in range(llm.tokenizer.n_words) if llm.tokenizer.token_bytes(i) == b"x")
+    wish = replace(WISH, regex="[ab]{3}x[ab]{3}", max_gen_len=12, seed=1)
+    (whole,) = llm.generate(["x"], params=wish)
+    assert re.fullmatch("[ab]{3}x[ab]{3}", whole.generation)
+    (cut,) = llm.generate(["x"], params=replace(wish, stop_token_ids=with_x))
+    assert cut.generation == whole.generation[:3]
+    assert cut.stop_reason in with_x
