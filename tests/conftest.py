@@ -9,6 +9,7 @@ os.environ["PJRT_DEVICE"] = "CPU"
 import json
 import logging
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ import torch
 from commands import Outcome, Run, exit_code
 
 from llama import EngineConfig, LLaMA, ModelArgs
+
+# A shell that runs the tests in the background has SIGINT ignored, which all processes would inherit: then Ctrl-C could not be tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, multiple_of=32)
 

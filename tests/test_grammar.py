@@ -141,7 +141,7 @@ def test_a_grammar_follows_every_tokenizer(tokenizer: Tokenizer, text: str) -> N
 
 
 def test_a_stop_token_of_the_callers_is_a_token_of_the_text(make_llm: LLMFactory) -> None:
-    """It may come where the grammar allows its text, and then ends the generation; the model's own end it where the grammar is satisfied."""
+    """It may come where the grammar allows its text, and ends the generation there; the model's own end it where the grammar does."""
     llm = make_llm()
     with_x = tuple(i for i in range(llm.tokenizer.n_words) if llm.tokenizer.token_bytes(i) == b"x")
     wish = replace(WISH, regex="[ab]{3}x[ab]{3}", max_gen_len=12, seed=1)
