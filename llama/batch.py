@@ -14,13 +14,10 @@ import numpy as np
 import torch
 
 from llama import runtime
-from llama.request import Controls, Request, Shaping
+from llama.request import Controls, Kinds, Request, Shaping
 from llama.steps import REPORT_WINDOW, Head, Known, State
 
 FinishReason = Literal["stop", "length", "interrupted"]
-
-
-Kinds = tuple[bool, bool, bool]
 
 
 class Details(NamedTuple):
@@ -57,11 +54,8 @@ class Details(NamedTuple):
 
 def wanted_kinds(requests: Sequence[Request]) -> Kinds:
     """Which fields of Details some of these requests ask for."""
-    return (
-        any(r.params.logprobs is not None or r.params.is_ranked for r in requests),
-        any(r.params.hidden_states for r in requests),
-        any(r.params.logits for r in requests),
-    )
+    logprobs, hidden, logits = zip(*(request.kinds for request in requests), strict=True) if requests else ((), (), ())
+    return any(logprobs), any(hidden), any(logits)
 
 
 class Progress(NamedTuple):
@@ -200,7 +194,7 @@ class Batch:
         progress = []
         for i, (row, report, count) in enumerate(zip(self.rows, reports, counts, strict=False)):
             if row.active:
-                own = wanted_kinds([row.request])
+                own = row.request.kinds
                 told = Details.joined([step.of_row(i, own) for step in steps[:count]]) if any(own) and count else None
                 progress.append(self._news(i, row, report[REPORT_WINDOW - count : REPORT_WINDOW], bool(report[-1]), told))
         return progress

@@ -23,19 +23,16 @@ import torch
 from tqdm import tqdm
 
 from llama import buckets, kv_cache, runtime
-from llama.batch import Batch, BatchClock, Details, Progress, Row, wanted_kinds
+from llama.batch import Batch, BatchClock, Details, Progress, Row
 from llama.buckets import Chunk
 from llama.config import EngineConfig
 from llama.errors import RecompileError
 from llama.model import Transformer
+from llama.programs import FAN_OUT, all_keys, decode_keys, head_for, prefill_runs, rows_by_prompt, runs_by_row
 from llama.request import Controls, Request, Shaping, allowed_of, controls_of, shaping_of
-from llama.steps import CACHE_ARGUMENT, CHOOSING, IN_DECODE_STEP, REPORT_WINDOW, SHAPING, Head, Known, ProgramKey, State, make_step
+from llama.steps import CACHE_ARGUMENT, CHOOSING, REPORT_WINDOW, SHAPING, Head, Known, ProgramKey, State, make_step
 
 log = logging.getLogger("llama")
-
-LONGEST_SCORED = 64  # tokens of a chunk whose positions all go through the vocabulary head: their logits are length x vocabulary
-
-FAN_OUT = ProgramKey(0, 0, "fan_out")
 
 TensorsT = TypeVar("TensorsT", Controls, Shaping)
 
@@ -66,20 +63,6 @@ class Engine:
     _running: Batch | None = None
     _warm: bool = False
 
-    # --- which programs ---------------------------------------------------------------------------------------------------------
-
-    def all_keys(self) -> list[ProgramKey]:
-        """Every program that any prompt, sampling parameter and length can need under this configuration."""
-        shapes = buckets.program_shapes(self.config)
-        several = self.config.max_batch_size > 1
-        keys = [ProgramKey(length, key_len, "none") for length, key_len in shapes]
-        keys += [ProgramKey(1, key_len, head) for head in IN_DECODE_STEP for length, key_len in shapes if length == 1]
-        keys += [ProgramKey(0, 0, head) for head in CHOOSING]
-        scored = [ProgramKey(length, key_len, "score", several) for length, key_len in shapes if length <= LONGEST_SCORED]
-        if several:
-            keys += [ProgramKey(length, key_len, "none", one_row=True) for length, key_len in shapes] + [FAN_OUT]
-        return keys + scored
-
     def reusable(self, requests: Sequence[Request]) -> int:
         """How many leading positions of every row the cache still holds from the last batch, for prompts that begin alike.
 
@@ -90,50 +73,6 @@ class Engine:
             return 0
         shared = (common_prefix(ids, r.prompt_ids) for ids, r in zip(self._resident, requests, strict=False))
         return min(min(count, len(r.prompt_ids) - 1) for count, r in zip(shared, requests, strict=True))
-
-    def keys_for(self, requests: Sequence[Request], cached: int = 0) -> list[ProgramKey]:
-        """The programs that a batch of these requests can need, in the order of their first use."""
-        head = head_for(requests)
-        if self._by_rows(requests, cached):
-            groups = rows_by_prompt(requests)
-            keys = [key for rows in groups.values() for _, key in self._chunks([requests[i] for i in rows], 0, None, one_row=True)]
-            keys += [FAN_OUT, ProgramKey(0, 0, head)]
-        else:
-            keys = [key for _, key in self._chunks(requests, cached, head)]
-        decoding = [r for r in requests if r.params.max_gen_len > 1]
-        if decoding:
-            # from the shortest prompt on: where the longest rows end early, the batch goes on at the others' positions
-            first = buckets.key_bucket(min(len(r.prompt_ids) for r in decoding) + 1, self.config)
-            last = buckets.key_bucket(max(r.limit for r in decoding) - 1, self.config)
-            keys += [key for k in self.config.key_buckets if first <= k <= last for key in _decode_keys(k, head)]
-        return list(dict.fromkeys(keys))
-
-    def _chunks(
-        self, requests: Sequence[Request], cached: int, head: Head | None, *, one_row: bool = False
-    ) -> list[tuple[Chunk | None, ProgramKey]]:
-        """What runs, in order, for the requests' prefill: a chunk's programs, and behind the last chunk the head alone (no chunk).
-
-        Args:
-            head: chooses the first token; None for no head.
-        """
-        scored = any(r.params.prompt_logprobs for r in requests)
-        longest = max(len(r.prompt_ids) for r in requests)
-        chunks = buckets.plan(longest, self.config, cached, LONGEST_SCORED if scored else None)
-        runs: list[tuple[Chunk | None, ProgramKey]] = [
-            (c, ProgramKey(c.length, c.key_len, "score" if scored else "none", one_row)) for c in chunks
-        ]
-        if head in IN_DECODE_STEP and chunks[-1].length == 1 and not scored:
-            runs[-1] = (chunks[-1], ProgramKey(1, chunks[-1].key_len, head))
-        elif head is not None:
-            runs.append((None, ProgramKey(0, 0, head)))
-        return runs
-
-    def _by_rows(self, requests: Sequence[Request], cached: int) -> bool:
-        """Whether each prompt is prefilled by itself: once for all its samples, or for what is to be known of its tokens."""
-        if self.config.max_batch_size == 1 or cached:
-            return False
-        shares = any(r.params.samples > 1 for r in requests) and len(rows_by_prompt(requests)) < len(requests)
-        return shares or any(r.params.prompt_logprobs for r in requests)
 
     # --- compiling --------------------------------------------------------------------------------------------------------------
 
@@ -150,7 +89,7 @@ class Engine:
             RecompileError: ``fail_on_recompile`` is set, a warm-up has been done before, and something is left to compile.
         """
         began = time.perf_counter()
-        missing = [key for key in (self.all_keys() if keys is None else keys) if key not in self._programs]
+        missing = [key for key in (all_keys(self.config) if keys is None else keys) if key not in self._programs]
         if missing:
             self._refuse_recompile(missing)
             resident = self._resident
@@ -247,12 +186,12 @@ class Engine:
     def _prefill(self, batch: Batch, clock: BatchClock) -> Iterator[list[Progress]]:
         """Run the prompts' chunks, and choose the first token of every row."""
         clock.start_prefill()
-        requests, by_rows = batch.active, self._by_rows(batch.active, batch.cached)
+        requests, by_rows = batch.active, runs_by_row(batch.active, self.config, batch.cached)
         prompts = rows_by_prompt(requests) if by_rows else [r.prompt_ids for r in requests]
         clock.prefilled = sum(len(prompt) - batch.cached for prompt in prompts)
         runs: list[tuple[Chunk | None, ProgramKey]] = [(None, ProgramKey(0, 0, batch.head))]
         if not by_rows:
-            runs = self._chunks(requests, batch.cached, batch.head)
+            runs = prefill_runs(requests, self.config, batch.cached, batch.head)
         elif not all(self._prefill_once(batch, rows) for rows in rows_by_prompt(requests).values()):
             batch.forget_from(-1)  # interrupted: some rows have nothing in the cache
         scores: list[Details] = []
@@ -279,7 +218,7 @@ class Engine:
         requests = [batch.rows[i].request for i in rows]
         one = self._one_row_state(requests[:1])
         scores: list[Details] = []
-        for chunk, key in self._chunks(requests, 0, None, one_row=True):
+        for chunk, key in prefill_runs(requests, self.config, 0, None, one_row=True):
             if self.interrupted:
                 return False
             assert chunk is not None
@@ -298,7 +237,7 @@ class Engine:
         while batch.active and not self.interrupted:
             step += 1
             end = max(len(r.prompt_ids) for r in batch.active) + step
-            for key in _decode_keys(buckets.key_bucket(min(end, self.config.max_seq_len), self.config), batch.head):
+            for key in decode_keys(buckets.key_bucket(min(end, self.config.max_seq_len), self.config), batch.head):
                 if key.length:
                     batch.state, _ = self._run(key, self._arguments(key, batch))
                 else:
@@ -332,11 +271,11 @@ class Engine:
     def _score(self, known: Known | None, chunk: Chunk, request: Request, scores: list[Details]) -> None:
         """Fetch what a scored chunk tells of the one row that it ran, before the next chunk makes more. Host sync: yes."""
         if known is not None:
-            scores.append(Details.fetched(known, wanted_kinds([request])).of_row(0).first(chunk.valid))
+            scores.append(Details.fetched(known, request.kinds).of_row(0).first(chunk.valid))
 
     def bare_steps(self, requests: Sequence[Request], key_len: int) -> Generator[None, None, None]:
         """Decode steps without a prefill, handed to the device one each time that the caller asks for the next; for measurements."""
-        keys = _decode_keys(key_len, head_for(requests))
+        keys = decode_keys(key_len, head_for(requests))
         self.warm_up(keys)
         batch = self._begin(requests)
         try:
@@ -401,34 +340,6 @@ class Engine:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading ids two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def rows_by_prompt(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
-    """The rows that share each prompt."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, request in enumerate(requests):
-        groups.setdefault(request.prompt_ids, []).append(i)
-    return groups
-
-
-def head_for(requests: Sequence[Request]) -> Head:
-    """The cheapest head that serves all rows; one row that needs more brings it in for the batch, where the others ask nothing of it."""
-    return max((_head_of(r) for r in requests), key=CHOOSING.index, default="greedy")
-
-
-def _head_of(request: Request) -> Head:
-    if request.wants_details:
-        return "logprobs"
-    if request.params.reshapes_logits:
-        return "full"
-    return "greedy" if request.params.temperature == 0 else "sample"
-
-
-def _decode_keys(key_len: int, head: Head) -> list[ProgramKey]:
-    """The programs of one decode step."""
-    if head in IN_DECODE_STEP:
-        return [ProgramKey(1, key_len, head)]
-    return [ProgramKey(1, key_len, "none"), ProgramKey(0, 0, head)]
 
 
 def _log_chunk(chunk: Chunk) -> None:

@@ -26,6 +26,7 @@ from llama.errors import ConfigError, TokenizerError
 from llama.grammar import Grammars
 from llama.memory import check_fits, dtypes_for
 from llama.model import Transformer
+from llama.programs import keys_for
 from llama.prompts import Prompt
 from llama.results import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing, TokenList
 from llama.samples import Sample, make_samples
@@ -316,7 +317,7 @@ class LLaMA:
         if reuse and len(batches) == 1:
             cached = [self.engine.reusable([s.request for s in samples])]
         keys = [
-            key for batch, count in zip(batches, cached, strict=True) for key in self.engine.keys_for([s.request for s in batch], count)
+            key for batch, count in zip(batches, cached, strict=True) for key in keys_for([s.request for s in batch], self.config, count)
         ]
         call = _Call(self.engine.warm_up(list(dict.fromkeys(keys))), compiled_before)
         was_interrupted = False

@@ -19,6 +19,9 @@ MAX_BAD_WORDS = 64  # a row, of two tokens and more
 MAX_BAD_WORD_LEN = 16  # tokens
 
 
+Kinds = tuple[bool, bool, bool]  # log-probabilities, hidden states, logits
+
+
 class Constraint(Protocol):
     """A grammar that follows one row's generation."""
 
@@ -55,9 +58,9 @@ class Request:
         return len(self.prompt_ids) + self.params.max_gen_len
 
     @property
-    def wants_details(self) -> bool:
-        """Something must be known of each token: the caller asks for it, or the best of several samples is to be found."""
-        return self.params.wants_details or self.params.is_ranked
+    def kinds(self) -> Kinds:
+        """What must be known of each token: what the caller asks for, and log-probabilities where the best samples are to be found."""
+        return self.params.logprobs is not None or self.params.is_ranked, self.params.hidden_states, self.params.logits
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         """Which tokens may come next as far as single tokens say it: [W] int32 words of bits.

@@ -12,6 +12,7 @@ from conftest import LLMFactory
 
 from llama import EngineConfig, Generation, LLaMA, SamplingParams, runtime
 from llama.errors import ConfigError, PromptError
+from llama.programs import all_keys
 
 PLAIN = SamplingParams(20, 1.0, 1.0, 11)
 PROMPTS = ["the cat", "once upon a time there was", "", "they sang and the dog ran home", "a", "green", "the house", "upon"]
@@ -334,9 +335,6 @@ def test_a_checkpoint_wishes_are_defaults(make_llm: LLMFactory, caplog: pytest.L
 
 def test_the_engine_needs_no_more_programs_than_documented() -> None:
     """docs/architecture.md: what a full warm-up compiles, for one row and for several."""
-    from llama.engine import Engine
-
     for rows, expected in ((1, 12 + 2 * 3 + 4 + 9), (4, 12 + 2 * 3 + 4 + 12 + 1 + 9)):
-        config = EngineConfig(max_seq_len=2048, max_batch_size=rows)
-        engine = Engine(None, config, None)  # type: ignore[arg-type]
-        assert len(engine.all_keys()) == len(set(engine.all_keys())) == expected
+        keys = all_keys(EngineConfig(max_seq_len=2048, max_batch_size=rows))
+        assert len(keys) == len(set(keys)) == expected

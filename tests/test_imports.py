@@ -21,7 +21,7 @@ LADDER = [
     {"checkpoint", "sampling", "buckets", "tokenizer", "memory", "request"},
     {"shaping", "logprobs", "grammar"},
     {"steps"},
-    {"chat", "inspection", "hlo", "batch"},
+    {"chat", "inspection", "hlo", "batch", "programs"},
     {"engine", "prompts"},
     {"results"},
     {"samples", "text"},

@@ -15,6 +15,7 @@ from test_sampling import on_device
 from llama import EngineConfig, Generation, LLaMA, SamplingParams, logprobs, runtime
 from llama.batch import BatchClock
 from llama.logprobs import TokenLogprob
+from llama.programs import keys_for
 from llama.request import Request
 from llama.steps import REPORT_WINDOW
 
@@ -116,7 +117,7 @@ def test_asking_compiles_the_documented_programs_once(make_llm: LLMFactory) -> N
 def counted(llm: LLaMA, params: SamplingParams) -> tuple[int, int, int, int]:
     """Program runs, fetches, bytes fetched and bytes uploaded for one prompt of 9 tokens, everything compiled."""
     requests = [Request(tuple([1] * 9), params)]
-    llm.engine.warm_up(llm.engine.keys_for(requests))
+    llm.engine.warm_up(keys_for(requests, llm.config))
     counters = runtime.counters
     before = counters.runs, counters.fetches, counters.fetched_bytes, counters.uploaded_bytes
     assert list(llm.engine.run(requests, BatchClock()))[-1].finish_reason == "length"

@@ -10,6 +10,7 @@ from conftest import LLMFactory
 from llama import LLaMA, SamplingParams, runtime
 from llama.batch import BatchClock
 from llama.engine import common_prefix
+from llama.programs import keys_for
 from llama.request import Request
 
 WISH = SamplingParams(12, 0.0, 1.0, 0)
@@ -19,7 +20,7 @@ def run(llm: LLaMA, prompts: list[list[int]], reuse: bool) -> tuple[list[list[in
     """Generated ids of each row, tokens that were not run again, and program runs."""
     requests = [Request(tuple(p), WISH) for p in prompts]
     cached = llm.engine.reusable(requests) if reuse else 0
-    llm.engine.warm_up(llm.engine.keys_for(requests, cached))
+    llm.engine.warm_up(keys_for(requests, llm.config, cached))
     found: list[list[int]] = [[] for _ in prompts]
     clock = BatchClock()
     for progress in llm.engine.run(requests, clock, cached):

@@ -16,6 +16,7 @@ from llama.config import DEFAULT_BUCKETS, EngineConfig
 from llama.generation import LLaMA
 from llama.kv_cache import cache_shape
 from llama.model import Linear
+from llama.programs import keys_for
 from llama.request import Request
 from llama.sampling_params import SamplingParams
 from llama.steps import Head
@@ -49,7 +50,7 @@ class OursRunner:
         params = SamplingParams(work.gen_len, 0.0, seed=0)
         vocab = llm.engine.model.args.vocab_size
         self._requests = [Request(tuple(work.prompt(row, vocab)), params) for row in range(work.batch)]
-        compile_s = llm.engine.warm_up(llm.engine.keys_for(self._requests))
+        compile_s = llm.engine.warm_up(keys_for(self._requests, config))
         self.run()  # the first run touches all memory
         self.facts: dict[str, Any] = {
             "load_s": llm.load_s,
