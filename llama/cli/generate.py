@@ -228,10 +228,8 @@ def _trace(llm: LLaMA, prompts: Sequence[Prompt], params: SamplingParams, direct
     """Run the first batch again for a few tokens, with everything compiled, under the profiler."""
     from llama import runtime
 
-    few = replace(
-        params, max_gen_len=(count := min(params.max_gen_len, TRACED_TOKENS)), min_tokens=min(params.min_tokens, count), n=1, best_of=None
-    )
-    batch = prompts[: llm.config.max_batch_size]
+    few = replace(params, max_gen_len=(count := min(params.max_gen_len, TRACED_TOKENS)), min_tokens=min(params.min_tokens, count))
+    batch = prompts[: max(llm.config.max_batch_size // params.samples, 1)]
     with runtime.profiled(directory):
         llm.generate(batch, params=[few] * len(batch))
     log.info("Wrote a trace to %s: tensorboard --logdir %s, or its *.trace.json.gz in ui.perfetto.dev", directory, directory)
