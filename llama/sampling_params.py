@@ -18,6 +18,7 @@ MAX_BIASED_IDS = 300
 MAX_LOGPROBS = 20
 LARGEST_BIAS = 100
 LARGEST_PENALTY = 2  # of presence and frequency
+LARGEST_REPETITION_PENALTY = 1e6  # and the least is its inverse: float32 must be able to multiply a logit by it
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SamplingParams:
         top_k: sample from so many of the likeliest tokens; 0 or -1 for all of them.
         min_p: sample from tokens of at least this share of the likeliest one's probability, in [0, 1].
         typical_p: sample from the smallest set of the tokens nearest to the entropy whose probabilities sum to at least this, in (0, 1].
-        repetition_penalty: above 0; logits of tokens in the prompt or the output are divided by it where positive, else multiplied.
+        repetition_penalty: above 0 (1e-6 to 1e6); logits of tokens in the prompt or the output are divided by it where positive, else multiplied.
         presence_penalty: -2 to 2, subtracted from the logit of every token in the output.
         frequency_penalty: -2 to 2, subtracted for each time that the token is in the output.
         logit_bias: token id to a number from -100 to 100 that is added to its logit; at most 300 ids.
@@ -98,12 +99,18 @@ class SamplingParams:
             value = getattr(self, name)
             texts = (value,) if isinstance(value, str) else tuple(value or ())
             object.__setattr__(self, name, tuple(t if isinstance(t, str) else tuple(t) for t in texts))
-        for name in ("allowed_token_ids", "stop_token_ids"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.logit_bias is not None:
+            try:
+                object.__setattr__(self, "logit_bias", {int(name): float(value) for name, value in self.logit_bias.items()})
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"logit_bias: got {self.logit_bias}, expected a number for each token id") from error
         if isinstance(self.json_schema, Mapping):
             object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
-        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k == -1 else self.top_k)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
 
     def _check_numbers(self) -> None:
         if self.max_gen_len < 1:
@@ -115,8 +122,8 @@ class SamplingParams:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p: got {self.min_p}, expected a number from 0 to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty: got {self.repetition_penalty}, expected a finite number above 0")
+        if not 1 / LARGEST_REPETITION_PENALTY <= self.repetition_penalty <= LARGEST_REPETITION_PENALTY:
+            raise ConfigError(f"repetition_penalty: got {self.repetition_penalty}, expected a number above 0, from 1e-6 to 1e6")
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= LARGEST_PENALTY:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number from -2 to 2")

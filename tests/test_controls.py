@@ -266,9 +266,12 @@ def test_an_interrupt_during_a_shared_prefill(make_llm: LLMFactory) -> None:
         ({"typical_p": 0.0}, "typical_p: got 0.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty: got inf"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty: got 1e-40"),
+        ({"logit_bias": {"x": 1}}, "logit_bias: got {'x': 1}, expected a number for each token id"),
+        ({"logit_bias": {5: None}}, "logit_bias: got {5: None}"),
         ({"presence_penalty": 2.5}, "presence_penalty: got 2.5"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty: got nan"),
-        ({"logit_bias": {5: 101}}, "logit_bias: got 101 for id 5"),
+        ({"logit_bias": {5: 101}}, "logit_bias: got 101.0 for id 5"),
         ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias: got 301 ids"),
         ({"allowed_token_ids": ()}, "allowed_token_ids: got no ids"),
         ({"min_tokens": 21}, "min_tokens: got 21, expected 0 to max_gen_len=20"),
@@ -317,9 +320,13 @@ def test_one_wish_for_all_prompts_or_one_for_each(make_llm: LLMFactory) -> None:
     assert len(llm.generate(["a", "b"], params=replace(PLAIN, max_gen_len=2))) == 2
 
 
-def test_top_k_of_minus_1_is_off() -> None:
-    """vLLM's and llama.cpp's way to say it."""
+def test_other_ways_to_say_the_same() -> None:
+    """vLLM's top_k of -1, JSON's ids as texts, lists for tuples, one text for several, None for nothing."""
     assert replace(PLAIN, top_k=-1) == PLAIN
+    assert replace(PLAIN, logit_bias={"5": 1}) == replace(PLAIN, logit_bias={5: 1.0})
+    assert replace(PLAIN, stop="x", allowed_token_ids=[1, 2]) == replace(PLAIN, stop=("x",), allowed_token_ids=(1, 2))
+    assert replace(PLAIN, stop_token_ids=None, stop=None, bad_words=None) == PLAIN  # type: ignore[arg-type]
+    assert replace(PLAIN, json_schema={"type": "null"}) == replace(PLAIN, json_schema='{"type": "null"}')
 
 
 def test_a_checkpoint_wishes_are_defaults(make_llm: LLMFactory, caplog: pytest.LogCaptureFixture) -> None:
