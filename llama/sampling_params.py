@@ -34,7 +34,7 @@ class SamplingParams:
         top_k: sample from so many of the likeliest tokens; 0 or -1 for all of them.
         min_p: sample from tokens of at least this share of the likeliest one's probability, in [0, 1].
         typical_p: sample from the smallest set of the tokens nearest to the entropy whose probabilities sum to at least this, in (0, 1].
-        repetition_penalty: above 0 (1e-6 to 1e6); logits of tokens in the prompt or the output are divided by it where positive, else multiplied.
+        repetition_penalty: 1e-6 to 1e6; logits of tokens in the prompt or the output are divided by it where positive, else multiplied.
         presence_penalty: -2 to 2, subtracted from the logit of every token in the output.
         frequency_penalty: -2 to 2, subtracted for each time that the token is in the output.
         logit_bias: token id to a number from -100 to 100 that is added to its logit; at most 300 ids.
