@@ -10,7 +10,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from llama.bench import report
 
@@ -59,16 +58,6 @@ def write(document: Path, lines: list[str]) -> None:
     document.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}", encoding="utf-8")
 
 
-def heads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each way to choose a token that was timed, beside the first of its run."""
-    found = []
-    for row in rows:
-        times: dict[str, float] = row.get("heads_ms", {})
-        first = next(iter(times.values()), 0.0)
-        found += [{**row, "head": head, "ms": ms, "ratio": ms / first} for head, ms in times.items()]
-    return found
-
-
 def main(results: Path, full: Path, readme: Path) -> None:
     """Every run into one document, the ratios into the other."""
     runs = [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()]
@@ -77,7 +66,7 @@ def main(results: Path, full: Path, readme: Path) -> None:
         for row in run["rows"]:
             row["tokens"] = f"{row['prompt_len']} + {row['gen_len']}"
     rows = [row for run in runs for row in run["rows"]]
-    timed_heads, rows = heads(rows), [row for row in rows if "heads_ms" not in row]
+    timed_heads, rows = report.heads(rows), [row for row in rows if "heads_ms" not in row]
     compared = report.table([{**run["rows"][0], **each} for run in runs for each in run["ratios"]], RATIOS)
     write(full, [*where, *report.table(rows, RUNS), "", *compared, "", *report.table(timed_heads, HEADS)])
     write(readme, [*where, *compared])

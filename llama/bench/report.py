@@ -91,7 +91,7 @@ def render(rows: Sequence[dict[str, Any]], compared: Sequence[dict[str, Any]], f
         writer.writeheader()
         writer.writerows(plain)
         return out.getvalue()
-    notes = [*(_compared(each) for each in compared), *(line for row in rows for line in _heads(row))]
+    notes = [*(_compared(each) for each in compared), *(_head(each) for each in heads(rows))]
     return "\n".join([*table(rows, COLUMNS), *([""] if notes else []), *notes]) + "\n"
 
 
@@ -115,11 +115,18 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _heads(row: dict[str, Any]) -> list[str]:
-    """What a decode step takes with each way to choose a token, beside the first of them."""
-    times: dict[str, float] = row.get("heads_ms", {})
-    first = next(iter(times), "")
-    return [f"batch {row['batch']}, a step with head {head}: {ms:.2f} ms, {ms / times[first]:.3f} x {first}" for head, ms in times.items()]
+def heads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each way to choose a token that was timed: what a decode step takes, and how many times the first of its run."""
+    found = []
+    for row in rows:
+        times: dict[str, float] = row.get("heads_ms", {})
+        first = next(iter(times), "")
+        found += [{**row, "head": head, "ms": ms, "first": first, "ratio": ms / times[first]} for head, ms in times.items()]
+    return found
+
+
+def _head(each: dict[str, Any]) -> str:
+    return f"batch {each['batch']}, a step with head {each['head']}: {each['ms']:.2f} ms, {each['ratio']:.3f} x {each['first']}"
 
 
 def _compared(each: dict[str, Any]) -> str:
