@@ -91,7 +91,6 @@ class Grammar:
 
     def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
         self._matcher = LLMatcher(vocabulary.compiled, grammar, log_level=0)
-        self._stop_ids = vocabulary.stop_ids
         self._check()
 
     def allowed(self, vocab_size: int) -> np.ndarray:

@@ -73,7 +73,10 @@ class Request:
             allowed = bits_of(self.params.allowed_token_ids, vocab_size)
         else:
             allowed = np.full(-(-vocab_size // 32), -1, dtype=np.int32)
-        rest = allowed & ~bits_of((word[0] for word in self.bad_words if len(word) == 1), vocab_size)
+        banned = [word[0] for word in self.bad_words if len(word) == 1]
+        if not banned:  # the usual case, at every step of a batch that follows a grammar
+            return allowed
+        rest = allowed & ~bits_of(banned, vocab_size)
         return rest if rest.any() else allowed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,7 @@ def takes_sampling_flags(**words: object) -> Callable[[Callable[..., None]], Com
 
         signature = inspect.signature(command)
         added = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in fields(SamplingFlags)
-            if f.default is not MISSING
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(SamplingFlags)
         ]
         kept = [p for name, p in signature.parameters.items() if name != "sampling"]
         with_flags.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
