@@ -43,9 +43,13 @@ class Details(NamedTuple):
         """The details of consecutive tokens; at least one part."""
         return cls(*(None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def of_row(self, row: int, kinds: Kinds = (True, True, True)) -> Details:
-        """One row's part of what was fetched of a batch, some kinds of it: [T, ...] each."""
-        return Details(*(a[row] if a is not None and wanted else None for a, wanted in zip(self, kinds, strict=True)))
+    def of_row(self, row: int) -> Details:
+        """One row's part of what was fetched of a batch: [T, ...] each."""
+        return Details(*(None if array is None else array[row] for array in self))
+
+    def of_kinds(self, kinds: Kinds) -> Details:
+        """Some kinds of it."""
+        return Details(*(array if wanted else None for array, wanted in zip(self, kinds, strict=True)))
 
     def first(self, count: int) -> Details:
         """Those of the first so many tokens."""
@@ -180,6 +184,15 @@ class Batch:
         """Keep what a step told of its tokens until it is read."""
         self._known.append(known)
 
+    def tell_prompts(self, scores: Sequence[Details], rows: Sequence[int]) -> None:
+        """Give each of the rows that share a prompt what it asks of the chunks' findings, one part a chunk; no parts, nothing.
+
+        From the prompt's second token on: the last position tells the token behind the prompt.
+        """
+        for row in (self.rows[i] for i in rows if scores):
+            if row.request.params.prompt_logprobs:
+                row.prompt_details = Details.joined(scores).of_kinds(row.request.kinds).first(len(row.request.prompt_ids) - 1)
+
     def snapshot(self) -> Snapshot:
         """What there is to read now; it can be read while later steps run."""
         known, self._known = tuple(self._known), []
@@ -195,7 +208,7 @@ class Batch:
         for i, (row, report, count) in enumerate(zip(self.rows, reports, counts, strict=False)):
             if row.active:
                 own = row.request.kinds
-                told = Details.joined([step.of_row(i, own) for step in steps[:count]]) if any(own) and count else None
+                told = Details.joined([step.of_row(i).of_kinds(own) for step in steps[:count]]) if any(own) and count else None
                 progress.append(self._news(i, row, report[REPORT_WINDOW - count : REPORT_WINDOW], bool(report[-1]), told))
         return progress
 

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from llama import buckets, kv_cache, runtime
-from llama.batch import Batch, BatchClock, Details, Progress, Row
+from llama.batch import Batch, BatchClock, Details, Progress, Row, wanted_kinds
 from llama.buckets import Chunk
 from llama.config import EngineConfig
 from llama.errors import RecompileError
@@ -186,14 +186,16 @@ class Engine:
     def _prefill(self, batch: Batch, clock: BatchClock) -> Iterator[list[Progress]]:
         """Run the prompts' chunks, and choose the first token of every row."""
         clock.start_prefill()
-        requests, by_rows = batch.active, runs_by_row(batch.active, self.config, batch.cached)
-        prompts = rows_by_prompt(requests) if by_rows else [r.prompt_ids for r in requests]
-        clock.prefilled = sum(len(prompt) - batch.cached for prompt in prompts)
-        runs: list[tuple[Chunk | None, ProgramKey]] = [(None, ProgramKey(0, 0, batch.head))]
-        if not by_rows:
+        requests = batch.active
+        if runs_by_row(requests, self.config, batch.cached):
+            groups = rows_by_prompt(requests)
+            clock.prefilled = sum(map(len, groups))
+            if not all(self._prefill_once(batch, rows) for rows in groups.values()):
+                batch.forget_from(-1)  # interrupted: some rows have nothing in the cache
+            runs: list[tuple[Chunk | None, ProgramKey]] = [(None, ProgramKey(0, 0, batch.head))]
+        else:
+            clock.prefilled = sum(len(r.prompt_ids) - batch.cached for r in requests)
             runs = prefill_runs(requests, self.config, batch.cached, batch.head)
-        elif not all(self._prefill_once(batch, rows) for rows in rows_by_prompt(requests).values()):
-            batch.forget_from(-1)  # interrupted: some rows have nothing in the cache
         scores: list[Details] = []
         for chunk, key in runs:
             if self.interrupted:
@@ -204,11 +206,8 @@ class Engine:
             if chunk is None:
                 self._choose(batch)
             else:
-                _log_chunk(chunk)
-                batch.state, known = self._run(key, self._arguments(key, batch))
-                self._score(known, chunk, batch.rows[0].request, scores)
-        if scores:
-            batch.rows[0].prompt_details = _of_prompt(scores, batch.rows[0].request)
+                batch.state = self._run_chunk(chunk, key, self._arguments(key, batch), requests, scores)
+        batch.tell_prompts(scores, [0])
         progress = batch.read(batch.snapshot())
         clock.end_prefill()
         yield progress
@@ -222,14 +221,23 @@ class Engine:
             if self.interrupted:
                 return False
             assert chunk is not None
-            _log_chunk(chunk)
-            one, known = self._run(key, self._arguments(key, batch, one))
-            self._score(known, chunk, next((r for r in requests if r.params.prompt_logprobs), requests[0]), scores)
+            one = self._run_chunk(chunk, key, self._arguments(key, batch, one), requests, scores)
         batch.state, _ = self._run(FAN_OUT, self._fan_out_arguments(batch, one, rows))
-        for i in rows if scores else ():
-            if batch.rows[i].request.params.prompt_logprobs:
-                batch.rows[i].prompt_details = _of_prompt(scores, batch.rows[i].request)
+        batch.tell_prompts(scores, rows)
         return True
+
+    def _run_chunk(
+        self, chunk: Chunk, key: ProgramKey, arguments: tuple[torch.Tensor, ...], requests: Sequence[Request], scores: list[Details]
+    ) -> State:
+        """Run one chunk of a prompt; where it is scored, fetch what these requests want of it, before the next chunk makes more.
+
+        Host sync: where it is scored, and then it runs one row.
+        """
+        log.info("Processing prompt pos [%d, %d), section length %d", chunk.start, chunk.end, chunk.length)
+        state, known = self._run(key, arguments)
+        if known is not None:
+            scores.append(Details.fetched(known, wanted_kinds(requests)).of_row(0).first(chunk.valid))
+        return state
 
     def _decode(self, batch: Batch) -> Iterator[list[Progress]]:
         """One token a row and step, until every row has ended; yields what the late reads bring."""
@@ -237,23 +245,25 @@ class Engine:
         while batch.active and not self.interrupted:
             step += 1
             end = max(len(r.prompt_ids) for r in batch.active) + step
-            for key in decode_keys(buckets.key_bucket(min(end, self.config.max_seq_len), self.config), batch.head):
-                if key.length:
-                    batch.state, _ = self._run(key, self._arguments(key, batch))
-                else:
-                    self._choose(batch)
+            self._decode_step(batch, buckets.key_bucket(min(end, self.config.max_seq_len), self.config))
             if unread is not None:
                 yield batch.read(unread)
                 unread = None
-            if batch.active and step + 1 >= max(r.params.max_gen_len for r in batch.active):
-                yield batch.read(batch.snapshot())  # no row can want more: nothing runs beyond the limit
-            elif batch.is_constrained:
-                yield batch.read(batch.snapshot())
+            if batch.active and (batch.is_constrained or step + 1 >= max(r.params.max_gen_len for r in batch.active)):
+                yield batch.read(batch.snapshot())  # the next mask waits for it; or no row can want more, and nothing runs beyond the limit
             elif step % self.config.read_every == 0:
                 unread = batch.snapshot()
         if batch.active:
             yield batch.read(batch.snapshot())
             yield batch.end_interrupted()
+
+    def _decode_step(self, batch: Batch, key_len: int) -> None:
+        """One more token of every row."""
+        for key in decode_keys(key_len, batch.head):
+            if key.length:
+                batch.state, _ = self._run(key, self._arguments(key, batch))
+            else:
+                self._choose(batch)
 
     def _choose(self, batch: Batch) -> None:
         """Run the head alone, behind a chunk that had none."""
@@ -268,20 +278,14 @@ class Engine:
         if known is not None:
             batch.add_known(known)
 
-    def _score(self, known: Known | None, chunk: Chunk, request: Request, scores: list[Details]) -> None:
-        """Fetch what a scored chunk tells of the one row that it ran, before the next chunk makes more. Host sync: yes."""
-        if known is not None:
-            scores.append(Details.fetched(known, request.kinds).of_row(0).first(chunk.valid))
-
     def bare_steps(self, requests: Sequence[Request], key_len: int) -> Generator[None, None, None]:
         """Decode steps without a prefill, handed to the device one each time that the caller asks for the next; for measurements."""
-        keys = decode_keys(key_len, head_for(requests))
-        self.warm_up(keys)
+        self.warm_up(decode_keys(key_len, head_for(requests)))
         batch = self._begin(requests)
         try:
             while True:
-                for key in keys:
-                    batch.state, _ = self._run(key, self._arguments(key, batch))
+                self._decode_step(batch, key_len)
+                batch.snapshot()  # nobody reads what is known of the tokens
                 yield
         finally:
             self._cache = batch.state.kv_cache
@@ -340,12 +344,3 @@ class Engine:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading ids two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _log_chunk(chunk: Chunk) -> None:
-    log.info("Processing prompt pos [%d, %d), section length %d", chunk.start, chunk.end, chunk.length)
-
-
-def _of_prompt(scores: Sequence[Details], request: Request) -> Details:
-    """What the chunks told of the prompt's tokens from the second on: the last position tells the token behind the prompt."""
-    return Details.joined(scores).first(len(request.prompt_ids) - 1)

@@ -147,7 +147,7 @@ class RowText:
             timing=timing,
             programs=programs,
             logprobs=None if params.logprobs is None else self._read(own, self.token_ids),
-            prompt_logprobs=None if before is None or before.logprobs is None else [None, *self._read(before, self.request.prompt_ids[1:])],
+            prompt_logprobs=None if before is None or params.logprobs is None else [None, *self._read(before, self.request.prompt_ids[1:])],
             hidden_states=_joined("hidden", before, own) if params.hidden_states else None,
             logits=_joined("logits", before, own) if params.logits else None,
         )

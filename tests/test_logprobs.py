@@ -139,6 +139,24 @@ def test_nothing_is_computed_or_transferred_unasked(make_llm: LLMFactory) -> Non
     assert everything[2] == reads * report + 17 * 4 * llm.engine.model.args.vocab_size
 
 
+def test_rows_that_share_a_prompt_get_what_each_asks(make_llm: LLMFactory) -> None:
+    """The bug: the prompt was fetched for the first row's wishes only. And ranking samples does not show log-probabilities unasked."""
+    wishes = [
+        SamplingParams(3, 0.0, logprobs=1, prompt_logprobs=True),
+        SamplingParams(3, 0.0, logits=True, prompt_logprobs=True),
+        SamplingParams(3, 0.0),
+    ]
+    prompt = [1, 7, 8, 9]
+    told, shown, plain = make_llm(max_batch_size=3).generate([prompt] * 3, params=wishes)
+    assert told.logits is shown.prompt_logprobs is plain.prompt_logprobs is None
+    assert len(told.prompt_logprobs or ()) == len(prompt)
+    assert shown.logits is not None
+    assert len(shown.logits) == len(prompt) - 1 + 3
+    ranked = SamplingParams(3, 1.0, best_of=2, hidden_states=True, prompt_logprobs=True)
+    (best,) = make_llm(max_batch_size=3).generate([prompt], params=ranked)
+    assert best.logprobs is best.prompt_logprobs is None
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_padding_is_not_scored(make_llm: LLMFactory, rows: int) -> None:
     """Under the pad policy the last chunk holds positions of no token: what is known of the others is the same."""
