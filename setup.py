@@ -1,4 +1,6 @@
-"""Packaging. torch and torch_xla are pinned to the pair that works together; why each library is here: docs/decisions.md."""
+"""Packaging. torch and torch_xla are pinned to the pair that works together; why each library is here:
+docs/decisions.md.
+"""
 
 import re
 from pathlib import Path

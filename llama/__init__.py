@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llama.config import EngineConfig, ModelArgs, RopeScaling
     from llama.errors import LLaMAError
     from llama.generation import LLaMA
-    from llama.results import Generation, Piece
+    from llama.outputs import Generation, Piece
     from llama.sampling_params import SamplingParams
     from llama.tokenizer import Tokenizer
 
@@ -28,9 +28,9 @@ _HOME = {
     "RopeScaling": "llama.config",
     "SamplingParams": "llama.sampling_params",
     "LLaMAError": "llama.errors",
-    "Generation": "llama.results",
+    "Generation": "llama.outputs",
     "LLaMA": "llama.generation",
-    "Piece": "llama.results",
+    "Piece": "llama.outputs",
     "Tokenizer": "llama.tokenizer",
 }
 

@@ -1,6 +1,8 @@
-"""The frozen dataclasses that say everything static: a checkpoint's shape and wishes, the engine's shapes, one request's wishes.
+"""The frozen dataclasses that say everything static: a checkpoint's shape and wishes, the engine's shapes, one
+request's wishes.
 
-No tensor and no device here. Validation happens at construction, so that a wrong number is refused before any file is opened.
+No tensor and no device here. Validation happens at construction, so that a wrong number is refused before any file is
+opened.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ LARGEST_SIZE = 2**31 - 1  # of any dimension: what a damaged params.json says be
 class RopeScaling:
     """How rotary frequencies are stretched for a longer context than the model was first trained for.
 
-    ``linear`` divides all of them by ``factor``. ``llama3`` is Llama 3.1's (llama-models, ``apply_scaling``): wavelengths shorter
-    than ``original_max_seq_len / high_freq_factor`` stay, those longer than ``original_max_seq_len / low_freq_factor`` are divided
-    by ``factor``, the ones between are blended; the other three fields are read by this kind only.
+    ``linear`` divides all of them by ``factor``. ``llama3`` is Llama 3.1's (llama-models, ``apply_scaling``):
+    wavelengths shorter than ``original_max_seq_len / high_freq_factor`` stay, those longer than ``original_max_seq_len
+    / low_freq_factor`` are divided by ``factor``, the ones between are blended; the other three fields are read by this
+    kind only.
 
     Raises:
         ConfigError: a number is not positive and finite, or the two frequency factors are not in order.
@@ -62,8 +65,8 @@ class RopeScaling:
     def from_params(cls, params: dict[str, Any]) -> RopeScaling | None:
         """Take the scaling out of the content of a params.json; the keys that say it are removed from ``params``.
 
-        Meta spells it ``use_scaled_rope``, with ``rope_scaling_factor`` where that is not 8; what Meta has no spelling for is an object
-        ``rope_scaling`` with this class's fields.
+        Meta spells it ``use_scaled_rope``, with ``rope_scaling_factor`` where that is not 8; what Meta has no spelling
+        for is an object ``rope_scaling`` with this class's fields.
 
         Raises:
             ConfigError: both spellings at once, an unknown field, or a value out of its range.
@@ -75,10 +78,14 @@ class RopeScaling:
             raise ConfigError(f"use_scaled_rope: got {_short(scaled)}, expected true or false")
         if spelled_out is not None:
             if scaled or factor is not None:
-                raise ConfigError("got both rope_scaling and use_scaled_rope or rope_scaling_factor, expected one spelling")
+                raise ConfigError(
+                    "got both rope_scaling and use_scaled_rope or rope_scaling_factor, expected one spelling"
+                )
             known = {f.name for f in fields(cls)}
             if not isinstance(spelled_out, dict) or not set(spelled_out) <= known:
-                raise ConfigError(f"rope_scaling: got {_short(spelled_out)}, expected an object with the keys {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"rope_scaling: got {_short(spelled_out)}, expected an object with the keys {', '.join(sorted(known))}"
+                )
             return cls(**spelled_out)
         if factor is not None:
             _check_number("rope_scaling_factor", factor)
@@ -87,10 +94,14 @@ class RopeScaling:
         return cls() if factor is None else cls(factor=float(factor))
 
     def to_params(self) -> dict[str, Any]:
-        """The entries of a params.json that ``from_params`` reads back as this object, in Meta's spelling where there is one."""
+        """The entries of a params.json that ``from_params`` reads back as this object, in Meta's spelling where there
+        is one.
+        """
         if self != RopeScaling(factor=self.factor):
             return {"rope_scaling": asdict(self)}
-        return {"use_scaled_rope": True} | ({} if self.factor == RopeScaling.factor else {"rope_scaling_factor": self.factor})
+        return {"use_scaled_rope": True} | (
+            {} if self.factor == RopeScaling.factor else {"rope_scaling_factor": self.factor}
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,8 @@ class ModelArgs:
         n_layers: number of transformer blocks.
         n_heads: query heads; ``dim / n_heads`` is the head's size, and must be even.
         n_kv_heads: key and value heads; None means as many as query heads.
-        vocab_size: rows of the embedding. -1, as LLaMA 1 and 2 ship it, means: as many as the checkpoint's embedding has.
+        vocab_size: rows of the embedding. -1, as LLaMA 1 and 2 ship it, means: as many as the checkpoint's embedding
+            has.
         multiple_of: the feed-forward width is rounded up to a multiple of this.
         ffn_dim_multiplier: a factor on the feed-forward width before it is rounded; None means 1.
         ffn_hidden_dim: the feed-forward width itself, where the rule above does not yield it; None means the rule.
@@ -164,7 +176,9 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: two thirds of four times ``dim``, scaled and rounded up as Meta's code does."""
+        """Width of the feed-forward layer: two thirds of four times ``dim``, scaled and rounded up as Meta's code
+        does.
+        """
         if self.ffn_hidden_dim is not None:
             return self.ffn_hidden_dim
         hidden = int(2 * (4 * self.dim) / 3)
@@ -178,7 +192,8 @@ class ModelArgs:
 
         Args:
             params: the parsed file. Meta's ``use_scaled_rope`` becomes ``rope_scaling`` (see RopeScaling.from_params);
-                ``max_seq_len`` and ``max_batch_size``, which some releases carry, are the engine's business and are ignored.
+                ``max_seq_len`` and ``max_batch_size``, which some releases carry, are the engine's business and are
+                ignored.
 
         Raises:
             ConfigError: a key that is not known (it would change what must be computed), or a value out of its range.
@@ -197,10 +212,12 @@ class ModelArgs:
     def to_params(self) -> dict[str, Any]:
         """The content of a params.json that ``from_params`` reads back as this object.
 
-        Keys that Meta's code does not know stand in it only where they say something. ``rope_theta`` always does: Meta's generations
-        of code differ in what they assume without it.
+        Keys that Meta's code does not know stand in it only where they say something. ``rope_theta`` always does:
+        Meta's generations of code differ in what they assume without it.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope_scaling", "tie_word_embeddings")}
+        values = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope_scaling", "tie_word_embeddings")
+        }
         values = {name: value for name, value in values.items() if value is not None}
         if self.rope_scaling is not None:
             values |= self.rope_scaling.to_params()
@@ -232,7 +249,8 @@ class GenerationDefaults:
     """What a checkpoint's generation_config.json wishes; a flag or an argument of the caller overrides it.
 
     Attributes:
-        temperature, top_p, top_k, min_p, typical_p, repetition_penalty: as in SamplingParams, or None where the file says nothing.
+        temperature, top_p, top_k, min_p, typical_p, repetition_penalty: as in SamplingParams, or None where the file
+            says nothing.
         stop_ids: ids that end a generation besides the tokenizer's own; empty where the file says nothing.
 
     Raises:
@@ -271,14 +289,17 @@ class EngineConfig:
     Attributes:
         max_batch_size: rows of every program. Fewer prompts leave rows empty, more are run in several batches.
         max_seq_len: positions of the cache: a prompt and its generated tokens together.
-        buckets: chunk lengths that a prompt is cut into, any order; 1 must be among them. Those longer than ``max_seq_len`` are dropped.
-        bucket_policy: ``greedy`` covers a prompt exactly, ``pad`` may fill the last chunk up with padding to run fewer programs.
-        key_buckets: how many leading cache positions a program may read; empty means doublings from 512 up to ``max_seq_len``.
-        dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and bfloat16
-            elsewhere. ``int8`` is for linear layers, one scale an output channel.
+        buckets: chunk lengths that a prompt is cut into, any order; 1 must be among them. Those longer than
+            ``max_seq_len`` are dropped.
+        bucket_policy: ``greedy`` covers a prompt exactly, ``pad`` may fill the last chunk up with padding to run fewer
+            programs.
+        key_buckets: how many leading cache positions a program may read; empty means doublings from 512 up to
+            ``max_seq_len``.
+        dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and
+            bfloat16 elsewhere. ``int8`` is for linear layers, one scale an output channel.
         fail_on_recompile: a program compiled after warm-up is an error.
-        read_every: the host reads finished tokens back once in so many decode steps (1 to 16). A batch whose rows have all ended
-            computes at most this many steps, and the one in flight, before the host learns of it.
+        read_every: the host reads finished tokens back once in so many decode steps (1 to 16). A batch whose rows have
+            all ended computes at most this many steps, and the one in flight, before the host learns of it.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -297,18 +318,24 @@ class EngineConfig:
         if self.max_batch_size < 1:
             raise ConfigError(f"max_batch_size: got {self.max_batch_size}, expected at least 1")
         if self.max_seq_len < 2:
-            raise ConfigError(f"max_seq_len: got {self.max_seq_len}, expected at least 2 (one prompt token and one generated)")
+            raise ConfigError(
+                f"max_seq_len: got {self.max_seq_len}, expected at least 2 (one prompt token and one generated)"
+            )
         if 1 not in self.buckets or any(b < 1 for b in self.buckets):
             raise ConfigError(f"buckets: got {list(self.buckets)}, expected positive chunk lengths with 1 among them")
         if self.bucket_policy not in BUCKET_POLICIES:
-            raise ConfigError(f"bucket_policy: got {self.bucket_policy!r}, expected one of {', '.join(BUCKET_POLICIES)}")
+            raise ConfigError(
+                f"bucket_policy: got {self.bucket_policy!r}, expected one of {', '.join(BUCKET_POLICIES)}"
+            )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if not 1 <= self.read_every <= 16:
             raise ConfigError(f"read_every: got {self.read_every}, expected 1 to 16")
         if any(k < 1 for k in self.key_buckets):
             raise ConfigError(f"key_buckets: got {list(self.key_buckets)}, expected positive lengths")
-        object.__setattr__(self, "buckets", tuple(sorted({b for b in self.buckets if b <= self.max_seq_len}, reverse=True)))
+        object.__setattr__(
+            self, "buckets", tuple(sorted({b for b in self.buckets if b <= self.max_seq_len}, reverse=True))
+        )
         object.__setattr__(self, "key_buckets", self._complete_key_buckets())
 
     def _complete_key_buckets(self) -> tuple[int, ...]:

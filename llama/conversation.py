@@ -1,6 +1,7 @@
 """A conversation: a dialog that grows turn by turn, over a LLaMA and a chat format.
 
-Each turn's prompt is the whole dialog again, but the cache still holds what was run before, so only the new part is prefilled. It
+Each turn's prompt is the whole dialog again, but the cache still holds what was run before, so only the new part is
+prefilled. It
 knows no terminal: the command ``llama-xla chat`` is a thin loop around it.
 """
 
@@ -16,7 +17,7 @@ from llama.chat import ChatFormat, Message
 from llama.config import OVERFLOWS, Overflow
 from llama.errors import ChatError, ConfigError
 from llama.generation import LLaMA
-from llama.results import Generation
+from llama.outputs import Generation
 from llama.sampling_params import SamplingParams
 
 log = logging.getLogger("llama")
@@ -28,9 +29,11 @@ class Conversation:
     Args:
         llm: its first row is used.
         chat_format: how the dialog becomes a prompt.
-        params: of every answer, which is one sample; ``max_gen_len`` is the most that it takes, less where the cache has less room.
+        params: of every answer, which is one sample; ``max_gen_len`` is the most that it takes, less where the cache
+            has less room.
         system_prompt: the first message, or None.
-        on_overflow: what to do when the dialog no longer fits: ``refuse`` it, or ``drop`` the oldest turns, as few as do.
+        on_overflow: what to do when the dialog no longer fits: ``refuse`` it, or ``drop`` the oldest turns, as few as
+            do.
         min_answer: an answer must have room for at least this many tokens.
 
     Attributes:
@@ -51,7 +54,9 @@ class Conversation:
         if on_overflow not in OVERFLOWS:
             raise ConfigError(f"on_overflow: got {on_overflow!r}, expected one of {', '.join(OVERFLOWS)}")
         if params.samples > 1:
-            raise ConfigError(f"n: got {params.samples} samples of an answer, expected 1: a conversation goes on in one way")
+            raise ConfigError(
+                f"n: got {params.samples} samples of an answer, expected 1: a conversation goes on in one way"
+            )
         self._llm, self._format, self._params = llm, chat_format, params
         self._on_overflow, self._min_answer = on_overflow, min_answer
         self.messages: list[Message] = []

@@ -12,8 +12,8 @@
     ├── RecompileError         exit code 3: a program was compiled after warm-up
     └── InterruptedRunError    exit code 130: Ctrl-C, after what had been generated was printed
 
-A message says what happened, what was got, what was expected, and how to mend it. The command line prints the message without a
-traceback and exits with ``exit_code``. ``assert`` is kept for invariants that no input can break.
+A message says what happened, what was got, what was expected, and how to mend it. The command line prints the message
+without a traceback and exits with ``exit_code``. ``assert`` is kept for invariants that no input can break.
 """
 
 
@@ -50,7 +50,9 @@ class PromptError(UserError, ValueError):
 
 
 class ChatError(UserError, ValueError):
-    """A dialog whose roles or contents are not allowed, or a chat template that is absent, damaged, or takes too much."""
+    """A dialog whose roles or contents are not allowed, or a chat template that is absent, damaged, or takes too
+    much.
+    """
 
 
 class ProblemsFoundError(UserError):

@@ -1,6 +1,7 @@
 """Class LLaMA: text in, text out, over an Engine and a tokenizer.
 
-Three concentric layers: the engine yields ids row by row, ``pieces`` turns them into text as it becomes certain and ends each
+Three concentric layers: the engine yields ids row by row, ``pieces`` turns them into text as it becomes certain and
+    ends each
 prompt with its typed result, and ``generate`` and ``stream`` are what most callers want of that.
 """
 
@@ -17,22 +18,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint, runtime
-from llama.batch import BatchClock, Details
+from llama import checkpoint
 from llama.chat import Dialog, choose_format
+from llama.compiled.memory import check_fits, dtypes_for
+from llama.compiled.model import Transformer
 from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs
-from llama.engine import Engine
+from llama.detokenizer import RowText
+from llama.engine.batch import BatchClock, Details
+from llama.engine.engine import Engine
+from llama.engine.programs import keys_for
 from llama.errors import ConfigError, TokenizerError
 from llama.grammar import Grammars
-from llama.memory import check_fits, dtypes_for
-from llama.model import Transformer
-from llama.programs import keys_for
-from llama.prompts import Prompt
-from llama.results import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing, TokenList
+from llama.inputs import Prompt
+from llama.outputs import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing, TokenList
 from llama.samples import Sample, make_samples
 from llama.sampling_params import SamplingParams
-from llama.text import RowText
 from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.xla import backend
+from llama.xla.counters import counters
 
 log = logging.getLogger("llama")
 
@@ -76,9 +79,10 @@ class LLaMA:
         """Load a checkpoint and its tokenizer onto the device.
 
         Args:
-            ckpt_dir: directory in Meta's, Hugging Face's or our own format; None means the demo model that the package ships.
-            tokenizer_path: a SentencePiece model, a tiktoken ranks file or a tokenizer.json; None means the one beside the checkpoint,
-                or in its parent.
+            ckpt_dir: directory in Meta's, Hugging Face's or our own format; None means the demo model that the package
+                ships.
+            tokenizer_path: a SentencePiece model, a tiktoken ranks file or a tokenizer.json; None means the one beside
+                the checkpoint, or in its parent.
             tokenizer: instead of ``tokenizer_path``, where it has been loaded already.
             max_seq_len: positions of the cache; None means 2048, or 512 for the demo model.
             max_batch_size: rows of every program.
@@ -94,7 +98,9 @@ class LLaMA:
         began = time.perf_counter()
         log.info("Loading")
         if random_weights is not None and ckpt_dir is not None:
-            raise ConfigError("random_weights and ckpt_dir: got both, expected one (random weights would replace the checkpoint's)")
+            raise ConfigError(
+                "random_weights and ckpt_dir: got both, expected one (random weights would replace the checkpoint's)"
+            )
         if config is None:
             default = DEMO_CONTEXT if ckpt_dir is None and random_weights is None else EngineConfig.max_seq_len
             config = EngineConfig(max_batch_size=max_batch_size, max_seq_len=max_seq_len or default)
@@ -102,19 +108,21 @@ class LLaMA:
         source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
         tokenizer = tokenizer or Tokenizer(tokenizer_path or find_tokenizer(directory))
         args = _matched(random_weights, source, tokenizer, config)
-        device = runtime.init()
+        device = backend.init()
         dtype, activation_dtype = dtypes_for(
-            config, on_cpu=runtime.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
+            config, on_cpu=backend.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
         )
-        memory = check_fits(args, config, dtype, activation_dtype, runtime.free_memory(device))
+        memory = check_fits(args, config, dtype, activation_dtype, backend.free_memory(device))
         log.debug("Memory: %s", memory)
         with torch.device("meta"):
             model = Transformer(args, config.max_seq_len, activation_dtype)
         named = checkpoint.random_tensors(model, seed) if source is None else checkpoint.checked(source, allow_nan)
-        with tqdm(total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+        with tqdm(
+            total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
+        ) as bar:
             for loaded in checkpoint.place(model, named, dtype, device):
                 bar.update(loaded)
-        runtime.wait()
+        backend.wait()
         load_s = time.perf_counter() - began
         log.info("Loaded in %.2f seconds", load_s)
         defaults = GenerationDefaults() if source is None else source.defaults
@@ -123,12 +131,14 @@ class LLaMA:
     def warm_up(self) -> float:
         """Compile every program that any prompt and parameter can need, and say how many seconds it took.
 
-        Afterwards nothing compiles, whatever comes. Without it, each call compiles what it needs and lacks before its clock starts.
+        Afterwards nothing compiles, whatever comes. Without it, each call compiles what it needs and lacks before its
+        clock starts.
         """
         return self.engine.warm_up()
 
     def sampling(self, otherwise: SamplingParams | None = None, **given: Any) -> SamplingParams:
-        """Sampling parameters: what is given, else what the checkpoint's generation_config.json wishes, else ``otherwise``.
+        """Sampling parameters: what is given, else what the checkpoint's generation_config.json wishes, else
+        ``otherwise``.
 
         The log says where the checkpoint's wish won.
 
@@ -179,7 +189,8 @@ class LLaMA:
         """Generate for every prompt, in batches of ``max_batch_size``.
 
         Args:
-            prompts: one or several. A text is encoded behind BOS, so that the empty one is BOS alone; ids are taken as they are.
+            prompts: one or several. A text is encoded behind BOS, so that the empty one is BOS alone; ids are taken as
+                they are.
             max_gen_len, temperature, top_p, seed, controls: see SamplingParams; the same for all prompts.
             params: instead of those, one for all prompts or one for each.
 
@@ -204,7 +215,8 @@ class LLaMA:
         seed: int | None = None,
         **controls: Any,
     ) -> Iterator[str]:
-        """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the same seed.
+        """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the same
+        seed.
 
         Raises:
             ConfigError: more than one sample is asked for, which would come interleaved; ``pieces`` tells them apart.
@@ -234,7 +246,8 @@ class LLaMA:
             temperature, top_p: see SamplingParams.
             max_gen_len: None means as many as the cache has room for.
             logprobs: also return the tokens and their log-probabilities.
-            echo: repeat the prompt before its generation, also among the tokens; the first one's log-probability is 0, as in Meta's code.
+            echo: repeat the prompt before its generation, also among the tokens; the first one's log-probability is 0,
+                as in Meta's code.
         """
         ids = [tuple(self.tokenizer.encode(p)) for p in prompts]
         results = self._complete(ids, temperature, top_p, max_gen_len, logprobs, scored=logprobs and echo)
@@ -264,12 +277,17 @@ class LLaMA:
         prompts = [tuple(chat_format.encode(dialog)) for dialog in dialogs]
         results = self._complete(prompts, temperature, top_p, max_gen_len, logprobs, stop_ids=chat_format.stop_ids)
         return [
-            {"generation": {"role": "assistant", "content": result.generation.strip()}, **self._token_list(result, prompt_ids[0])}
+            {
+                "generation": {"role": "assistant", "content": result.generation.strip()},
+                **self._token_list(result, prompt_ids[0]),
+            }
             for prompt_ids, result in zip(prompts, results, strict=True)
         ]
 
     def _token_list(self, result: Generation, first_id: int) -> TokenList:
-        """A result's tokens and their log-probabilities as Meta's predictions have them; nothing where they were not asked for."""
+        """A result's tokens and their log-probabilities as Meta's predictions have them; nothing where they were not
+        asked for.
+        """
         if result.logprobs is None:
             return {}
         told = [*(result.prompt_logprobs or ()), *result.logprobs]
@@ -293,11 +311,18 @@ class LLaMA:
         room = self.config.max_seq_len
         limits = [max(room - len(p), 1) if max_gen_len is None else max_gen_len for p in prompts]
         wanted = 0 if logprobs else None
-        params = [SamplingParams(limit, temperature, top_p, logprobs=wanted, prompt_logprobs=scored) for limit in limits]
+        params = [
+            SamplingParams(limit, temperature, top_p, logprobs=wanted, prompt_logprobs=scored) for limit in limits
+        ]
         return _results(self.pieces(prompts, params, stop_ids=stop_ids))
 
     def pieces(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, stop_ids: Sequence[int] = (), reuse: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        *,
+        stop_ids: Sequence[int] = (),
+        reuse: bool = False,
     ) -> Iterator[Piece]:
         """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``.
 
@@ -305,25 +330,29 @@ class LLaMA:
 
         Args:
             stop_ids: ids that end a row, besides the tokenizer's and the checkpoint's own.
-            reuse: do not run again what the cache still holds of the last call's prompts and generations; one batch only.
+            reuse: do not run again what the cache still holds of the last call's prompts and generations; one batch
+                only.
         """
         eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *stop_ids)))
         vocab_size, room = self.engine.model.args.vocab_size, self.config.max_seq_len
         samples = make_samples(prompts, params, self.tokenizer, eos_ids, vocab_size, room, self._grammars)
         size = self.config.max_batch_size
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-        compiled_before = runtime.counters.compiled
+        compiled_before = counters.compiled
         cached = [_shared(before, batch) for before, batch in itertools.pairwise([[], *batches])]
         if reuse and len(batches) == 1:
             cached = [self.engine.reusable([s.request for s in samples])]
         keys = [
-            key for batch, count in zip(batches, cached, strict=True) for key in keys_for([s.request for s in batch], self.config, count)
+            key
+            for batch, count in zip(batches, cached, strict=True)
+            for key in keys_for([s.request for s in batch], self.config, count)
         ]
         call = _Call(self.engine.warm_up(list(dict.fromkeys(keys))), compiled_before)
         was_interrupted = False
         try:
             for batch, count in zip(batches, cached, strict=True):
-                # an interrupt during one batch ends those behind it before their first chunk, whatever of them is cached
+                # an interrupt during one batch ends those behind it before their first chunk, whatever of them is
+                # cached
                 for piece in self._run_batch(batch, call, 0 if was_interrupted else count):
                     was_interrupted |= piece.result is not None and piece.result.finish_reason == "interrupted"
                     yield piece
@@ -344,12 +373,14 @@ class LLaMA:
                 yield Piece(sample.prompt, sample.number, text, None)
         lengths = [len(s.request.prompt_ids) for s in samples]
         timing = _timing(clock, self.load_s, call.compile_s)
-        programs = ProgramCount(runtime.counters.compiled - call.compiled_before, clock.runs)
+        programs = ProgramCount(counters.compiled - call.compiled_before, clock.runs)
         for row, sample in zip(rows, samples, strict=True):
             yield from call.take(sample, row, cached, timing, programs)
         steps = max(len(row.token_ids) for row in rows)
         log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
-        log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s)
+        log.info(
+            "Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s
+        )
 
 
 @dataclass
@@ -364,10 +395,16 @@ class _Call:
     compile_s: float
     compiled_before: int
     _ranked: dict[int, list[tuple[float, Generation]]] = field(default_factory=dict)  # by prompt
-    _prompt_details: dict[int, Details | None] = field(default_factory=dict)  # of each prompt's first sample, which the others share
+    _prompt_details: dict[int, Details | None] = field(
+        default_factory=dict
+    )  # of each prompt's first sample, which the others share
 
-    def take(self, sample: Sample, row: RowText, cached: int, timing: Timing, programs: ProgramCount) -> Iterator[Piece]:
-        """Turn a row that has ended into its last piece; where the best of several are wanted, when the last one is there."""
+    def take(
+        self, sample: Sample, row: RowText, cached: int, timing: Timing, programs: ProgramCount
+    ) -> Iterator[Piece]:
+        """Turn a row that has ended into its last piece; where the best of several are wanted, when the last one is
+        there.
+        """
         row.prompt_details = self._prompt_details.setdefault(sample.prompt, row.prompt_details)
         result, params = row.result(cached, timing, programs), sample.request.params
         if not params.is_ranked:
@@ -383,7 +420,9 @@ class _Call:
 
 
 def _shared(before: Sequence[Sample], batch: Sequence[Sample]) -> int:
-    """How many leading tokens of every row the batch before leaves in the cache: more samples of the same prompts are not run again."""
+    """How many leading tokens of every row the batch before leaves in the cache: more samples of the same prompts are
+    not run again.
+    """
     pairs = list(zip(before, batch, strict=False))
     if len(before) < len(batch) or any(a.prompt != b.prompt or b.request.params.prompt_logprobs for a, b in pairs):
         return 0
@@ -395,7 +434,9 @@ def _results(pieces: Iterable[Piece]) -> list[Generation]:
     return sorted((p.result for p in pieces if p.result is not None), key=lambda result: (result.index, result.sample))
 
 
-def _matched(args: ModelArgs | None, source: checkpoint.Source | None, tokenizer: Tokenizer, config: EngineConfig) -> ModelArgs:
+def _matched(
+    args: ModelArgs | None, source: checkpoint.Source | None, tokenizer: Tokenizer, config: EngineConfig
+) -> ModelArgs:
     """The model's shape, after weights, tokenizer and configuration have been found to go together."""
     if source is not None:
         args = source.args

@@ -1,9 +1,11 @@
 """Constrained output: a JSON schema or a regular expression that says which tokens may come next.
 
-The work is llguidance's (the library that vLLM, SGLang and llama.cpp use, too): it follows the grammar byte by byte and answers
-with a mask over the vocabulary in well under a millisecond. This module tells it what our tokens mean, and keeps one matcher a row.
+The work is llguidance's (the library that vLLM, SGLang and llama.cpp use, too): it follows the grammar byte by byte and
+answers with a mask over the vocabulary in well under a millisecond. This module tells it what our tokens mean, and
+keeps one matcher a row.
 
-The bytes of the generation are what is matched, so the first token of a continuation counts with the space that it begins with.
+The bytes of the generation are what is matched, so the first token of a continuation counts with the space that it
+begins with.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def _from_schema(text: str) -> str:
 
 
 class Vocabulary:
-    """A tokenizer as llguidance needs it: the bytes of every token, which of them are control tokens, and how a text is cut.
+    """A tokenizer as llguidance needs it: the bytes of every token, which of them are control tokens, and how a text is
+    cut.
 
     Args:
         tokenizer: ours.

@@ -1,7 +1,8 @@
-"""What a checkpoint directory holds and whether it can be used, without loading it: the content of ``llama-xla inspect``.
+"""What a checkpoint directory holds and whether it can be used, without loading it: the content of ``llama-xla
+inspect``.
 
-Headers are read, weights are not, unless they are asked to be checked. What is wrong ends in the list of problems, as far as the
-rest can still be told.
+Headers are read, weights are not, unless they are asked to be checked. What is wrong ends in the list of problems, as
+far as the rest can still be told.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 
-from llama import runtime
 from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
+from llama.compiled.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.config import EngineConfig
 from llama.errors import UserError
-from llama.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.xla import backend
 
 SPECIAL_SHOWN = 6
 
@@ -39,7 +40,9 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
 
 
-def inspect_checkpoint(directory: Path, tokenizer_path: Path | None, config: EngineConfig, check_tensors: bool = False) -> Inspection:
+def inspect_checkpoint(
+    directory: Path, tokenizer_path: Path | None, config: EngineConfig, check_tensors: bool = False
+) -> Inspection:
     """Look at a checkpoint and its tokenizer.
 
     Args:
@@ -71,7 +74,7 @@ def inspect_checkpoint(directory: Path, tokenizer_path: Path | None, config: Eng
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
     """What only the weights, the tokenizer and the wished-for shapes together show."""
     dtypes = dtypes_for(config, on_cpu=True, int8_stored=source.is_int8)
-    planned = (source.args, config, *dtypes, runtime.host_memory())  # this machine's CPU device; none is started
+    planned = (source.args, config, *dtypes, backend.host_memory())  # this machine's CPU device; none is started
     plan = plan_memory(*planned)
     found.facts["memory_plan"] = {
         "max_seq_len": config.max_seq_len,
@@ -83,7 +86,9 @@ def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | Non
     except UserError as error:
         found.problems.append(str(error))
     if tokenizer is not None and tokenizer.n_words > source.args.vocab_size:
-        found.problems.append(f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows")
+        found.problems.append(
+            f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows"
+        )
     if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
         found.problems.append(
             f"attention is limited to {source.sliding_window} positions, which is not computed: "
@@ -100,7 +105,10 @@ def weight_facts(source: Source) -> dict[str, Any]:
     rope: dict[str, Any] = {"theta": args.rope_theta}
     if args.rope_scaling is not None:
         rope |= {"scaling": args.rope_scaling.kind, "factor": args.rope_scaling.factor}
-    shape = {name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size")}
+    shape = {
+        name: getattr(args, name)
+        for name in ("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size")
+    }
     return {
         "format": source.format,
         "files": [path.name for path in source.files],
@@ -115,7 +123,12 @@ def weight_facts(source: Source) -> dict[str, Any]:
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     """What the tokenizer says of itself."""
     return {
-        "tokenizer": {"kind": tokenizer.kind, "ids": tokenizer.n_words, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "ids": tokenizer.n_words,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+        },
         "stop_ids": list(tokenizer.stop_ids),
         "special_tokens": tokenizer.special_ids,
     }
@@ -149,7 +162,9 @@ def _shown(label: str, value: Any) -> str:
     if label == "bytes_by_dtype":
         return ", ".join(f"{dtype} {gib(count)}" for dtype, count in value.items())
     if label == "memory_plan":
-        sizes = ", ".join(f"{name} {gib(value[name])}" for name in ("weights", "cache", "activations", "total", "available"))
+        sizes = ", ".join(
+            f"{name} {gib(value[name])}" for name in ("weights", "cache", "activations", "total", "available")
+        )
         return f"for {value['max_batch_size']} x {value['max_seq_len']} positions: {sizes}"
     if label == "special_tokens":
         names = [f"{text} {token}" for text, token in list(value.items())[:SPECIAL_SHOWN]]

@@ -1,4 +1,6 @@
-"""Prompts and their sampling parameters as rows to run: everything that can be refused is refused here, before any of them runs."""
+"""Prompts and their sampling parameters as rows to run: everything that can be refused is refused here, before any of
+them runs.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from llama.engine.request import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_STOP_IDS, Request
 from llama.errors import ConfigError, PromptError
 from llama.grammar import Grammars
-from llama.prompts import Prompt, check_fit, encode_prompt
-from llama.request import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_STOP_IDS, Request
+from llama.inputs import Prompt, check_fit, encode_prompt
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer
 
@@ -88,7 +90,9 @@ def check_ids(params: SamplingParams, vocab_size: int) -> None:
 def _stop_ids(params: SamplingParams, eos_ids: Sequence[int]) -> tuple[int, ...]:
     stop_ids = tuple(dict.fromkeys((*(() if params.ignore_eos else eos_ids), *params.stop_token_ids)))
     if len(stop_ids) > MAX_STOP_IDS:
-        raise ConfigError(f"stop ids: got {len(stop_ids)} ({', '.join(map(str, stop_ids))}), expected at most {MAX_STOP_IDS}")
+        raise ConfigError(
+            f"stop ids: got {len(stop_ids)} ({', '.join(map(str, stop_ids))}), expected at most {MAX_STOP_IDS}"
+        )
     if params.min_tokens and params.allowed_token_ids is not None and set(params.allowed_token_ids) <= set(stop_ids):
         raise ConfigError("allowed_token_ids: got stop tokens only, of which min_tokens allows none at first")
     return stop_ids

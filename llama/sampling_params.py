@@ -1,6 +1,7 @@
 """What one request wants of its tokens: the dataclass SamplingParams, and whether its wishes go together.
 
-No tensor and no device here: a value out of its range is refused before any file is opened. Names, ranges and meanings are those
+No tensor and no device here: a value out of its range is refused before any file is opened. Names, ranges and meanings
+    are those
 of OpenAI's API where it has them, else of vLLM and transformers; the README's table says which.
 """
 
@@ -29,12 +30,14 @@ class SamplingParams:
         max_gen_len: most tokens to generate, at least 1.
         temperature: 0 takes the likeliest token; above, logits are divided by it before sampling.
         top_p: sample from the smallest set of likeliest tokens whose probabilities sum to at least this, in (0, 1].
-        seed: 0 to 2**63 - 1. The same seed gives the same text whatever the batch size and the row; None draws a new one. The
-            samples of one prompt take the seeds that follow.
+        seed: 0 to 2**63 - 1. The same seed gives the same text whatever the batch size and the row; None draws a new
+            one. The samples of one prompt take the seeds that follow.
         top_k: sample from so many of the likeliest tokens; 0 or -1 for all of them.
         min_p: sample from tokens of at least this share of the likeliest one's probability, in [0, 1].
-        typical_p: sample from the smallest set of the tokens nearest to the entropy whose probabilities sum to at least this, in (0, 1].
-        repetition_penalty: 1e-6 to 1e6; logits of tokens in the prompt or the output are divided by it where positive, else multiplied.
+        typical_p: sample from the smallest set of the tokens nearest to the entropy whose probabilities sum to at least
+            this, in (0, 1].
+        repetition_penalty: 1e-6 to 1e6; logits of tokens in the prompt or the output are divided by it where positive,
+            else multiplied.
         presence_penalty: -2 to 2, subtracted from the logit of every token in the output.
         frequency_penalty: -2 to 2, subtracted for each time that the token is in the output.
         logit_bias: token id to a number from -100 to 100 that is added to its logit; at most 300 ids.
@@ -46,9 +49,10 @@ class SamplingParams:
         stop: texts that stop wherever they appear in the generation, also across tokens.
         include_stop: what stopped the generation stays a part of it.
         n: samples of the prompt; it is prefilled once.
-        best_of: samples to generate; the ``n`` of them whose tokens have the highest mean log-probability are returned, best first.
-        logprobs: log-probabilities of the chosen tokens and of so many likeliest ones, 0 to 20: the log-softmax of the raw logits,
-            before any of the above. None computes nothing.
+        best_of: samples to generate; the ``n`` of them whose tokens have the highest mean log-probability are returned,
+            best first.
+        logprobs: log-probabilities of the chosen tokens and of so many likeliest ones, 0 to 20: the log-softmax of the
+            raw logits, before any of the above. None computes nothing.
         prompt_logprobs: of the prompt's tokens, too. Needs ``logprobs``, or one of the next two.
         hidden_states: return the last layer's hidden states, behind its norm, from which each token was chosen.
         logits: return the raw logits from which each token was chosen.
@@ -104,7 +108,9 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         if self.logit_bias is not None:
             try:
-                object.__setattr__(self, "logit_bias", {int(name): float(value) for name, value in self.logit_bias.items()})
+                object.__setattr__(
+                    self, "logit_bias", {int(name): float(value) for name, value in self.logit_bias.items()}
+                )
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"logit_bias: got {self.logit_bias}, expected a number for each token id") from error
         if isinstance(self.json_schema, Mapping):
@@ -123,12 +129,16 @@ class SamplingParams:
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p: got {self.min_p}, expected a number from 0 to 1")
         if not 1 / LARGEST_REPETITION_PENALTY <= self.repetition_penalty <= LARGEST_REPETITION_PENALTY:
-            raise ConfigError(f"repetition_penalty: got {self.repetition_penalty}, expected a number above 0, from 1e-6 to 1e6")
+            raise ConfigError(
+                f"repetition_penalty: got {self.repetition_penalty}, expected a number above 0, from 1e-6 to 1e6"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= LARGEST_PENALTY:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number from -2 to 2")
         if not 0 <= self.top_k < 2**31:
-            raise ConfigError(f"top_k: got {self.top_k}, expected a whole number of 0 or more (0 and -1 keep all tokens)")
+            raise ConfigError(
+                f"top_k: got {self.top_k}, expected a whole number of 0 or more (0 and -1 keep all tokens)"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed: got {self.seed}, expected 0 to 2**63 - 1")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -153,7 +163,9 @@ class SamplingParams:
         if not 0 <= self.min_tokens <= self.max_gen_len:
             raise ConfigError(f"min_tokens: got {self.min_tokens}, expected 0 to max_gen_len={self.max_gen_len}")
         if self.best_of is not None and self.best_of < self.n:
-            raise ConfigError(f"best_of: got {self.best_of}, expected at least n={self.n}, because n of them are returned")
+            raise ConfigError(
+                f"best_of: got {self.best_of}, expected at least n={self.n}, because n of them are returned"
+            )
         if self.temperature == 0 and self.samples > 1:
             name = "n" if self.n > 1 else "best_of"
             raise ConfigError(
@@ -168,7 +180,9 @@ class SamplingParams:
         if self.is_constrained and self.ignore_eos:
             raise ConfigError(f"ignore_eos: with a {self.constraint_name} the generation must be able to end")
         if self.is_constrained and self.allowed_token_ids is not None:
-            raise ConfigError(f"allowed_token_ids: the {self.constraint_name} says which tokens are allowed; leave one of them out")
+            raise ConfigError(
+                f"allowed_token_ids: the {self.constraint_name} says which tokens are allowed; leave one of them out"
+            )
 
     @property
     def samples(self) -> int:

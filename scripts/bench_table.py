@@ -1,4 +1,6 @@
-"""Write the results of scripts/bench.sh into a document, between its two marks: where and when it was measured, and one line a run."""
+"""Write the results of scripts/bench.sh into a document, between its two marks: where and when it was measured, and one
+line a run.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,12 @@ def cpu_name() -> str:
 
 def heading(ceilings: list[float]) -> str:
     """Hardware, versions, commit and date."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torch_xla", "transformers", "llama_cpp_python"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torch_xla", "transformers", "llama_cpp_python")
+    )
     return (
         f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}, Python {platform.python_version()}, {libraries}; commit {commit}, "
         f"{datetime.date.today()}. Read ceiling while these ran: {min(ceilings):.0f} to {max(ceilings):.0f} GB/s. Medians."

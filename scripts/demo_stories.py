@@ -1,9 +1,9 @@
 """The sentences of the demo model's stories: plots, openings and endings as templates.
 
-A bracket ``[a|b|]`` becomes one of its alternatives, also nested; a macro ``<said>`` stands for a bracket; a slot ``{A}`` is
-filled from the story's world. ``A`` is the hero (``he``, ``him``, ``his``), ``B`` the other one (``bhe``, ``bhim``, ``bhis``),
-``kin`` somebody of the family (``ghe``, ``ghim``, ``ghis``). A plot is a list of beats told in this order, each beat a choice of
-templates; an empty one leaves the beat out.
+A bracket ``[a|b|]`` becomes one of its alternatives, also nested; a macro ``<said>`` stands for a bracket; a slot
+``{A}`` is filled from the story's world. ``A`` is the hero (``he``, ``him``, ``his``), ``B`` the other one (``bhe``,
+``bhim``, ``bhis``), ``kin`` somebody of the family (``ghe``, ``ghim``, ``ghis``). A plot is a list of beats told in
+this order, each beat a choice of templates; an empty one leaves the beat out.
 """
 
 from __future__ import annotations
@@ -84,13 +84,19 @@ FRIENDS = (
     "They [laughed|sang|danced|were happy] until the sun went down.",
     "{A} and {B} both [knew|felt] that [a good friend is the best thing of all|friends help each other].",
 )
-WALKED_HOME = ("[And |So |Then ]{A} and {B} [walked|went|ran] home together[, singing all the way| before it got dark|].",)
+WALKED_HOME = (
+    "[And |So |Then ]{A} and {B} [walked|went|ran] home together[, singing all the way| before it got dark|].",
+)
 MORNING = (
     "In the morning, {A} [told {his} {kin} about it|felt very brave|woke up with a smile|was happy and rested].",
     "And {he} [had only good dreams|dreamed of {the_place}|slept until the morning].",
     "",
 )
-OUT_ALONE, OUT_TOGETHER, AT_HOME_TOGETHER = THE_END + WENT_HOME, THE_END + WENT_HOME + FRIENDS + WALKED_HOME, THE_END + FRIENDS
+OUT_ALONE, OUT_TOGETHER, AT_HOME_TOGETHER = (
+    THE_END + WENT_HOME,
+    THE_END + WENT_HOME + FRIENDS + WALKED_HOME,
+    THE_END + FRIENDS,
+)
 FILLERS = (
     "It was a [quiet|cold|warm|busy|rainy|sunny|long] [day|morning|week].",
     "The [sun|wind|rain] was [strong|gentle] that day.",

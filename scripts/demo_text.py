@@ -1,10 +1,12 @@
-"""The text that the demo model learns from: little stories, questions about a passage, and passages to repeat or complete.
+"""The text that the demo model learns from: little stories, questions about a passage, and passages to repeat or
+complete.
 
-All of it is made here, from templates and word lists, by one seeded random generator: the same seed gives the same documents. A
-template such as ``"{A} [ran|walked] {to}[ after lunch|]."`` is written in two steps. First each bracket becomes one of its
-alternatives, which yields the sentence's *shape*; then the slots are filled from a *world* (who, where, with what), which is drawn
-once a document, so that the hero stays the hero and the place stays the place. Copying tasks draw names and words that were
-made up on the spot, so that they can only be solved by looking at the prompt.
+All of it is made here, from templates and word lists, by one seeded random generator: the same seed gives the same
+    documents. A
+template such as ``"{A} [ran|walked] {to}[ after lunch|]."`` is written in two steps. First each bracket becomes one of
+its alternatives, which yields the sentence's *shape*; then the slots are filled from a *world* (who, where, with what),
+which is drawn once a document, so that the hero stays the hero and the place stays the place. Copying tasks draw names
+and words that were made up on the spot, so that they can only be solved by looking at the prompt.
 """
 
 from __future__ import annotations
@@ -28,25 +30,104 @@ BOYS = (
     "Kofi", "Dan", "Milo", "Simon", "Paul",
 )  # fmt: skip
 PEOPLE = ("little girl", "young girl", "cheerful girl"), ("little boy", "young boy", "cheerful boy")
-ANIMALS = ("fox", "rabbit", "bear", "mouse", "hedgehog", "duck", "squirrel", "owl", "frog", "cat", "goat", "otter", "turtle", "pony")
+ANIMALS = (
+    "fox",
+    "rabbit",
+    "bear",
+    "mouse",
+    "hedgehog",
+    "duck",
+    "squirrel",
+    "owl",
+    "frog",
+    "cat",
+    "goat",
+    "otter",
+    "turtle",
+    "pony",
+)
 ANIMAL_SIZES = ("little", "small", "young", "tiny", "fluffy")
 PETS = ("kitten", "puppy", "bird", "lamb", "duckling", "rabbit", "hedgehog", "turtle", "squirrel", "goose")
-COLORS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "white", "black", "brown", "silver", "golden", "grey")
-LOOKS = ("big", "small", "old", "new", "round", "shiny", "soft", "tiny", "heavy", "lovely", "warm", "strange", "pretty", "wooden")
+COLORS = (
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "purple",
+    "orange",
+    "pink",
+    "white",
+    "black",
+    "brown",
+    "silver",
+    "golden",
+    "grey",
+)
+LOOKS = (
+    "big",
+    "small",
+    "old",
+    "new",
+    "round",
+    "shiny",
+    "soft",
+    "tiny",
+    "heavy",
+    "lovely",
+    "warm",
+    "strange",
+    "pretty",
+    "wooden",
+)
 THINGS = (
     "kite", "ball", "drum", "boat", "hat", "book", "bell", "lamp", "basket", "scarf", "cup", "doll", "puzzle", "whistle", "blanket",
     "shell", "ring", "key", "wagon", "umbrella", "box", "stone", "flute", "mirror", "feather", "ribbon", "coat", "spoon", "bucket",
     "rope", "mask", "map", "pencil", "pillow", "candle", "button", "clock", "apron", "bag", "train",
 )  # fmt: skip
-FOODS = ("apple pie", "soup", "bread", "cake", "rice", "porridge", "cheese", "jam", "salad", "stew", "pudding", "butter")
-COUNTED = ("apples", "pears", "shells", "books", "marbles", "stones", "eggs", "nuts", "buttons", "flowers", "coins", "cups", "plums")
+FOODS = (
+    "apple pie",
+    "soup",
+    "bread",
+    "cake",
+    "rice",
+    "porridge",
+    "cheese",
+    "jam",
+    "salad",
+    "stew",
+    "pudding",
+    "butter",
+)
+COUNTED = (
+    "apples",
+    "pears",
+    "shells",
+    "books",
+    "marbles",
+    "stones",
+    "eggs",
+    "nuts",
+    "buttons",
+    "flowers",
+    "coins",
+    "cups",
+    "plums",
+)
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 PLACES = (
     ("in", "garden"), ("in", "park"), ("on", "beach"), ("by", "river"), ("in", "forest"), ("on", "hill"), ("by", "lake"), ("at", "market"),
     ("in", "meadow"), ("on", "farm"), ("at", "playground"), ("near", "bridge"), ("by", "pond"), ("in", "orchard"), ("in", "field"),
     ("near", "old mill"), ("at", "harbor"), ("by", "fountain"), ("in", "valley"), ("near", "tower"),
 )  # fmt: skip
-ROOMS = (("in", "kitchen"), ("in", "attic"), ("in", "barn"), ("at", "school"), ("in", "library"), ("at", "bakery"), ("in", "cellar"))
+ROOMS = (
+    ("in", "kitchen"),
+    ("in", "attic"),
+    ("in", "barn"),
+    ("at", "school"),
+    ("in", "library"),
+    ("at", "bakery"),
+    ("in", "cellar"),
+)
 SPOTS = (
     "under a bench", "behind a big rock", "in the tall grass", "behind a bush", "under an old tree", "beside the fence", "near the gate",
     "beside a wall", "under a pile of leaves", "between two stones", "behind a log", "behind the hedge", "next to the path",
@@ -55,8 +136,25 @@ HOBBIES = (
     "run in the grass", "draw pictures", "sing songs", "count the clouds", "climb trees", "read books", "dance in the rain", "pick flowers",
     "look at the stars", "jump over puddles", "build little houses", "feed the birds", "tell jokes", "collect leaves", "bake bread",
 )  # fmt: skip
-GOOD_TRAITS = ("kind", "brave", "curious", "cheerful", "gentle", "clever", "friendly", "careful", "honest", "helpful", "patient", "playful")
-DAYS = tuple(f"{look} {part}" for look in ("sunny", "warm", "cool", "bright", "quiet", "windy") for part in ("morning", "afternoon", "day"))
+GOOD_TRAITS = (
+    "kind",
+    "brave",
+    "curious",
+    "cheerful",
+    "gentle",
+    "clever",
+    "friendly",
+    "careful",
+    "honest",
+    "helpful",
+    "patient",
+    "playful",
+)
+DAYS = tuple(
+    f"{look} {part}"
+    for look in ("sunny", "warm", "cool", "bright", "quiet", "windy")
+    for part in ("morning", "afternoon", "day")
+)
 TIMES = (
     "in the morning", "in the afternoon", "in the evening", "after lunch", "before dinner", "on Monday", "on Tuesday", "on Wednesday",
     "on Thursday", "on Friday", "on Saturday", "on Sunday", "at noon", "at night", "before school", "after the rain",
@@ -69,15 +167,47 @@ PAST_AND_BASE = (
     ("made", "make"), ("kept", "keep"), ("broke", "break"), ("held", "hold"), ("drew", "draw"), ("picked up", "pick up"),
     ("noticed", "notice"), ("sold", "sell"), ("wrapped", "wrap"), ("used", "use"), ("carried", "carry"), ("borrowed", "borrow"),
 )  # fmt: skip
-ATE_AND_EAT = (("ate", "eat"), ("cooked", "cook"), ("tasted", "taste"), ("shared", "share"), ("wanted", "want"), ("smelled", "smell"))
+ATE_AND_EAT = (
+    ("ate", "eat"),
+    ("cooked", "cook"),
+    ("tasted", "taste"),
+    ("shared", "share"),
+    ("wanted", "want"),
+    ("smelled", "smell"),
+)
 WHY = (
-    ("sad", ("{he} had lost {his} {thing}", "the {thing} was broken", "{his} friend was ill", "it was time to go home")),
+    (
+        "sad",
+        ("{he} had lost {his} {thing}", "the {thing} was broken", "{his} friend was ill", "it was time to go home"),
+    ),
     ("happy", ("{he} had a new {thing}", "the sun was shining", "{his} {kin} came to visit", "{he} had won the race")),
-    ("tired", ("{he} had walked all day", "{he} had carried the {thing} home", "it was very late", "{he} had not slept well")),
-    ("angry", ("somebody took the {thing}", "nobody would listen", "the {thing} was gone", "{his} {kin} forgot the {thing}")),
+    (
+        "tired",
+        ("{he} had walked all day", "{he} had carried the {thing} home", "it was very late", "{he} had not slept well"),
+    ),
+    (
+        "angry",
+        ("somebody took the {thing}", "nobody would listen", "the {thing} was gone", "{his} {kin} forgot the {thing}"),
+    ),
     ("scared", ("it was very dark", "there was a loud noise", "{he} was all alone", "the wind was so strong")),
-    ("proud", ("{he} had made the {thing}", "{he} had helped {his} {kin}", "{he} could read the whole book", "{he} had told the truth")),
-    ("hungry", ("{he} had not eaten", "there was no {food} left", "{he} had played all morning", "{his} {kin} was still cooking")),
+    (
+        "proud",
+        (
+            "{he} had made the {thing}",
+            "{he} had helped {his} {kin}",
+            "{he} could read the whole book",
+            "{he} had told the truth",
+        ),
+    ),
+    (
+        "hungry",
+        (
+            "{he} had not eaten",
+            "there was no {food} left",
+            "{he} had played all morning",
+            "{his} {kin} was still cooking",
+        ),
+    ),
 )
 ONSETS = (
     "b", "bl", "br", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh", "sk", "st", "t",
@@ -96,7 +226,8 @@ SENTENCE_START = re.compile(r'((?:^|[.!?] )"?)([a-z])')
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it can be cut for a test: ``text`` starts with ``prompt + answer``, and greedy decoding should find ``answer``.
+    """One text, and where it can be cut for a test: ``text`` starts with ``prompt + answer``, and greedy decoding
+    should find ``answer``.
 
     A story has an empty prompt and no answer of its own.
     """
@@ -129,7 +260,8 @@ class TextMaker:
     """A seeded source of documents without end.
 
     Attributes:
-        shapes: every distinct sentence shape written so far: templates with their alternatives chosen and their slots open.
+        shapes: every distinct sentence shape written so far: templates with their alternatives chosen and their slots
+            open.
     """
 
     def __init__(self, seed: int) -> None:
@@ -201,13 +333,26 @@ class TextMaker:
         (place, the_place), (_, home) = (self.located(spot) for spot in self.rng.sample(PLACES, 2))
         elder = self.rng.choice(("girl", "boy"))
         spots = self.rng.sample(SPOTS, 3)
-        world = {"A": hero, "B": friend, "kind": kinds[0], "bkind": kinds[1], "role": "neighbor" if animals else "friend"}
+        world = {
+            "A": hero,
+            "B": friend,
+            "kind": kinds[0],
+            "bkind": kinds[1],
+            "role": "neighbor" if animals else "friend",
+        }
         world |= self._pronouns("", gender) | self._pronouns("b", friend_gender) | self._pronouns("g", elder)
         world |= {"obj": f"{look} {thing}", "thing": thing, "obj2": f"{look2} {thing2}", "thing2": thing2}
         world |= {"place": place, "home": home, "to": f"to {the_place}", "the_place": the_place}
         world |= {"spot": spots[0], "spot2": spots[1], "spot3": spots[2], "kin": self.rng.choice(FAMILY[elder])}
-        world |= {"pet": self.rng.choice([p for p in PETS if p not in kinds[0] and p not in kinds[1]]), "food": self.rng.choice(FOODS)}
-        world |= {"hobby": self.rng.choice(HOBBIES), "trait": self.rng.choice(GOOD_TRAITS), "day": self.rng.choice(DAYS)}
+        world |= {
+            "pet": self.rng.choice([p for p in PETS if p not in kinds[0] and p not in kinds[1]]),
+            "food": self.rng.choice(FOODS),
+        }
+        world |= {
+            "hobby": self.rng.choice(HOBBIES),
+            "trait": self.rng.choice(GOOD_TRAITS),
+            "day": self.rng.choice(DAYS),
+        }
         world |= {"count": self.rng.choice(NUMBERS), "many": self.rng.choice(COUNTED)}
         return world | {f"a_{key}": article(world[key]) for key in ("kind", "bkind", "obj", "obj2", "pet", "thing")}
 
@@ -264,7 +409,9 @@ class TextMaker:
         self.rng.shuffle(pairs)
         line = "\n" if self.rng.random() < 0.75 else " "
         count = 1
-        while count < min(4, len(pairs)) and self.rng.random() < 0.42:  # below a half, so that stopping is always likelier
+        while (
+            count < min(4, len(pairs)) and self.rng.random() < 0.42
+        ):  # below a half, so that stopping is always likelier
             count += 1
         asked = "".join(f"{line}Question: {q} Answer: {a}" for q, a in pairs[:count])
         prompt = f"{passage}{line}Question: {pairs[0][0]} Answer:"
@@ -274,7 +421,10 @@ class TextMaker:
         plot, world = self.rng.choice(PLOTS), self.world()
         sentences = self.tell(plot, world)
         pairs = [(self.say(q, world), self.say(a, world)) for q, a in plot.pairs]
-        return " ".join(sentences), [*pairs, (self.say("Who is the story about?", world), self.say("The story is about {A}.", world))]
+        return " ".join(sentences), [
+            *pairs,
+            (self.say("Who is the story about?", world), self.say("The story is about {A}.", world)),
+        ]
 
     def _fact_passage(self) -> tuple[str, list[tuple[str, str]]]:
         facts = self.facts(self.rng.randint(1, 5))
@@ -295,10 +445,20 @@ class TextMaker:
         for i, (look, thing) in enumerate(things):
             (who, gender), (other, _) = people[2 * i], people[2 * i + 1]
             place, the = self.located(places[i])
-            world = {"A": who, "B": other, "obj": f"{look} {thing}", "thing": thing, "a_obj": article(f"{look} {thing}")}
+            world = {
+                "A": who,
+                "B": other,
+                "obj": f"{look} {thing}",
+                "thing": thing,
+                "a_obj": article(f"{look} {thing}"),
+            }
             world |= {"place": place, "to": f"to {the}", "time": times[i], "look": look, "pet": pets[i]}
             world |= self._pronouns("", gender) | {"food": self.rng.choice(FOODS), "number": self.rng.choice(NUMBERS)}
-            world |= {"many": self.rng.choice(COUNTED), "kin": self.rng.choice(FAMILY["girl"] + FAMILY["boy"]), "a_pet": article(pets[i])}
+            world |= {
+                "many": self.rng.choice(COUNTED),
+                "kin": self.rng.choice(FAMILY["girl"] + FAMILY["boy"]),
+                "a_pet": article(pets[i]),
+            }
             maker = self._did if self.rng.random() < 0.36 else self.rng.choice(others)
             found.append(maker(world))
         return found
@@ -332,7 +492,9 @@ class TextMaker:
         return self.fact_text(world, statement, *pairs)
 
     def _gave(self, world: dict[str, str]) -> Fact:
-        past, base = self.rng.choice((("gave", "give"), ("showed", "show"), ("sold", "sell"), ("handed", "hand"), ("brought", "bring")))
+        past, base = self.rng.choice(
+            (("gave", "give"), ("showed", "show"), ("sold", "sell"), ("handed", "hand"), ("brought", "bring"))
+        )
         return self.fact_text(
             world,
             f"[{{time}}, |]{{A}} {past} {{a_obj}} to {{B}}[ {{place}}|].",
@@ -352,7 +514,9 @@ class TextMaker:
         )
 
     def _had(self, world: dict[str, str]) -> Fact:
-        past, base = self.rng.choice((("had", "have"), ("found", "find"), ("counted", "count"), ("bought", "buy"), ("needed", "need")))
+        past, base = self.rng.choice(
+            (("had", "have"), ("found", "find"), ("counted", "count"), ("bought", "buy"), ("needed", "need"))
+        )
         return self.fact_text(
             world,
             f"[{{time}}, |]{{A}} {past} {{number}} {{many}}[ {{place}}|].",
@@ -361,7 +525,9 @@ class TextMaker:
         )
 
     def _went(self, world: dict[str, str]) -> Fact:
-        past, base = self.rng.choice((("went", "go"), ("walked", "walk"), ("ran", "run"), ("rode", "ride"), ("hurried", "hurry")))
+        past, base = self.rng.choice(
+            (("went", "go"), ("walked", "walk"), ("ran", "run"), ("rode", "ride"), ("hurried", "hurry"))
+        )
         return self.fact_text(
             world,
             f"[{{time}}, {{A}} {past} {{to}} with {{B}}|{{A}} {past} {{to}} with {{B}}[ {{time}}|]].",
@@ -401,14 +567,25 @@ class TextMaker:
 
     def repeat(self) -> Document:
         """Something to be copied, word for word."""
-        first, second = self.rng.choice((("Repeat", "Copy"), ("Repeat", "Copy"), ("Repeat", "Copy"), ("List", "Again"), ("Say", "Echo")))
+        first, second = self.rng.choice(
+            (("Repeat", "Copy"), ("Repeat", "Copy"), ("Repeat", "Copy"), ("List", "Again"), ("Say", "Echo"))
+        )
         passage = self._list() if first == "List" else self._passage()
         line = "\n" if self.rng.random() < 0.8 else " "
         prompt = f"{first}: {passage}{line}{second}:"
         return Document("repeat", f"{prompt} {passage}", prompt, f" {passage}")
 
     def _passage(self) -> str:
-        makers = (self._words, self._words, self._sentences, self._sentences, self._sentences, self._list, self._digits, self._gibberish)
+        makers = (
+            self._words,
+            self._words,
+            self._sentences,
+            self._sentences,
+            self._sentences,
+            self._list,
+            self._digits,
+            self._gibberish,
+        )
         return self.rng.choice(makers)()
 
     def _words(self) -> str:
@@ -430,7 +607,10 @@ class TextMaker:
             "she",
             "he",
         ]
-        words = [self.rng.choice(pool) if self.rng.random() < 0.8 else self.made_word(1) for _ in range(self.rng.randint(3, 24))]
+        words = [
+            self.rng.choice(pool) if self.rng.random() < 0.8 else self.made_word(1)
+            for _ in range(self.rng.randint(3, 24))
+        ]
         return " ".join(words) + self.rng.choice((".", "", "!"))
 
     def _sentences(self) -> str:
@@ -443,7 +623,12 @@ class TextMaker:
     def _list(self) -> str:
         count = self.rng.randint(3, 12)
         source = self.rng.choice(
-            (lambda: self.noun(0.3), lambda: self.name("girl", 0.5), lambda: self.rng.choice(COLORS), lambda: self.made_word(2))
+            (
+                lambda: self.noun(0.3),
+                lambda: self.name("girl", 0.5),
+                lambda: self.rng.choice(COLORS),
+                lambda: self.made_word(2),
+            )
         )
         return ", ".join(source() for _ in range(count))
 
@@ -478,7 +663,9 @@ class TextMaker:
                 "look": self.rng.choice(COLORS),
                 "n": str(i),
             }
-            for i, ((name, _), (look, thing)) in enumerate(zip(self.names(count, 0.5), self.objects(count, 0.25), strict=True))
+            for i, ((name, _), (look, thing)) in enumerate(
+                zip(self.names(count, 0.5), self.objects(count, 0.25), strict=True)
+            )
         ]
         head, tail = self.rng.choice(
             (("{A} has", " {a_obj}."), ("{A} is", " {place}."), ("{A} likes", " {look}."), ("{A} wants", " {a_obj}."))
@@ -492,7 +679,9 @@ class TextMaker:
 
 
 def count_shapes(seed: int, documents: int) -> int:
-    """How many distinct sentence shapes so many documents show: wordings with their names, things and places left open."""
+    """How many distinct sentence shapes so many documents show: wordings with their names, things and places left
+    open.
+    """
     maker = TextMaker(seed)
     for _ in range(documents):
         maker.document()

@@ -3,12 +3,14 @@
     python scripts/train_demo_model.py                      about half an hour on two CPU cores
     python scripts/train_demo_model.py --quick --out DIR    a few seconds, to see that everything works
 
-The model is a toy: large enough to tell a small story, answer a question about a passage and copy what it is shown, small enough
-to live in the repository. It is the project's own ``Transformer`` on plain CPU tensors, trained on text that ``demo_text.py``
-makes as it goes, so that no document is seen twice. It starts with a drill: short runs of random tokens, each to be copied. That
-forms the attention heads that look up what followed last time, within a few hundred steps; from text alone they had not formed
-after 2500, and the model mixed up its heroes' names. The drill fades out while text comes in: ended at once, it was forgotten.
-Rows are short at first, because attention is what costs on a CPU, and of the full context at the end. Everything that the README
+The model is a toy: large enough to tell a small story, answer a question about a passage and copy what it is shown,
+    small enough
+to live in the repository. It is the project's own ``Transformer`` on plain CPU tensors, trained on text that
+``demo_text.py`` makes as it goes, so that no document is seen twice. It starts with a drill: short runs of random
+tokens, each to be copied. That forms the attention heads that look up what followed last time, within a few hundred
+steps; from text alone they had not formed after 2500, and the model mixed up its heroes' names. The drill fades out
+while text comes in: ended at once, it was forgotten. Rows are short at first, because attention is what costs on a CPU,
+    and of the full context at the end. Everything that the README
 states is measured on the weights as they were saved, in bfloat16.
 """
 
@@ -35,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo_text import KINDS, Document, TextMaker, count_shapes
 
+from llama.compiled.model import Transformer
 from llama.config import ModelArgs
-from llama.model import Transformer
 
 CONTEXT = 512
 SIZE_LIMIT = 8_000_000  # bytes of all files together
@@ -89,7 +91,15 @@ class Plan:
     sample_length: int = 250
 
 
-SHAPE = {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 1024, "multiple_of": 64, "norm_eps": 1e-5}
+SHAPE = {
+    "dim": 192,
+    "n_layers": 6,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "vocab_size": 1024,
+    "multiple_of": 64,
+    "norm_eps": 1e-5,
+}
 FULL = Plan(
     SHAPE,
     steps=7500,
@@ -111,7 +121,9 @@ QUICK = Plan(
     shape_documents=200,
     sample_length=12,
 )
-PASSAGE = "On Monday, Clara and her uncle were by the lake when Clara found a silver key. Boris hid a green drum in the barn."
+PASSAGE = (
+    "On Monday, Clara and her uncle were by the lake when Clara found a silver key. Boris hid a green drum in the barn."
+)
 SAMPLES = (
     ("Once upon a time", 0.0),
     ("Once upon a time", 0.8),
@@ -129,9 +141,12 @@ def log(message: str) -> None:
 
 
 def train_tokenizer(seed: int, documents: int, vocab_size: int) -> bytes:
-    """A SentencePiece BPE model with LLaMA's settings: bytes for what has no piece, digits one by one, nothing normalized."""
+    """A SentencePiece BPE model with LLaMA's settings: bytes for what has no piece, digits one by one, nothing
+    normalized.
+    """
     maker = TextMaker(seed)
-    # a line's first word follows a newline, not a space; the quotation mark puts it there, since SentencePiece reads single lines
+    # a line's first word follows a newline, not a space; the quotation mark puts it there, since SentencePiece reads
+    # single lines
     lines = ('"' * (i > 0) + line for _ in range(documents) for i, line in enumerate(maker.document().text.split("\n")))
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
@@ -179,8 +194,8 @@ Row = tuple[list[int], list[int]]  # token ids and targets
 def text_rows(tokens: Tokens, maker: TextMaker, stage: Stage) -> Iterator[Row]:
     """Packed documents without end.
 
-    Every row starts with a document's BOS, as a prompt does in use. The document that a row cuts off opens the next row, so that
-    each is seen to its end unless it is longer than a row.
+    Every row starts with a document's BOS, as a prompt does in use. The document that a row cuts off opens the next
+    row, so that each is seen to its end unless it is longer than a row.
     """
     cut: list[int] = []
     while True:
@@ -194,10 +209,11 @@ def text_rows(tokens: Tokens, maker: TextMaker, stage: Stage) -> Iterator[Row]:
 
 
 def drill_rows(tokens: Tokens, rng: random.Random, stage: Stage) -> Iterator[Row]:
-    """Random tokens, a newline, and the same tokens again: only the second time counts, since the first cannot be foreseen.
+    """Random tokens, a newline, and the same tokens again: only the second time counts, since the first cannot be
+    foreseen.
 
-    Beside text the runs are longer and often of few different tokens, as text's are: then one token before does not yet tell
-    which place is to be copied.
+    Beside text the runs are longer and often of few different tokens, as text's are: then one token before does not yet
+    tell which place is to be copied.
     """
     pieces = range(tokens.first_piece, len(tokens.processor))
     beside_text = stage.drill_rows < stage.rows
@@ -219,8 +235,8 @@ def drill_rows(tokens: Tokens, rng: random.Random, stage: Stage) -> Iterator[Row
 def new_model(args: ModelArgs, seed: int) -> Transformer:
     """A trainable model.
 
-    The layers' matrices start near ``dim ** -0.5``, which attention needs to leave uniformity soon; those that write to the
-    residual stream start smaller, since their outputs add up.
+    The layers' matrices start near ``dim ** -0.5``, which attention needs to leave uniformity soon; those that write to
+    the residual stream start smaller, since their outputs add up.
     """
     model = Transformer(args, CONTEXT)
     generator = torch.Generator().manual_seed(seed)
@@ -255,7 +271,9 @@ def token_losses(model: Transformer, ids: torch.Tensor, targets: torch.Tensor) -
     """Cross-entropy of each position [B, T]; zero where the target is ``IGNORED``."""
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     logits = model.head(model(ids, positions))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(
+        targets
+    )
 
 
 def batches(plan: Plan, tokens: Tokens, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -294,7 +312,9 @@ def train(plan: Plan, model: Transformer, tokens: Tokens, seed: int, compiled: b
             minutes = (time.monotonic() - started) / 60
             log(f"step {step:5d} of {plan.steps}  loss {recent:.3f}  {minutes:5.1f} min  {seen / 1e6:.2f} M tokens")
         if step % 250 == 249:
-            log(f"    copies {greedy_accuracy(model, tokens, probes):.0%}; {generate(model, tokens, *SAMPLES[0], limit=80)}")
+            log(
+                f"    copies {greedy_accuracy(model, tokens, probes):.0%}; {generate(model, tokens, *SAMPLES[0], limit=80)}"
+            )
 
 
 # ---- saving and measuring
@@ -338,8 +358,8 @@ def negative_log_likelihood(model: Transformer, tokens: Tokens, documents: list[
 def greedy_accuracy(model: Transformer, tokens: Tokens, documents: list[Document]) -> float:
     """The share of documents whose answer greedy decoding gives exactly; a repeated passage must also end with EOS.
 
-    Greedy decoding yields an answer if and only if each of its tokens is the likeliest after those before it, and that takes one
-    pass over prompt and answer.
+    Greedy decoding yields an answer if and only if each of its tokens is the likeliest after those before it, and that
+    takes one pass over prompt and answer.
     """
     exact = 0
     for document in documents:
@@ -353,7 +373,9 @@ def greedy_accuracy(model: Transformer, tokens: Tokens, documents: list[Document
 
 @torch.no_grad()
 def generate(model: Transformer, tokens: Tokens, prompt: str, temperature: float, limit: int) -> str:
-    """The continuation of a prompt: greedy at temperature 0, otherwise from the likeliest tokens that make 95 percent."""
+    """The continuation of a prompt: greedy at temperature 0, otherwise from the likeliest tokens that make 95
+    percent.
+    """
     ids = tokens.prompt(prompt)
     start = len(ids)
     while len(ids) < min(start + limit, CONTEXT) and ids[-1] != tokens.eos:
@@ -471,7 +493,9 @@ def write_readme(out: Path, plan: Plan, report: Report, options: argparse.Namesp
         shape=", ".join(f"{key} {value}" for key, value in plan.params.items()),
         context=CONTEXT,
         vocab=plan.params["vocab_size"],
-        command="python scripts/train_demo_model.py" + " --quick" * options.quick + f" --seed {options.seed} --steps {plan.steps}",
+        command="python scripts/train_demo_model.py"
+        + " --quick" * options.quick
+        + f" --seed {options.seed} --steps {plan.steps}",
         seed=options.seed,
         steps=plan.steps,
         tokens=seen / 1e6,
@@ -488,12 +512,16 @@ def write_readme(out: Path, plan: Plan, report: Report, options: argparse.Namesp
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train the demo model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train the demo model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("llama/demo"), help="directory to write into")
     parser.add_argument("--seed", type=int, default=0, help="of text, tokenizer, weights and samples")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the plan's own")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps, to test the script")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: where there is a C++ compiler")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: where there is a C++ compiler"
+    )
     return parser.parse_args(argv)
 
 

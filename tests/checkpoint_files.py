@@ -1,4 +1,6 @@
-"""Checkpoints for tests: random tiny models in every format, and what a model computes from an opened one, on plain CPU tensors."""
+"""Checkpoints for tests: random tiny models in every format, and what a model computes from an opened one, on plain CPU
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 
 from llama import ModelArgs, checkpoint
 from llama.checkpoint import Source
-from llama.model import Transformer
+from llama.compiled.model import Transformer
 
 TINY = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=320, multiple_of=32)
 

@@ -1,4 +1,6 @@
-"""The command line from a test: in this process, or in one of its own where a signal, a pipe or an import needs that."""
+"""The command line from a test: in this process, or in one of its own where a signal, a pipe or an import needs
+that.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def refused_at_once(outcome: Outcome, *words: str) -> None:
 
 
 def refused(outcome: Outcome, *words: str) -> None:
-    """Exit code 2, nothing on stdout, and on stderr one line with these words behind what is logged while a model is loaded."""
+    """Exit code 2, nothing on stdout, and on stderr one line with these words behind what is logged while a model is
+    loaded.
+    """
     assert (outcome.code, outcome.out) == (2, "")
     assert "Traceback" not in outcome.err
     *logged, message = outcome.err.splitlines()
@@ -68,14 +72,18 @@ def refused(outcome: Outcome, *words: str) -> None:
 
 
 def process(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """A Python process in the repository's root, buffered as usual; its stdout and stderr are pipes unless said otherwise."""
+    """A Python process in the repository's root, buffered as usual; its stdout and stderr are pipes unless said
+    otherwise.
+    """
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONUNBUFFERED", "PYTHONIOENCODING")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env, **options}
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, encoding="utf-8", **options)
 
 
 def dumped_program(code: str, directory: Path) -> Path:
-    """The optimised HLO of the one program that this code compiles in a process of its own, dumped by XLA into the directory."""
+    """The optimised HLO of the one program that this code compiles in a process of its own, dumped by XLA into the
+    directory.
+    """
     environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     (dump,) = directory.glob("*after_optimizations.txt")

@@ -1,4 +1,6 @@
-"""Fixtures that every test file shares. Tests run on the PJRT CPU device, without a network, on models they make themselves."""
+"""Fixtures that every test file shares. Tests run on the PJRT CPU device, without a network, on models they make
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from commands import Outcome, Run, exit_code
 
 from llama import EngineConfig, LLaMA, ModelArgs
 
-# A shell that runs the tests in the background has SIGINT ignored, which all processes would inherit: then Ctrl-C could not be tested.
+# A shell that runs the tests in the background has SIGINT ignored, which all processes would inherit: then Ctrl-C could
+# not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -51,11 +54,30 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of 320 ids with byte fallback, in the manner of LLaMA's, trained on a few made-up sentences."""
+    """A SentencePiece model of 320 ids with byte fallback, in the manner of LLaMA's, trained on a few made-up
+    sentences.
+    """
     import sentencepiece
 
     directory = tmp_path_factory.mktemp("tokenizer")
-    words = ["once", "upon", "a", "time", "there", "was", "the", "cat", "dog", "ran", "home", "green", "house", "and", "they", "sang"]
+    words = [
+        "once",
+        "upon",
+        "a",
+        "time",
+        "there",
+        "was",
+        "the",
+        "cat",
+        "dog",
+        "ran",
+        "home",
+        "green",
+        "house",
+        "and",
+        "they",
+        "sang",
+    ]
     chooser = random.Random(0)
     lines = [" ".join(chooser.choice(words) for _ in range(12)).capitalize() + "." for _ in range(400)]
     sentencepiece.SentencePieceTrainer.train(
@@ -78,7 +100,9 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_llm(tokenizer_path: Path) -> LLMFactory:
-    """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights; the same arguments give the same, compiled, object."""
+    """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights; the same arguments give the same,
+    compiled, object.
+    """
     made: dict[tuple[ModelArgs, int, EngineConfig], LLaMA] = {}
 
     def make(args: ModelArgs = TINY, seed: int = 1, **engine: object) -> LLaMA:
@@ -95,9 +119,17 @@ def make_llm(tokenizer_path: Path) -> LLMFactory:
 def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
     """A directory in Meta's format with TINY's shape, random weights and the tokenizer; tests may damage it."""
     from llama import checkpoint
-    from llama.model import Transformer
+    from llama.compiled.model import Transformer
 
-    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "multiple_of": 32, "norm_eps": 1e-5}
+    params = {
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "vocab_size": 320,
+        "multiple_of": 32,
+        "norm_eps": 1e-5,
+    }
     directory = tmp_path / "tiny"
     directory.mkdir()
     (directory / "params.json").write_text(json.dumps(params))
@@ -108,7 +140,9 @@ def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """``run("plan", "--prompt_len", "9")``: a command in this process; that it sends the log to stderr does not outlive the test."""
+    """``run("plan", "--prompt_len", "9")``: a command in this process; that it sends the log to stderr does not outlive
+    the test.
+    """
 
     def call(*arguments: str) -> Outcome:
         capsys.readouterr()

@@ -1,4 +1,6 @@
-"""The benchmark commands: what they count, how they show it, and that what is compared is the same work. Speeds are not tested."""
+"""The benchmark commands: what they count, how they show it, and that what is compared is the same work. Speeds are not
+tested.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ import pytest
 import torch
 from commands import Run, finished, refused_at_once
 
-from llama import hlo
 from llama.bench import kernels, report
 from llama.bench.peers import HuggingFaceRunner
 from llama.bench.workload import SHAPES, Times, Workload
+from llama.compiled.model import Transformer
+from llama.compiled.steps import CHOOSING
 from llama.errors import ConfigError
-from llama.model import Transformer
-from llama.steps import CHOOSING
+from llama.xla import reports as hlo
 
 WORK = Workload("tiny", prompt_len=20, gen_len=11, batch=2)
 
@@ -55,7 +57,9 @@ def test_shapes_are_what_their_names_say() -> None:
 
 def rows() -> list[dict[str, Any]]:
     """Two programs' rows with known times."""
-    ours = report.summarise(WORK, "ours", {"read_bytes": 4e6, "host_ms": 0.5}, [Times(0.1, 0.2, [(1, 0.0), (5, 0.1), (9, 0.2)])] * 3, 1e9)
+    ours = report.summarise(
+        WORK, "ours", {"read_bytes": 4e6, "host_ms": 0.5}, [Times(0.1, 0.2, [(1, 0.0), (5, 0.1), (9, 0.2)])] * 3, 1e9
+    )
     return [ours, report.summarise(WORK, "hf", {}, [Times(0.1, 0.3), Times(0.1, 0.4), Times(0.1, 0.5)], 1e9)]
 
 
@@ -70,14 +74,19 @@ def test_what_is_counted() -> None:
     assert peer["decode_tok_s"] == pytest.approx(2 * 10 / 0.4)
     assert peer["decode_spread"] > 0
     (compared,) = report.ratios([ours, peer])
-    assert compared == pytest.approx({"against": "hf", "batch": 2, "decode": 2.0, "prefill": 1.0, "job_time": 0.6}, nan_ok=False)
+    assert compared == pytest.approx(
+        {"against": "hf", "batch": 2, "decode": 2.0, "prefill": 1.0, "job_time": 0.6}, nan_ok=False
+    )
 
 
 def test_every_format_holds_the_same() -> None:
     found = rows()
     compared = report.ratios(found)
     assert json.loads(report.render(found, compared, "json")) == json.loads(json.dumps(found))
-    assert [json.loads(line)["runner"] for line in report.render(found, compared, "jsonl").splitlines()] == ["ours", "hf"]
+    assert [json.loads(line)["runner"] for line in report.render(found, compared, "jsonl").splitlines()] == [
+        "ours",
+        "hf",
+    ]
     table = list(csv.DictReader(io.StringIO(report.render(found, compared, "csv"))))
     assert [float(row["step_ms"]) for row in table] == pytest.approx([20, 40])
     text = report.render(found, compared, "md")
@@ -113,7 +122,9 @@ def test_the_peer_holds_the_same_weights() -> None:
 
 def test_bench_runs_ours_beside_transformers() -> None:
     """The whole command in processes of its own: a table, the ratios, and one JSON object as the last line."""
-    outcome = finished(["-m", "llama.cli", "bench", "--shape", "tiny", "-p", "12", "-n", "5", "-r", "2", "--compare", "hf"])
+    outcome = finished(
+        ["-m", "llama.cli", "bench", "--shape", "tiny", "-p", "12", "-n", "5", "-r", "2", "--compare", "hf"]
+    )
     assert outcome.code == 0, outcome.err
     *table, last = outcome.out.splitlines()
     assert table[0].startswith("| program | model |")
@@ -146,7 +157,9 @@ def test_bad_flags_are_refused(run: Run, arguments: list[str], words: list[str])
     refused_at_once(run(*arguments), *words)
 
 
-def test_kernels_times_every_lowering_and_marks_the_picked(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_times_every_lowering_and_marks_the_picked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(kernels, "MOST_LAYERS", 2)
     monkeypatch.setattr(kernels, "RUNS", 1)
     outcome = run("kernels", "--shape", "tiny", "--rows", "1,4", "--save", str(tmp_path / "table.md"))
@@ -157,7 +170,9 @@ def test_kernels_times_every_lowering_and_marks_the_picked(run: Run, monkeypatch
         for dtype, few in (("float32", "loop"), ("bfloat16", "row_by_row"), ("int8", "row_by_row"))
         for rows, lowering in (("1", "one_row"), ("4", few))
     }
-    assert {line[2] for line in lines if line[2].startswith("attention")} == {f"attention: {name}" for name in kernels.ATTENTION}
+    assert {line[2] for line in lines if line[2].startswith("attention")} == {
+        f"attention: {name}" for name in kernels.ATTENTION
+    }
     assert (tmp_path / "table.md").read_text() == outcome.out
 
 
@@ -194,14 +209,25 @@ def test_programs_are_summed_up(tmp_path: Path) -> None:
     assert found.aliases == 2
     assert found.largest == [("fusion", 32 + 16), ("copy", 16)]
     assert found.scratch == 0
-    report = "allocation 3: size 300, preallocated-temp:\n value: x\nallocation 4: size 80, parameter 1, shape |f32[20]|:\n"
+    report = (
+        "allocation 3: size 300, preallocated-temp:\n value: x\nallocation 4: size 80, parameter 1, shape |f32[20]|:\n"
+    )
     (tmp_path / "module_0001.x.cpu_after_optimizations-buffer-assignment.txt").write_text(report)
     assert "4 operations, 2 aliases, 16 bytes copied, 300 of scratch" in next(hlo.report(tmp_path))
 
 
 def test_a_trace_and_the_programs_are_written(tmp_path: Path) -> None:
     """The flags of generate, in a process of its own because XLA reads its flags once."""
-    flags = ["--prompt", "The cat", "--max_gen_len", "6", "--profile", str(tmp_path / "trace"), "--dump_hlo", str(tmp_path / "hlo")]
+    flags = [
+        "--prompt",
+        "The cat",
+        "--max_gen_len",
+        "6",
+        "--profile",
+        str(tmp_path / "trace"),
+        "--dump_hlo",
+        str(tmp_path / "hlo"),
+    ]
     outcome = finished(["-m", "llama.cli", "generate", *flags])
     assert outcome.code == 0, outcome.err
     (trace,) = tmp_path.glob("trace/**/*.trace.json.gz")
@@ -220,12 +246,16 @@ def test_programs_can_be_dumped_before_xla_starts_only(run: Run, tmp_path: Path)
 
 
 def test_ways_to_choose_a_token_side_by_side(run: Run) -> None:
-    """A decode step with each head, every control in use, as multiples of the first; one that does not exist is refused."""
+    """A decode step with each head, every control in use, as multiples of the first; one that does not exist is
+    refused.
+    """
     flags = ["--shape", "tiny", "-p", "8", "-n", "4", "-r", "1", "--vocab_size", "2000", "--batch", "2"]
     wanted = [word for head in CHOOSING for word in ("--heads", head)]
     outcome = run("bench", *flags, *wanted)
     assert outcome.code == 0, outcome.err
-    lines = re.findall(r"^batch 2, a step with head (\w+): ([\d.]+) ms, ([\d.]+) x greedy$", outcome.out, flags=re.MULTILINE)
+    lines = re.findall(
+        r"^batch 2, a step with head (\w+): ([\d.]+) ms, ([\d.]+) x greedy$", outcome.out, flags=re.MULTILINE
+    )
     assert [name for name, _, _ in lines] == ["greedy", "sample", "full", "logprobs"]
     (row,) = json.loads(outcome.out.splitlines()[-1])["rows"]
     assert row["vocab_size"] == 2000

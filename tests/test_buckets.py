@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from llama import EngineConfig
-from llama.buckets import Chunk, plan, program_shapes
+from llama.engine.chunks import Chunk, plan, program_shapes
 from llama.errors import ConfigError
 
 BUCKET_SETS = [(512, 64, 8, 1), (64, 8, 1), (128, 1), (1,), (7, 3, 1), (300, 200, 100, 1)]
@@ -23,7 +23,9 @@ def config(max_seq_len: int, **settings: object) -> EngineConfig:
 @pytest.mark.parametrize("max_seq_len", [2, 63, 64, 65, 600, 2048])
 @pytest.mark.parametrize("buckets", BUCKET_SETS)
 def test_every_prompt_length_is_covered_exactly(buckets: tuple[int, ...], max_seq_len: int, policy: str) -> None:
-    """For every length: no gap, no overlap, padding at the very end only, nothing past the cache, keys enough for every chunk."""
+    """For every length: no gap, no overlap, padding at the very end only, nothing past the cache, keys enough for every
+    chunk.
+    """
     settings = config(max_seq_len, buckets=buckets, bucket_policy=policy)
     for prompt_len in range(1, max_seq_len + 1):
         chunks = plan(prompt_len, settings)

@@ -1,4 +1,6 @@
-"""Conversations: what a turn adds, what the cache saves of it, what happens when it no longer fits; and the command `llama-xla chat`."""
+"""Conversations: what a turn adds, what the cache saves of it, what happens when it no longer fits; and the command
+`llama-xla chat`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from tokenizer_files import byte_level, write_ranks
 from llama import EngineConfig, LLaMA, SamplingParams
 from llama.chat import ChatFormat, Message, choose_format
 from llama.conversation import Conversation
-from llama.engine import common_prefix
+from llama.engine.engine import common_prefix
 from llama.errors import ChatError, ConfigError
 from llama.generation import Generation
 
@@ -80,7 +82,8 @@ def ended(conversation: Conversation, text: str) -> tuple[str, Generation]:
     return streamed, conversation.result
 
 
-# --------------------------------------------------------------------------------------------------------------- a conversation
+# --------------------------------------------------------------------------------------------------------------- a
+# conversation
 
 
 def test_every_turn_is_the_whole_dialog_and_the_cache_saves_its_beginning(
@@ -134,7 +137,9 @@ def test_undo_reset_and_system_change_the_dialog_and_nothing_stale_is_read(
     assert conversation.messages[0]["role"] == "user"
 
 
-def test_a_dialog_that_no_longer_fits_is_refused_and_stays_as_it_was(start: Callable[..., Conversation], chat_format: ChatFormat) -> None:
+def test_a_dialog_that_no_longer_fits_is_refused_and_stays_as_it_was(
+    start: Callable[..., Conversation], chat_format: ChatFormat
+) -> None:
     """The message says how many tokens, and what would help."""
     conversation = start(params=replace(GREEDY, max_gen_len=40))
     question = "once upon a time there was a dog " * 3
@@ -142,7 +147,10 @@ def test_a_dialog_that_no_longer_fits_is_refused_and_stays_as_it_was(start: Call
         ended(conversation, question)
     before = list(conversation.messages)
     assert len(before) >= 2
-    with pytest.raises(ChatError, match=r"the dialog does not fit: \d+ tokens, and 16 for an answer, .* 256; /undo .* --on_overflow drop"):
+    with pytest.raises(
+        ChatError,
+        match=r"the dialog does not fit: \d+ tokens, and 16 for an answer, .* 256; /undo .* --on_overflow drop",
+    ):
         ended(conversation, question)
     assert conversation.messages == before
     assert conversation.undo()
@@ -162,7 +170,9 @@ def test_the_oldest_turns_are_dropped_on_demand(
     assert re.search(r"Dropped the oldest \d turns", caplog.text)
 
 
-def test_a_message_that_can_never_fit_is_refused_also_where_turns_may_be_dropped(start: Callable[..., Conversation]) -> None:
+def test_a_message_that_can_never_fit_is_refused_also_where_turns_may_be_dropped(
+    start: Callable[..., Conversation],
+) -> None:
     """Dropping turns would not help, and does not happen."""
     conversation = start(on_overflow="drop")
     ended(conversation, "hello")
@@ -204,7 +214,8 @@ def test_an_unknown_choice_for_overflow_is_refused(start: Callable[..., Conversa
         start(on_overflow="keep")
 
 
-# ------------------------------------------------------------------------------------------------------------- Meta's signatures
+# ------------------------------------------------------------------------------------------------------------- Meta's
+# signatures
 
 
 def test_chat_completion_answers_as_generate_does(llm: LLaMA, chat_format: ChatFormat) -> None:
@@ -224,12 +235,15 @@ def test_text_completion_answers_as_generate_does(llm: LLaMA) -> None:
     """Meta's result type; ``echo`` repeats the prompt; without ``max_gen_len`` an answer may fill the cache."""
     (expected,) = llm.generate("the cat", max_gen_len=7, temperature=0)
     assert llm.text_completion(["the cat"], temperature=0, max_gen_len=7) == [{"generation": expected.generation}]
-    assert llm.text_completion(["the cat"], temperature=0, max_gen_len=7, echo=True) == [{"generation": "the cat" + expected.generation}]
+    assert llm.text_completion(["the cat"], temperature=0, max_gen_len=7, echo=True) == [
+        {"generation": "the cat" + expected.generation}
+    ]
     (filled,) = llm.text_completion(["the cat " * 40], temperature=0)
     assert filled["generation"]
 
 
-# ------------------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------------------------------------
+# the command
 
 
 @pytest.fixture
@@ -277,7 +291,9 @@ def test_quiet_leaves_the_answer_alone(chat: Run) -> None:
         ("hi", ("--sytem_prompt", "x"), ["--sytem_prompt", "did you mean --system_prompt?"]),
     ],
 )
-def test_what_cannot_work_is_refused_before_loading(chat: Run, stdin: str, flags: tuple[str, ...], words: list[str]) -> None:
+def test_what_cannot_work_is_refused_before_loading(
+    chat: Run, stdin: str, flags: tuple[str, ...], words: list[str]
+) -> None:
     refused_at_once(chat(stdin, *flags), *words)
 
 
@@ -294,9 +310,14 @@ def test_a_question_that_does_not_fit_is_refused(chat: Run) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [((), "top_p 0.31, from the checkpoint's generation_config.json"), (("--top_p", "0.5"), "top_p 0.5, as asked; the checkpoint's")],
+    [
+        ((), "top_p 0.31, from the checkpoint's generation_config.json"),
+        (("--top_p", "0.5"), "top_p 0.5, as asked; the checkpoint's"),
+    ],
 )
-def test_the_log_says_whose_sampling_defaults_won(chat: Run, directory: Path, tmp_path: Path, flags: tuple[str, ...], said: str) -> None:
+def test_the_log_says_whose_sampling_defaults_won(
+    chat: Run, directory: Path, tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
     """generation_config.json is a default, a flag overrides it, and either way the user reads it."""
     shutil.copytree(directory, tmp_path / "own")
     (tmp_path / "own/generation_config.json").write_text('{"top_p": 0.31, "eos_token_id": [769]}')
@@ -304,7 +325,8 @@ def test_the_log_says_whose_sampling_defaults_won(chat: Run, directory: Path, tm
     assert said in outcome.err
 
 
-# ----------------------------------------------------------------------------------------------------------------- at a terminal
+# ----------------------------------------------------------------------------------------------------------------- at a
+# terminal
 
 
 class Terminal:
@@ -314,7 +336,9 @@ class Terminal:
         self._fd, child = pty.openpty()
         own_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
         command = [sys.executable, "-c", own_terminal, sys.executable, "-m", "llama.cli", "chat", *arguments]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True
+        )
         os.close(child)
         self.seen = ""
 
@@ -324,8 +348,10 @@ class Terminal:
     def interrupt_prompt(self) -> None:
         """Press Ctrl-C at the prompt until a new prompt comes.
 
-        Once is not always enough on a busy machine: Python's readline does not notice a signal that arrives between its writing of
-        the prompt and its wait for a key, until the next key (here 2 of 3,000 that were pressed as soon as the prompt was there).
+        Once is not always enough on a busy machine: Python's readline does not notice a signal that arrives between its
+            writing of
+        the prompt and its wait for a key, until the next key (here 2 of 3,000 that were pressed as soon as the prompt
+        was there).
         """
         for _ in range(10):
             self.type("\x03")
@@ -353,7 +379,18 @@ class Terminal:
 
 @pytest.fixture
 def terminal(directory: Path) -> Iterator[Terminal]:
-    flags = ["--ckpt_dir", str(directory), "--max_seq_len", "4096", "--max_gen_len", "3500", "--temperature", "1", "--seed", "1"]
+    flags = [
+        "--ckpt_dir",
+        str(directory),
+        "--max_seq_len",
+        "4096",
+        "--max_gen_len",
+        "3500",
+        "--temperature",
+        "1",
+        "--seed",
+        "1",
+    ]
     opened = Terminal(flags)
     yield opened
     opened.close()

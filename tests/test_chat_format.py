@@ -1,4 +1,6 @@
-"""Chat formats: token by token as transformers and Meta's code build them; a user's control tokens; templates that misbehave."""
+"""Chat formats: token by token as transformers and Meta's code build them; a user's control tokens; templates that
+misbehave.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ import pytest
 import tokenizer_files as files
 
 from llama import Tokenizer
-from llama.chat import ChatFormat, Limits, Llama2Format, Llama3Format, Message, TemplateFormat, choose_format, find_template, render
+from llama.chat import (
+    ChatFormat,
+    Limits,
+    Llama2Format,
+    Llama3Format,
+    Message,
+    TemplateFormat,
+    choose_format,
+    find_template,
+    render,
+)
 from llama.chat.template import RENDERER
 from llama.errors import ChatError
 
@@ -82,7 +94,9 @@ def say(*contents: str, system: str | None = None) -> list[Message]:
 
 
 def dialogs(count: int, without: Tokenizer) -> list[list[Message]]:
-    """Random dialogs of one to seven turns, with and without a system message, whose contents hold none of a tokenizer's controls."""
+    """Random dialogs of one to seven turns, with and without a system message, whose contents hold none of a
+    tokenizer's controls.
+    """
     chooser = random.Random(6)
     texts = [t for t in files.strings(600, seed=8) if not without.special_pattern.search(t)]
     made = []
@@ -119,7 +133,8 @@ def template_format(directory: Path, template: str, **limits: float) -> Template
     return TemplateFormat(ours, template, names, limits=Limits(**limits))  # type: ignore[arg-type]
 
 
-# -------------------------------------------------------------------------------------------------- the same tokens as others
+# -------------------------------------------------------------------------------------------------- the same tokens as
+# others
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -144,22 +159,33 @@ def test_templates_render_as_in_transformers(directories: dict[str, Path], name:
     """The text itself, of many dialogs, from the renderer's own functions."""
     library = reference(directories["llama3"])
     many = dialogs(200, Tokenizer(directories["llama3"] / "tokenizer.json"))
-    variables = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "tools": None, "add_generation_prompt": True}
+    variables = {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "tools": None,
+        "add_generation_prompt": True,
+    }
     request = {"template": TEMPLATES[name], "variables": variables, "dialogs": many, "characters": 1 << 20}
     for dialog, result in zip(many, render.answer(request), strict=True):
-        expected = library.apply_chat_template(dialog, chat_template=TEMPLATES[name], add_generation_prompt=True, tokenize=False)
+        expected = library.apply_chat_template(
+            dialog, chat_template=TEMPLATES[name], add_generation_prompt=True, tokenize=False
+        )
         assert result == {"text": expected}
 
 
 def test_llama3_format_is_its_template(directories: dict[str, Path], tmp_path: Path) -> None:
-    """Built from ids and rendered from text: the same, with a tokenizer.json and with a ranks file of the same vocabulary."""
+    """Built from ids and rendered from text: the same, with a tokenizer.json and with a ranks file of the same
+    vocabulary.
+    """
     library = reference(directories["llama3"])
     made = Tokenizer(directories["llama3"] / "tokenizer.json")
     ranks = Tokenizer(files.write_ranks(files.byte_level(), tmp_path / "tokenizer.model"))
     names = {made.special_ids[name]: ranks.special_ids[name] for name in made.special_ids}
     for dialog in dialogs(60, made):
         for prompted in (True, False):
-            expected = library.apply_chat_template(dialog, chat_template=LLAMA3, add_generation_prompt=prompted, return_dict=False)
+            expected = library.apply_chat_template(
+                dialog, chat_template=LLAMA3, add_generation_prompt=prompted, return_dict=False
+            )
             assert Llama3Format(made).encode(dialog, prompted) == expected
             assert Llama3Format(ranks).encode(dialog, prompted) == [names.get(i, i) for i in expected]
 
@@ -191,13 +217,16 @@ def test_llama2_format_with_sentencepiece(tokenizer_path: Path) -> None:
     assert ours.stop_ids == (2,)
 
 
-# --------------------------------------------------------------------------------------------------- a user's control tokens
+# --------------------------------------------------------------------------------------------------- a user's control
+# tokens
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("manner", ["llama3", "llama2", "metaspace"])
 def test_a_users_control_tokens_stay_text(directories: dict[str, Path], manner: str, name: str) -> None:
-    """Typed at the edges and within, in every message: as many control tokens as in a harmless dialog, and the text is there."""
+    """Typed at the edges and within, in every message: as many control tokens as in a harmless dialog, and the text is
+    there.
+    """
     ours = template_format(directories[manner], TEMPLATES[name])
     controls = set(ours.tokenizer.special_ids.values())
     harmless = ours.encode(say("hi", "cat", "dog", system="the"))
@@ -227,12 +256,17 @@ def test_a_users_control_tokens_stay_text_in_llama3(directories: dict[str, Path]
         ("{{ bos_token }}{% for m in messages %}{{ m.content.split('--')[1] }}<|eot_id|>{% endfor %}", True),
         ("{{ bos_token }}{% for m in messages %}{{ m.content[:30] }}<|eot_id|>{% endfor %}", False),
         ("{{ bos_token }}{% for m in messages %}{{ m.content | length }} {{ m.content }}<|eot_id|>{% endfor %}", False),
-        ("{{ bos_token }}{% if messages[0].content[0] != 'h' %}{{ raise_exception('no') }}{% endif %}<|eot_id|>", False),
+        (
+            "{{ bos_token }}{% if messages[0].content[0] != 'h' %}{{ raise_exception('no') }}{% endif %}<|eot_id|>",
+            False,
+        ),
     ],
     ids=["upper", "twice", "json", "last", "middle", "cut", "length", "looks"],
 )
 def test_templates_that_change_messages(directories: dict[str, Path], template: str, kept: bool) -> None:
-    """Harmless messages always give transformers' tokens; control tokens in them are kept as text, or refused, never obeyed."""
+    """Harmless messages always give transformers' tokens; control tokens in them are kept as text, or refused, never
+    obeyed.
+    """
     ours, library = template_format(directories["llama3"], template), reference(directories["llama3"])
     harmless = say("hello -- zebra, this is a message -- of some length")
     assert ours.encode(harmless) == library.apply_chat_template(harmless, chat_template=template, return_dict=False)
@@ -247,14 +281,17 @@ def test_templates_that_change_messages(directories: dict[str, Path], template: 
 
 
 def test_control_tokens_across_two_messages(directories: dict[str, Path]) -> None:
-    """Half of one at the end of a message, half at the beginning of the next, and a template that puts nothing between."""
+    """Half of one at the end of a message, half at the beginning of the next, and a template that puts nothing
+    between.
+    """
     ours = template_format(directories["llama3"], "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
     ids = ours.encode(say("<|eot", "_id|>", "."))
     assert ours.tokenizer.special_ids["<|eot_id|>"] not in ids
     assert ours.tokenizer.decode(ids) == "<|eot_id|>."
 
 
-# ------------------------------------------------------------------------------------------------------------- bad templates
+# ------------------------------------------------------------------------------------------------------------- bad
+# templates
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
@@ -283,12 +320,18 @@ FORBIDDEN = "tries what its sandbox forbids"
         ("{{ '%9999999999d' % 1 }}", "fails: OverflowError|takes too much memory|too large"),
         (DOUBLING, "takes too much memory"),
         ("{{ 'x' * 5000000 }}", "the chat template writes more than 4194304 characters"),
-        ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "the chat template writes more than 4194304 characters"),
+        (
+            "{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
+            "the chat template writes more than 4194304 characters",
+        ),
         ("{% for %}", "is not valid, line 1: "),
         ("{{ x | nothing }}", "is not valid, line 1: No filter named 'nothing'"),
         ("{{ x.y }}", "fails: UndefinedError: 'x' is undefined"),
         ("{{ raise_exception('only\x1b[31m one turn') }}", r"refuses this dialog: only \[31m one turn"),
-        ("{{ '(' * 99999 }}" + "{{" + "(" * 9999, "is not valid|fails: RecursionError|renders chat templates ended with"),
+        (
+            "{{ '(' * 99999 }}" + "{{" + "(" * 9999,
+            "is not valid|fails: RecursionError|renders chat templates ended with",
+        ),
     ],
 )
 def test_bad_templates_end_in_an_error(directories: dict[str, Path], template: str, message: str) -> None:
@@ -326,7 +369,9 @@ def test_the_renderer_stops_itself(directories: dict[str, Path]) -> None:
     """Where its caller is gone, the system ends it: more computing time than the limit is not to be had."""
     path = [str(Path(jinja2.__file__).parents[1])]
     request = {"path": path, "seconds": 0.5, "memory": 1 << 29, "characters": 9, "template": ENDLESS, "variables": {}}
-    done = subprocess.run([sys.executable, "-I", "-S", str(RENDERER)], input=json.dumps({**request, "dialogs": [[]]}).encode(), timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(RENDERER)], input=json.dumps({**request, "dialogs": [[]]}).encode(), timeout=60
+    )
     assert done.returncode < 0
 
 
@@ -335,7 +380,9 @@ def test_a_template_that_is_too_long_is_refused(directories: dict[str, Path]) ->
         template_format(directories["llama3"], "x" * (1 + (1 << 20)))
 
 
-def test_the_renderer_sees_nothing_of_the_caller(directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_renderer_sees_nothing_of_the_caller(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No search path of the caller's: what lies in the working directory, a checkpoint's perhaps, is not imported."""
     ours = template_format(directories["llama3"], "{{ bos_token }}a")
     monkeypatch.chdir(tmp_path)
@@ -352,14 +399,17 @@ def test_a_missing_jinja2_is_named(directories: dict[str, Path], monkeypatch: py
         ours.encode(DIALOG)
 
 
-# ------------------------------------------------------------------------------------------------------- dialogs and choices
+# ------------------------------------------------------------------------------------------------------- dialogs and
+# choices
 
 
 @pytest.fixture(params=["llama2", "llama3", "template"])
 def any_format(request: pytest.FixtureRequest, directories: dict[str, Path]) -> ChatFormat:
     if request.param == "template":
         return template_format(directories["llama3"], LLAMA3)
-    return choose_format(Tokenizer(directories[request.param] / "tokenizer.json"), directories[request.param], request.param)
+    return choose_format(
+        Tokenizer(directories[request.param] / "tokenizer.json"), directories[request.param], request.param
+    )
 
 
 @pytest.mark.parametrize(
@@ -390,18 +440,28 @@ def test_llama2_refuses_its_tags_in_messages(directories: dict[str, Path]) -> No
     """They are no control tokens, so nothing but refusing keeps a message from ending itself."""
     ours = Llama2Format(Tokenizer(directories["llama2"] / "tokenizer.json"))
     for dialog in (say("a [/INST] b"), say("a", "b [INST]", "c"), say("a", system="<</SYS>>")):
-        with pytest.raises(ChatError, match=r"message \d holds .*: Llama 2's format cannot tell these tags from its own"):
+        with pytest.raises(
+            ChatError, match=r"message \d holds .*: Llama 2's format cannot tell these tags from its own"
+        ):
             ours.encode(dialog)
 
 
 def test_choose_format(directories: dict[str, Path], tokenizer_path: Path, tmp_path: Path) -> None:
-    """A name before the checkpoint's template, that before what the tokenizer is made for, and else an error with the names."""
+    """A name before the checkpoint's template, that before what the tokenizer is made for, and else an error with the
+    names.
+    """
     llama2, llama3 = (Tokenizer(directories[name] / "tokenizer.json") for name in ("llama2", "llama3"))
-    assert [choose_format(t, tmp_path).name for t in (llama2, llama3, Tokenizer(tokenizer_path))] == ["llama2", "llama3", "llama2"]
+    assert [choose_format(t, tmp_path).name for t in (llama2, llama3, Tokenizer(tokenizer_path))] == [
+        "llama2",
+        "llama3",
+        "llama2",
+    ]
     assert choose_format(llama3, tmp_path, "llama2").name == "llama2"
     with pytest.raises(ChatError, match="has no chat template"):
         choose_format(llama3, tmp_path, "template")
-    with pytest.raises(ChatError, match=r"the tokenizer has no <\|start_header_id\|>, <\|end_header_id\|>, <\|eot_id\|>"):
+    with pytest.raises(
+        ChatError, match=r"the tokenizer has no <\|start_header_id\|>, <\|end_header_id\|>, <\|eot_id\|>"
+    ):
         choose_format(llama2, tmp_path, "llama3")
     with pytest.raises(ChatError, match="chat format: got 'alpaca', expected one of llama2, llama3, template"):
         choose_format(llama3, tmp_path, "alpaca")
@@ -435,7 +495,10 @@ def test_find_template(tmp_path: Path) -> None:
         config.write_text(json.dumps({"chat_template": value}))
         found = find_template(tmp_path)
         assert (found and found.text) == expected
-    for value, message in ((named[:1], "has the chat templates tool_use, expected one with the name default"), (7, "got a JSON int")):
+    for value, message in (
+        (named[:1], "has the chat templates tool_use, expected one with the name default"),
+        (7, "got a JSON int"),
+    ):
         config.write_text(json.dumps({"chat_template": value}))
         with pytest.raises(ChatError, match=message):
             find_template(tmp_path)

@@ -1,7 +1,8 @@
-"""Loading in Meta's format: what is in the file is what is on the device, and whatever is wrong with a checkpoint is said.
+"""Loading in Meta's format: what is in the file is what is on the device, and whatever is wrong with a checkpoint is
+said.
 
-Every refusal is an error of errors.py that names what was got and what was expected; a checkpoint that a test damages is the
-``tiny_checkpoint`` fixture's, of TINY's shape.
+Every refusal is an error of errors.py that names what was got and what was expected; a checkpoint that a test damages
+is the ``tiny_checkpoint`` fixture's, of TINY's shape.
 """
 
 from __future__ import annotations
@@ -20,13 +21,22 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, runtime
+from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling
 from llama.checkpoint import meta_pth
+from llama.compiled.model import rotary_table
 from llama.errors import CheckpointError, ConfigError, LLaMAError, TokenizerError, UserError
-from llama.model import rotary_table
 from llama.tokenizer import find_tokenizer
+from llama.xla.counters import counters
 
-PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "multiple_of": 32, "norm_eps": 1e-5}
+PARAMS = {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 320,
+    "multiple_of": 32,
+    "norm_eps": 1e-5,
+}
 PTH = "consolidated.00.pth"
 POSITIONS = 16
 
@@ -74,18 +84,19 @@ def rewrite_zip(directory: Path, change: Callable[[str, bytes], bytes | None]) -
 
 def refusal(directory: Path, *words: str, kind: type[UserError] = CheckpointError) -> str:
     """Building must end in this kind of error, on one line, with these words, before anything is sent to the device."""
-    uploads = runtime.counters.uploads
+    uploads = counters.uploads
     with pytest.raises(UserError) as caught:
         build(directory)
     message = str(caught.value)
     assert type(caught.value) is kind
     assert [word for word in words if word not in message] == [], message
     assert "\n" not in message
-    assert runtime.counters.uploads == uploads
+    assert counters.uploads == uploads
     return message
 
 
-# ----------------------------------------------------------------------------------------------------------- what is loaded
+# ----------------------------------------------------------------------------------------------------------- what is
+# loaded
 
 
 def test_the_device_holds_what_the_file_holds(tiny_checkpoint: Path) -> None:
@@ -109,7 +120,10 @@ def test_a_file_of_another_dtype_is_converted(tiny_checkpoint: Path, dtype: torc
 
 def test_bfloat16_storage_takes_half_the_bytes(tiny_checkpoint: Path) -> None:
     """``dtype="bfloat16"`` rounds once, to nearest, and every parameter is stored in two bytes an element."""
-    wide, narrow = on_device(build(tiny_checkpoint, dtype="float32")), on_device(build(tiny_checkpoint, dtype="bfloat16"))
+    wide, narrow = (
+        on_device(build(tiny_checkpoint, dtype="float32")),
+        on_device(build(tiny_checkpoint, dtype="bfloat16")),
+    )
     assert {tensor.dtype for tensor in narrow.values()} == {torch.bfloat16}
     assert 2 * sum(t.nbytes for t in narrow.values()) == sum(t.nbytes for t in wide.values()) > 0
     assert all(torch.equal(narrow[name], tensor.to(torch.bfloat16)) for name, tensor in read(tiny_checkpoint).items())
@@ -133,7 +147,10 @@ def test_views_and_shared_storages_are_loaded(tiny_checkpoint: Path) -> None:
 def test_vocab_size_of_minus_one_takes_the_embeddings_rows(tiny_checkpoint: Path, rows: int) -> None:
     """LLaMA 1 and 2 ship -1; the embedding decides, also where it has more rows than the tokenizer has ids."""
     edit_params(tiny_checkpoint, vocab_size=-1)
-    edit_tensors(tiny_checkpoint, lambda t: t.update({n: torch.randn(rows, 64) for n in ("tok_embeddings.weight", "output.weight")}))
+    edit_tensors(
+        tiny_checkpoint,
+        lambda t: t.update({n: torch.randn(rows, 64) for n in ("tok_embeddings.weight", "output.weight")}),
+    )
     llm = build(tiny_checkpoint)
     assert llm.engine.model.args.vocab_size == rows
     assert on_device(llm)["output.weight"].shape == (rows, 64)
@@ -161,7 +178,9 @@ def test_rope_freqs_are_ignored(tiny_checkpoint: Path, table: torch.Tensor) -> N
     ],
     ids=["absent", "false", "true", "factor"],
 )
-def test_scaled_rope_reaches_the_rotary_table(tiny_checkpoint: Path, changes: dict[str, Any], scaling: RopeScaling | None) -> None:
+def test_scaled_rope_reaches_the_rotary_table(
+    tiny_checkpoint: Path, changes: dict[str, Any], scaling: RopeScaling | None
+) -> None:
     """LLaMA 3's ``use_scaled_rope`` becomes RopeScaling, and the device's table is the scaled one."""
     edit_params(tiny_checkpoint, rope_theta=500000.0, **changes)
     llm = build(tiny_checkpoint)
@@ -195,7 +214,8 @@ def test_weights_cannot_be_both_random_and_loaded(tiny_checkpoint: Path) -> None
         LLaMA.build(tiny_checkpoint, random_weights=ModelArgs(**PARAMS))
 
 
-# -------------------------------------------------------------------------------------------------------------- the tokenizer
+# -------------------------------------------------------------------------------------------------------------- the
+# tokenizer
 
 
 def test_a_tokenizer_in_the_parent_directory_is_found(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,18 +247,24 @@ def test_several_tokenizers_are_refused_by_name(tiny_checkpoint: Path, where: st
     directory = tiny_checkpoint if where == "beside" else tiny_checkpoint.parent
     (tiny_checkpoint / "tokenizer.model").rename(directory / "a.model")
     shutil.copy(directory / "a.model", directory / "b.model")
-    refusal(tiny_checkpoint, "2 tokenizers", "a.model, b.model", "expected one", "--tokenizer_path", kind=TokenizerError)
+    refusal(
+        tiny_checkpoint, "2 tokenizers", "a.model, b.model", "expected one", "--tokenizer_path", kind=TokenizerError
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [-1, 300])
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_checkpoint: Path, vocab_size: int) -> None:
     """Its last ids would have no row; both numbers are named."""
     edit_params(tiny_checkpoint, vocab_size=vocab_size)
-    edit_tensors(tiny_checkpoint, lambda t: t.update({n: torch.zeros(300, 64) for n in ("tok_embeddings.weight", "output.weight")}))
+    edit_tensors(
+        tiny_checkpoint,
+        lambda t: t.update({n: torch.zeros(300, 64) for n in ("tok_embeddings.weight", "output.weight")}),
+    )
     refusal(tiny_checkpoint, "320 ids", "300 rows", "--tokenizer_path", kind=TokenizerError)
 
 
-# ---------------------------------------------------------------------------------------------------------------- params.json
+# ----------------------------------------------------------------------------------------------------------------
+# params.json
 
 
 def test_a_directory_that_is_not_there_is_refused(tiny_checkpoint: Path) -> None:
@@ -329,7 +355,9 @@ def test_a_directory_in_place_of_params_is_refused(tiny_checkpoint: Path) -> Non
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
 def test_params_of_a_wrong_kind_are_refused(tiny_checkpoint: Path, changes: dict[str, Any], words: list[str]) -> None:
-    """The key, its value and what it takes are named; a null is a wrong value wherever the key has no default of null."""
+    """The key, its value and what it takes are named; a null is a wrong value wherever the key has no default of
+    null.
+    """
     edit_params(tiny_checkpoint, **changes)
     refusal(tiny_checkpoint, "params.json", *words)
 
@@ -340,7 +368,10 @@ def test_params_of_a_wrong_kind_are_refused(tiny_checkpoint: Path, changes: dict
         ({"dim": 128}, ["21 of another shape", "tok_embeddings.weight [320, 64] instead of [320, 128]"]),
         ({"n_kv_heads": 4}, ["4 of another shape", "layers.1.attention.wv.weight [32, 64] instead of [64, 64]"]),
         ({"multiple_of": 256}, ["6 of another shape", "layers.0.feed_forward.w1.weight"]),
-        ({"vocab_size": 400}, ["2 of another shape", "tok_embeddings.weight [320, 64] instead of [400, 64]", "output.weight"]),
+        (
+            {"vocab_size": 400},
+            ["2 of another shape", "tok_embeddings.weight [320, 64] instead of [400, 64]", "output.weight"],
+        ),
         ({"n_layers": 3}, ["9 missing", "layers.2.attention.wq.weight"]),
         ({"n_layers": 1}, ["9 not known to this model", "layers.1.attention.wq.weight"]),
         ({"tie_word_embeddings": True}, ["output.weight differs from the embedding", "tie them"]),
@@ -367,10 +398,23 @@ JUNK = st.one_of(
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-KEYS = [*PARAMS, "ffn_dim_multiplier", "ffn_hidden_dim", "rope_theta", "tie_word_embeddings", "use_scaled_rope", "rope_scaling_factor"]
+KEYS = [
+    *PARAMS,
+    "ffn_dim_multiplier",
+    "ffn_hidden_dim",
+    "rope_theta",
+    "tie_word_embeddings",
+    "use_scaled_rope",
+    "rope_scaling_factor",
+]
 CHANGES = st.one_of(
     st.dictionaries(st.sampled_from(KEYS), JUNK, min_size=1, max_size=3),
-    st.dictionaries(st.one_of(st.sampled_from(["rope_scaling", "max_seq_len", "Dim"]), st.text(max_size=4)), JUNK, min_size=1, max_size=2),
+    st.dictionaries(
+        st.one_of(st.sampled_from(["rope_scaling", "max_seq_len", "Dim"]), st.text(max_size=4)),
+        JUNK,
+        min_size=1,
+        max_size=2,
+    ),
 )
 
 
@@ -397,7 +441,8 @@ def test_any_params_are_read_or_refused(
         assert [size for size in sizes if type(size) is not int or size < 1] == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- the tensors
+# ---------------------------------------------------------------------------------------------------------------- the
+# tensors
 
 
 def test_all_that_is_wrong_with_the_tensors_is_said_at_once(tiny_checkpoint: Path) -> None:
@@ -425,9 +470,15 @@ def test_all_that_is_wrong_with_the_tensors_is_said_at_once(tiny_checkpoint: Pat
 @pytest.mark.parametrize(("count", "shown", "dots"), [(10, 10, False), (11, 10, True), (18, 10, True)])
 def test_at_most_ten_names_of_a_kind_are_shown(tiny_checkpoint: Path, count: int, shown: int, dots: bool) -> None:
     """A checkpoint of another model does not fill the screen; the number is still the true one."""
-    missing = [f"layers.{layer}.{part}" for layer in (0, 1) for part in ("attention.wq", "attention.wk", "attention.wv", "attention.wo")]
+    missing = [
+        f"layers.{layer}.{part}"
+        for layer in (0, 1)
+        for part in ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+    ]
     missing += [
-        f"layers.{layer}.{part}" for layer in (0, 1) for part in ("attention_norm", "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+        f"layers.{layer}.{part}"
+        for layer in (0, 1)
+        for part in ("attention_norm", "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3)))
     ]
 
     def damage(tensors: Tensors) -> None:
@@ -460,19 +511,27 @@ def test_tensors_without_plain_values_are_refused(tiny_checkpoint: Path, kind: s
 
 
 @pytest.mark.parametrize(
-    "embedding", [None, torch.tensor(1.0), torch.zeros(0, 64), torch.zeros(320)], ids=["none", "scalar", "empty", "vector"]
+    "embedding",
+    [None, torch.tensor(1.0), torch.zeros(0, 64), torch.zeros(320)],
+    ids=["none", "scalar", "empty", "vector"],
 )
-def test_an_embedding_that_cannot_say_the_vocabulary_is_refused(tiny_checkpoint: Path, embedding: torch.Tensor | None) -> None:
+def test_an_embedding_that_cannot_say_the_vocabulary_is_refused(
+    tiny_checkpoint: Path, embedding: torch.Tensor | None
+) -> None:
     """With vocab_size -1 the embedding is looked at before all tensors are checked; a bad one is an error there too."""
     edit_params(tiny_checkpoint, vocab_size=-1)
     edit_tensors(
-        tiny_checkpoint, lambda t: t.pop("tok_embeddings.weight") if embedding is None else t.update({"tok_embeddings.weight": embedding})
+        tiny_checkpoint,
+        lambda t: (
+            t.pop("tok_embeddings.weight") if embedding is None else t.update({"tok_embeddings.weight": embedding})
+        ),
     )
     with pytest.raises(UserError, match=r"vocab_size|tok_embeddings\.weight"):
         build(tiny_checkpoint)
 
 
-# ------------------------------------------------------------------------------------------------------------- the .pth file
+# ------------------------------------------------------------------------------------------------------------- the .pth
+# file
 
 
 def test_no_pth_is_refused(tiny_checkpoint: Path) -> None:
@@ -488,7 +547,8 @@ def test_a_pth_too_many_is_refused(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [[torch.ones(2)], {"model": {"norm.weight": torch.ones(2)}}, {1: torch.ones(2)}, {"a": 1}, torch.ones(2), None]
+    "content",
+    [[torch.ones(2)], {"model": {"norm.weight": torch.ones(2)}}, {1: torch.ones(2)}, {"a": 1}, torch.ones(2), None],
 )
 def test_a_pth_of_something_else_is_refused(tiny_checkpoint: Path, content: object) -> None:
     """Training states and lists are readable, and not what is expected."""
@@ -536,7 +596,9 @@ def test_a_directory_in_place_of_the_pth_is_refused(tiny_checkpoint: Path) -> No
     ids=["empty", "text", "empty stack", "cut short", "no such memo", "not utf-8", "item of a number", "no arguments"],
 )
 def test_a_damaged_pickle_in_a_sound_archive_is_refused(tiny_checkpoint: Path, content: bytes) -> None:
-    """torch's restricted unpickler fails in many ways on bytes that it does not expect; all of them are one error here."""
+    """torch's restricted unpickler fails in many ways on bytes that it does not expect; all of them are one error
+    here.
+    """
     rewrite_zip(tiny_checkpoint, lambda name, old: content if name.endswith("data.pkl") else old)
     refusal(tiny_checkpoint, PTH, "not a checkpoint")
 

@@ -1,4 +1,6 @@
-"""Every format is read right, by transformers' own logits, and what is damaged, mismatched or not computed is refused with its name."""
+"""Every format is read right, by transformers' own logits, and what is damaged, mismatched or not computed is refused
+with its name.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ from llama.checkpoint import checked, names, open_checkpoint
 from llama.checkpoint.meta_pth import MetaSource
 from llama.checkpoint.reshard import convert, reshard
 from llama.checkpoint.source import is_finite
+from llama.compiled.model import Transformer
 from llama.config import GenerationDefaults
 from llama.errors import CheckpointError, ConfigError
-from llama.model import Transformer
 
 SEQUENCE = 160
 LLAMA3_ROPE = {
@@ -63,10 +65,14 @@ def hf_model(kind: str) -> Any:
 
     torch.manual_seed(11)
     chosen = {**SHAPE, **KINDS[kind]}
-    model = MistralForCausalLM(MistralConfig(**chosen)) if kind == "mistral" else LlamaForCausalLM(LlamaConfig(**chosen))
+    model = (
+        MistralForCausalLM(MistralConfig(**chosen)) if kind == "mistral" else LlamaForCausalLM(LlamaConfig(**chosen))
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter))
+            parameter.copy_(
+                1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
+            )
     return model.eval()
 
 
@@ -89,7 +95,9 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers_in_every_format(tmp_path: Path, kind: str, shards: int) -> None:
-    """Hugging Face's files, our own and Meta's layout with 1 and 2 shards, and all the way back: the same tensors, the same logits."""
+    """Hugging Face's files, our own and Meta's layout with 1 and 2 shards, and all the way back: the same tensors, the
+    same logits.
+    """
     model = hf_model(kind)
     with torch.no_grad():
         expected = model(ids()).logits
@@ -113,14 +121,21 @@ def test_logits_are_those_of_transformers_in_every_format(tmp_path: Path, kind: 
 
 @pytest.mark.parametrize("kind", ["gqa", "llama3", "linear"])
 def test_rotary_settings_are_read_in_both_spellings(tmp_path: Path, kind: str) -> None:
-    """transformers 5 writes rope_parameters; all before it rope_theta and rope_scaling, whose type was once called type."""
+    """transformers 5 writes rope_parameters; all before it rope_theta and rope_scaling, whose type was once called
+    type.
+    """
     directory = save_hf(tmp_path / "hf", kind)
     expected = open_checkpoint(directory).args
     rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
     theta = rope.pop("rope_theta")
     for key in ("rope_type", "type"):
         old = {key: rope["rope_type"], **{name: value for name, value in rope.items() if name != "rope_type"}}
-        edit_json(directory / "config.json", rope_parameters=None, rope_theta=theta, rope_scaling=None if kind == "gqa" else old)
+        edit_json(
+            directory / "config.json",
+            rope_parameters=None,
+            rope_theta=theta,
+            rope_scaling=None if kind == "gqa" else old,
+        )
         assert open_checkpoint(directory).args == expected
 
 
@@ -129,7 +144,7 @@ def test_scaled_rotary_frequencies_are_those_of_transformers() -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from llama.model import rotary_frequencies
+    from llama.compiled.model import rotary_frequencies
 
     config = LlamaConfig(**{**SHAPE, **KINDS["linear"]})
     theirs, _ = ROPE_INIT_FUNCTIONS["linear"](config, torch.device("cpu"))
@@ -138,7 +153,10 @@ def test_scaled_rotary_frequencies_are_those_of_transformers() -> None:
 
 def test_the_table_of_names_is_the_model() -> None:
     """Names, shapes and order, tied and not."""
-    for args in (TINY, ModelArgs(dim=32, n_layers=3, n_heads=2, vocab_size=40, multiple_of=8, tie_word_embeddings=True)):
+    for args in (
+        TINY,
+        ModelArgs(dim=32, n_layers=3, n_heads=2, vocab_size=40, multiple_of=8, tie_word_embeddings=True),
+    ):
         with torch.device("meta"):
             parameters = {name: tuple(p.shape) for name, p in Transformer(args, 8).named_parameters()}
         table = {name: names.shape_of(weight, args) for name, weight in names.expected_weights(args)}
@@ -178,8 +196,12 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED_SETTINGS, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
-def test_settings_that_are_not_computed_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED_SETTINGS, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_settings_that_are_not_computed_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     """Each would make another model of the same weights, silently."""
     directory = save_hf(tmp_path / "hf")
     edit_json(directory / "config.json", **changes)
@@ -192,9 +214,22 @@ def test_settings_that_change_nothing_are_passed_over(tmp_path: Path) -> None:
     """What other exporters add, and the neutral values of what is refused otherwise."""
     directory = save_hf(tmp_path / "hf")
     expected = open_checkpoint(directory).args
-    harmless = {"attention_dropout": 0.1, "use_cache": False, "use_sliding_window": False, "pretraining_tp": 2, "head_dim": 16}
-    neutral = {"partial_rotary_factor": 1, "hidden_act": "silu", "mlp_bias": False, "layer_types": ["full_attention"] * 2}
-    edit_json(directory / "config.json", **harmless, **neutral, unsloth_version="1", bos_token_id=[1], initializer_range=None)
+    harmless = {
+        "attention_dropout": 0.1,
+        "use_cache": False,
+        "use_sliding_window": False,
+        "pretraining_tp": 2,
+        "head_dim": 16,
+    }
+    neutral = {
+        "partial_rotary_factor": 1,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "layer_types": ["full_attention"] * 2,
+    }
+    edit_json(
+        directory / "config.json", **harmless, **neutral, unsloth_version="1", bos_token_id=[1], initializer_range=None
+    )
     assert open_checkpoint(directory).args == expected
 
 
@@ -244,7 +279,13 @@ def cut(weights: dict[str, torch.Tensor], parts: int, embedding_axis: int) -> li
     def axis(name: str) -> int | None:
         if "tok_embeddings" in name:
             return embedding_axis
-        return 0 if any(f"{c}.weight" in name for c in columns) else 1 if any(f"{r}.weight" in name for r in rows) else None
+        return (
+            0
+            if any(f"{c}.weight" in name for c in columns)
+            else 1
+            if any(f"{r}.weight" in name for r in rows)
+            else None
+        )
 
     def part(name: str, rank: int) -> torch.Tensor:
         along = axis(name)
@@ -257,10 +298,14 @@ def cut(weights: dict[str, torch.Tensor], parts: int, embedding_axis: int) -> li
 @pytest.mark.parametrize("embedding_axis", [0, 1])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_shards_are_merged(tmp_path: Path, parts: int, embedding_axis: int, said: int) -> None:
-    """Both ways of splitting the embedding are known by their sizes; rope.freqs are left out; the vocabulary is settled."""
+    """Both ways of splitting the embedding are known by their sizes; rope.freqs are left out; the vocabulary is
+    settled.
+    """
     weights = random_weights(TINY, dtype=torch.bfloat16)
     derived = {"rope.freqs": torch.zeros(4), "layers.0.attention.inner_attention.rope.freqs": torch.zeros(4)}
-    directory = write_meta(tmp_path / "m", TINY, [shard | derived for shard in cut(weights, parts, embedding_axis)], vocab_size=said)
+    directory = write_meta(
+        tmp_path / "m", TINY, [shard | derived for shard in cut(weights, parts, embedding_axis)], vocab_size=said
+    )
     source = open_checkpoint(directory)
     assert (source.format, source.args, len(source.files)) == ("meta", TINY, parts)
     assert source.embedding_axis == (embedding_axis if parts > 1 else None)
@@ -281,21 +326,31 @@ def test_more_shards_than_key_heads(tmp_path: Path) -> None:
     assert_equal(open_checkpoint(write_meta(tmp_path / "good", args, shards)).tensors(), weights)
     shards[3]["layers.0.attention.wv.weight"] = shards[0]["layers.0.attention.wv.weight"]
     bad = open_checkpoint(write_meta(tmp_path / "bad", args, shards))
-    with pytest.raises(CheckpointError, match=r"consolidated\.03\.pth: tensor layers\.0\.attention\.wv\.weight differs"):
+    with pytest.raises(
+        CheckpointError, match=r"consolidated\.03\.pth: tensor layers\.0\.attention\.wv\.weight differs"
+    ):
         dict(bad.tensors())
 
 
 def test_unsplit_weights_stay_mapped(tmp_path: Path) -> None:
-    """A weight that is read is a piece of the file, not a copy; checked by the addresses that the kernel says the file has."""
+    """A weight that is read is a piece of the file, not a copy; checked by the addresses that the kernel says the file
+    has.
+    """
     source = open_checkpoint(write_meta(tmp_path / "m", TINY, [random_weights(TINY)]))
     tensor = source.read("output.weight")
-    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("consolidated.00.pth")]
+    mapped = [
+        line.split()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith("consolidated.00.pth")
+    ]
     spans = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in mapped]
     assert any(start <= tensor.data_ptr() < end for start, end in spans)
 
 
 def test_a_file_is_mapped_anew_after_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that touched pages do not pile up; tensors read before stay what they are. A file that was exchanged meanwhile is noticed."""
+    """So that touched pages do not pile up; tensors read before stay what they are. A file that was exchanged meanwhile
+    is noticed.
+    """
     from llama.checkpoint import files
 
     monkeypatch.setattr(files, "SMALLEST_REMAP", 1)
@@ -361,11 +416,17 @@ def _swapped_norms(shards: list[dict[str, torch.Tensor]]) -> None:
         (_another_shape, r"consolidated\.01\.pth: tensor output\.weight is \[159, 64\]"),
         (_another_norm, r"consolidated\.01\.pth: tensor layers\.1\.ffn_norm\.weight differs"),
         (_lacking, r"consolidated\.01\.pth has no tensor layers\.1\.feed_forward\.w2\.weight"),
-        (_odd_embedding, r"consolidated\.00\.pth: tensor tok_embeddings\.weight is \[320, 20\], expected \[320, 32\].*\[160, 64\]"),
+        (
+            _odd_embedding,
+            r"consolidated\.00\.pth: tensor tok_embeddings\.weight is \[320, 20\], expected \[320, 32\].*\[160, 64\]",
+        ),
         (_both_halves, r"consolidated\.00\.pth.*; 1 of the other 16-bit type: output\.weight torch\.float16"),
         (_integers, r"consolidated\.00\.pth.*; 1 not floating point: output\.weight torch\.int32"),
         (_extra, r"consolidated\.00\.pth.*; 1 not known to this model: layers\.0\.attention\.wq\.bias"),
-        (_swapped_norms, r"1 missing: layers\.1\.ffn_norm\.weight; 1 not known to this model: layers\.2\.ffn_norm\.weight$"),
+        (
+            _swapped_norms,
+            r"1 missing: layers\.1\.ffn_norm\.weight; 1 not known to this model: layers\.2\.ffn_norm\.weight$",
+        ),
     ],
 )
 def test_shards_that_do_not_belong_together_are_refused(tmp_path: Path, damage: Damage, message: str) -> None:
@@ -414,7 +475,12 @@ def test_pickles_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
         "pickle": pickle.dumps(Code()),
         "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     }
-    objects = {"list": [1], "nested": {"model": {"a": torch.zeros(1)}}, "sparse": {"a": torch.eye(2).to_sparse()}, "code": {"a": Code()}}
+    objects = {
+        "list": [1],
+        "nested": {"model": {"a": torch.zeros(1)}},
+        "sparse": {"a": torch.eye(2).to_sparse()},
+        "code": {"a": Code()},
+    }
     for name, made in objects.items():
         torch.save(made, tmp_path / name)
         contents[name] = (tmp_path / name).read_bytes()
@@ -495,7 +561,9 @@ def _drop(path: Path) -> None:
         (Path.unlink, r"holds no checkpoint|is missing: model\.safetensors\.index\.json says"),
     ],
 )
-def test_damaged_safetensors_are_refused(tmp_path: Path, damage: Callable[[Path], None], message: str, shards: int) -> None:
+def test_damaged_safetensors_are_refused(
+    tmp_path: Path, damage: Callable[[Path], None], message: str, shards: int
+) -> None:
     """Whole and sharded; the file is named."""
     directory = save_hf(tmp_path / "hf", shards=shards)
     path = sorted(directory.glob("*.safetensors"))[-1]
@@ -510,12 +578,16 @@ def test_all_shards_missing(tmp_path: Path) -> None:
     directory = save_hf(tmp_path / "hf", shards=3)
     for path in directory.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(CheckpointError, match=r"model-0000\d-of-00003\.safetensors is missing: model\.safetensors\.index\.json says"):
+    with pytest.raises(
+        CheckpointError, match=r"model-0000\d-of-00003\.safetensors is missing: model\.safetensors\.index\.json says"
+    ):
         open_checkpoint(directory)
 
 
 def test_an_index_must_tell_the_truth(tmp_path: Path) -> None:
-    """Files that are not there or lie elsewhere, tensors that are in no file, in another or in two, and what is no index at all."""
+    """Files that are not there or lie elsewhere, tensors that are in no file, in another or in two, and what is no
+    index at all.
+    """
     directory = save_hf(tmp_path / "hf", shards=3)
     path = directory / "model.safetensors.index.json"
     good = json.loads(path.read_text())
@@ -523,11 +595,20 @@ def test_an_index_must_tell_the_truth(tmp_path: Path) -> None:
     first = next(iter(weight_map))
     last = next(name for name in weight_map if weight_map[name] != weight_map[first])
     cases = [
-        ({**weight_map, first: "model-00009-of-00003.safetensors"}, r"model-00009-of-00003\.safetensors is missing: .*holds " + first),
+        (
+            {**weight_map, first: "model-00009-of-00003.safetensors"},
+            r"model-00009-of-00003\.safetensors is missing: .*holds " + first,
+        ),
         ({**weight_map, first: f"../hf/{weight_map[first]}"}, "is missing"),
         ({**weight_map, first: "\0"}, "is missing"),
-        ({**weight_map, first: weight_map[last]}, f"says that tensor {first} is in {weight_map[last]}, but it is in {weight_map[first]}"),
-        ({**weight_map, "model.extra": weight_map[last]}, "says that tensor model.extra is in .*, but it is in no file"),
+        (
+            {**weight_map, first: weight_map[last]},
+            f"says that tensor {first} is in {weight_map[last]}, but it is in {weight_map[first]}",
+        ),
+        (
+            {**weight_map, "model.extra": weight_map[last]},
+            "says that tensor model.extra is in .*, but it is in no file",
+        ),
         ({name: file for name, file in weight_map.items() if name != first}, f"{first} is in no file, but it is in"),
         ({**weight_map, first: 3}, "no usable weight_map"),
         ({}, "no usable weight_map"),
@@ -550,7 +631,10 @@ def test_tensors_by_foreign_names_are_not_taken(tmp_path: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     tensors["norm.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 missing: norm\.weight \(model\.norm\.weight\); 1 not known to this model: norm\.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 missing: norm\.weight \(model\.norm\.weight\); 1 not known to this model: norm\.weight",
+    ):
         open_checkpoint(directory)
 
 
@@ -562,7 +646,9 @@ def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
         (torch.int8, r"1 not floating point: norm\.weight \(model\.norm\.weight\) I8"),
         (torch.float8_e4m3fn, r"1 of a type that is not computed with: norm\.weight \(model\.norm\.weight\) F8_E4M3"),
     ):
-        save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].to(dtype)}, directory / "model.safetensors")
+        save_file(
+            {**tensors, "model.norm.weight": tensors["model.norm.weight"].to(dtype)}, directory / "model.safetensors"
+        )
         with pytest.raises(CheckpointError, match=rf"model\.safetensors.*{said}"):
             open_checkpoint(directory)
 
@@ -596,7 +682,9 @@ def test_our_format_says_what_it_is(native: Path) -> None:
 
 
 def test_our_format_refuses_what_was_changed(native: Path, tmp_path: Path) -> None:
-    """params.json, a header that still makes sense, a shard of another model, a newer version, a shard that is not ours."""
+    """params.json, a header that still makes sense, a shard of another model, a newer version, a shard that is not
+    ours.
+    """
     shutil.copytree(native, tmp_path / "copy")
     edit_json(native / "params.json", norm_eps=2e-5)
     with pytest.raises(CheckpointError, match=r"belongs to another params\.json"):
@@ -624,7 +712,10 @@ def test_our_format_refuses_what_was_changed(native: Path, tmp_path: Path) -> No
 
     changed(swap_names, "the header does not have the digest")
     changed(another_model, "belongs to another params.json")
-    changed(lambda path: path.write_bytes(path.read_bytes().replace(b'"version": "1"', b'"version": "2"')), "got format version 2")
+    changed(
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"version": "1"', b'"version": "2"')),
+        "got format version 2",
+    )
     changed(lambda path: save_file(load_file(path), path), "holds several formats")
 
 
@@ -632,7 +723,9 @@ def test_our_format_refuses_what_was_changed(native: Path, tmp_path: Path) -> No
 
 
 def test_a_directory_must_hold_one_format(tmp_path: Path, native: Path) -> None:
-    """None, several, and no directory at all; what was found is said. Files that transformers' trainer leaves are no second format."""
+    """None, several, and no directory at all; what was found is said. Files that transformers' trainer leaves are no
+    second format.
+    """
     with pytest.raises(CheckpointError, match="no such directory"):
         open_checkpoint(tmp_path / "absent")
     empty = tmp_path / "empty"
@@ -646,7 +739,9 @@ def test_a_directory_must_hold_one_format(tmp_path: Path, native: Path) -> None:
     torch.save({"state": torch.zeros(1)}, directory / "rng_state.pth")
     assert open_checkpoint(directory).format == "huggingface"
     shutil.copy(tmp_path / "src" / "consolidated.00.pth", directory)
-    with pytest.raises(CheckpointError, match=r"several formats \(meta: consolidated\.00\.pth; huggingface: model\.safetensors\)"):
+    with pytest.raises(
+        CheckpointError, match=r"several formats \(meta: consolidated\.00\.pth; huggingface: model\.safetensors\)"
+    ):
         open_checkpoint(directory)
     shutil.copy(tmp_path / "src" / "consolidated.00.pth", native)
     with pytest.raises(CheckpointError, match=r"several formats \(meta: .*; llama-xla: .*model-00001"):
@@ -685,14 +780,19 @@ def test_one_number_that_is_not_finite_is_found_anywhere(length: int, data: st.D
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     tensor = torch.linspace(-1, 1, length).to(dtype)
     assert is_finite(tensor)
-    tensor[data.draw(st.integers(0, length - 1))] = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+    tensor[data.draw(st.integers(0, length - 1))] = data.draw(
+        st.sampled_from([float("nan"), float("inf"), -float("inf")])
+    )
     assert not is_finite(tensor)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5], "do_sample": True}, GenerationDefaults(0.6, 0.9, (2, 5))),
+        (
+            {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5], "do_sample": True},
+            GenerationDefaults(0.6, 0.9, (2, 5)),
+        ),
         ({"eos_token_id": 2, "max_length": 4096}, GenerationDefaults(stop_ids=(2,))),
         ({"temperature": None, "eos_token_id": None, "top_p": 1}, GenerationDefaults(top_p=1)),
         ({"do_sample": False, "temperature": 0.7}, GenerationDefaults(temperature=0.0)),
@@ -700,7 +800,9 @@ def test_one_number_that_is_not_finite_is_found_anywhere(length: int, data: st.D
         (None, GenerationDefaults()),
     ],
 )
-def test_defaults_come_from_generation_config(tmp_path: Path, content: dict[str, Any] | None, expected: GenerationDefaults) -> None:
+def test_defaults_come_from_generation_config(
+    tmp_path: Path, content: dict[str, Any] | None, expected: GenerationDefaults
+) -> None:
     """In every format; convert and reshard carry the file along."""
     directory = write_meta(tmp_path / "m", TINY, [random_weights(TINY)])
     if content is not None:
@@ -710,7 +812,9 @@ def test_defaults_come_from_generation_config(tmp_path: Path, content: dict[str,
         assert open_checkpoint(each).defaults == expected
 
 
-@pytest.mark.parametrize("content", [{"temperature": -1}, {"top_p": 1.5}, {"top_p": "x"}, {"eos_token_id": [-1]}, {"temperature": True}])
+@pytest.mark.parametrize(
+    "content", [{"temperature": -1}, {"top_p": 1.5}, {"top_p": "x"}, {"eos_token_id": [-1]}, {"temperature": True}]
+)
 def test_impossible_defaults_are_refused(tmp_path: Path, content: dict[str, Any]) -> None:
     """The file is named."""
     directory = write_meta(tmp_path / "m", TINY, [random_weights(TINY)])
@@ -737,13 +841,25 @@ ropes = st.none() | st.builds(
     vocab=st.just(-1) | st.integers(1, 200000),
     numbers=st.tuples(positive, positive),
     optional=st.fixed_dictionaries(
-        {}, optional={"ffn_dim_multiplier": st.floats(0.5, 4), "ffn_hidden_dim": st.integers(1, 9999), "rope_scaling": ropes}
+        {},
+        optional={
+            "ffn_dim_multiplier": st.floats(0.5, 4),
+            "ffn_hidden_dim": st.integers(1, 9999),
+            "rope_scaling": ropes,
+        },
     ),
     tied=st.booleans(),
     grouped=st.booleans(),
 )
 def test_params_round_trip(
-    heads: int, groups: int, layers: int, vocab: int, numbers: tuple[float, float], optional: dict[str, Any], tied: bool, grouped: bool
+    heads: int,
+    groups: int,
+    layers: int,
+    vocab: int,
+    numbers: tuple[float, float],
+    optional: dict[str, Any],
+    tied: bool,
+    grouped: bool,
 ) -> None:
     """from_params reads what to_params writes, through JSON; and Meta's own keys suffice for Meta's own shapes."""
     n_heads = heads * groups
@@ -770,7 +886,13 @@ def test_metas_own_params_come_back_as_they_were() -> None:
         {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024}
         | {"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True},
         {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 256}
-        | {"ffn_dim_multiplier": 1.5, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True, "rope_scaling_factor": 32.0},
+        | {
+            "ffn_dim_multiplier": 1.5,
+            "norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "use_scaled_rope": True,
+            "rope_scaling_factor": 32.0,
+        },
     ]
     for params in shipped:
         assert ModelArgs.from_params(params).to_params() == params
@@ -778,7 +900,9 @@ def test_metas_own_params_come_back_as_they_were() -> None:
 
 
 def test_hugging_face_widths_are_said_in_metas_words(tmp_path: Path) -> None:
-    """Any feed-forward width survives in keys that Meta's code knows, so that a resharded checkpoint is one for it, too."""
+    """Any feed-forward width survives in keys that Meta's code knows, so that a resharded checkpoint is one for it,
+    too.
+    """
     directory = save_hf(tmp_path / "hf")
     for width in (1, 31, 64, 170, 171, 172, 11008):
         edit_json(directory / "config.json", intermediate_size=width)
@@ -795,7 +919,13 @@ def test_hugging_face_widths_are_said_in_metas_words(tmp_path: Path) -> None:
 
 def test_scaling_out_of_its_range_is_refused() -> None:
     """Where a RopeScaling is made, not when the model runs."""
-    for wrong in ({"factor": 0.0}, {"low_freq_factor": 4.0}, {"original_max_seq_len": 0}, {"kind": "yarn"}, {"factor": float("nan")}):
+    for wrong in (
+        {"factor": 0.0},
+        {"low_freq_factor": 4.0},
+        {"original_max_seq_len": 0},
+        {"kind": "yarn"},
+        {"factor": float("nan")},
+    ):
         with pytest.raises(ConfigError, match="rope_scaling"):
             RopeScaling(**wrong)  # type: ignore[arg-type]
 

@@ -1,9 +1,10 @@
-"""Damaged headers, indexes, config.json and params.json: each ends in a UserError or in a correct load, never in anything else.
+"""Damaged headers, indexes, config.json and params.json: each ends in a UserError or in a correct load, never in
+anything else.
 
-A load is correct when all tensors are those of the undamaged checkpoint, bit by bit, and the settings are what the file, as it is now,
-says by an independent reading of it. In our own format, whose headers carry a digest, the settings must be the undamaged ones, too.
-Flips in the weights themselves cannot be seen, and a number that was changed into another sensible one in Meta's or Hugging Face's
-settings cannot either.
+A load is correct when all tensors are those of the undamaged checkpoint, bit by bit, and the settings are what the
+file, as it is now, says by an independent reading of it. In our own format, whose headers carry a digest, the settings
+must be the undamaged ones, too. Flips in the weights themselves cannot be seen, and a number that was changed into
+another sensible one in Meta's or Hugging Face's settings cannot either.
 
 About 3,500 cases in all; ``derandomize`` keeps them the same from run to run.
 """
@@ -27,7 +28,9 @@ from llama.checkpoint import checked, names, open_checkpoint
 from llama.checkpoint.reshard import convert, reshard
 from llama.errors import UserError
 
-ARGS = ModelArgs(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=24, multiple_of=8, norm_eps=2e-5, rope_theta=20000.0)
+ARGS = ModelArgs(
+    dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=24, multiple_of=8, norm_eps=2e-5, rope_theta=20000.0
+)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -62,13 +65,21 @@ def write_hugging_face(directory: Path, files: int) -> Path:
     """The weights by transformers' names, in one file or several; their rotary order does not matter here."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=2))
-    tensors = {str(names.to_hugging_face(name)): tensor for name, tensor in random_weights(ARGS, dtype=torch.bfloat16).items()}
+    tensors = {
+        str(names.to_hugging_face(name)): tensor for name, tensor in random_weights(ARGS, dtype=torch.bfloat16).items()
+    }
     if files == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return directory
-    file_of = {name: f"model-0000{number % files + 1}-of-0000{files}.safetensors" for number, name in enumerate(tensors)}
+    file_of = {
+        name: f"model-0000{number % files + 1}-of-0000{files}.safetensors" for number, name in enumerate(tensors)
+    }
     for file in set(file_of.values()):
-        save_file({name: tensors[name] for name in tensors if file_of[name] == file}, directory / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in tensors if file_of[name] == file},
+            directory / file,
+            metadata={"format": "pt"},
+        )
     index = {"metadata": {"total_size": 1}, "weight_map": file_of}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return directory
@@ -79,7 +90,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Original]:
     root = tmp_path_factory.mktemp("fuzz")
     write_hugging_face(root / "hf", 1)
     write_hugging_face(root / "hf3", 3)
-    write_meta(root / "meta", ARGS, [random_weights(ARGS)], use_scaled_rope=True, rope_scaling_factor=32.0, vocab_size=-1)
+    write_meta(
+        root / "meta", ARGS, [random_weights(ARGS)], use_scaled_rope=True, rope_scaling_factor=32.0, vocab_size=-1
+    )
     reshard(root / "meta", root / "meta2", 2)
     convert(root / "meta", root / "native")
     convert(root / "hf", root / "native3", max_shard_size="3KB")
@@ -121,7 +134,16 @@ def _replace(path: Path, content: bytes) -> None:
 def _comparable(args: ModelArgs) -> tuple[object, ...]:
     """Everything that the model computes with; the feed-forward width can be said in several ways."""
     derived = (args.kv_heads, args.hidden_dim, args.rope_scaling)
-    return (args.dim, args.n_layers, args.n_heads, args.vocab_size, args.norm_eps, args.rope_theta, args.tie_word_embeddings, *derived)
+    return (
+        args.dim,
+        args.n_layers,
+        args.n_heads,
+        args.vocab_size,
+        args.norm_eps,
+        args.rope_theta,
+        args.tie_word_embeddings,
+        *derived,
+    )
 
 
 # How files are damaged
@@ -143,12 +165,16 @@ def truncated(content: bytes) -> st.SearchStrategy[bytes]:
     return st.integers(0, len(content) - 1).map(lambda length: content[:length])
 
 
-numbers = st.sampled_from([0, 1, -1, 2, 3, 4, 8, 12, 16, 17, 24, 32, 48, 2**31, 2**32, 2**63, 2**64, 10**400, 0.5, 1e-5, 1e308])
+numbers = st.sampled_from(
+    [0, 1, -1, 2, 3, 4, 8, 12, 16, 17, 24, 32, 48, 2**31, 2**32, 2**63, 2**64, 10**400, 0.5, 1e-5, 1e308]
+)
 values = st.one_of(
     numbers,
     st.none(),
     st.booleans(),
-    st.sampled_from(["", "silu", "gelu", "16", "F32", "F16", "LlamaForCausalLM", "model.safetensors", "\0", "../x", "\ud800"]),
+    st.sampled_from(
+        ["", "silu", "gelu", "16", "F32", "F16", "LlamaForCausalLM", "model.safetensors", "\0", "../x", "\ud800"]
+    ),
     st.just([]),
     st.just({}),
     st.just([[[[{}]]]]),
@@ -196,7 +222,9 @@ def dumped(content: Any) -> bytes:
 def damaged_json(content: bytes) -> st.SearchStrategy[bytes]:
     """Flips, truncations, edits, and a key that stands twice."""
     parsed = json.loads(content)
-    twice = st.tuples(st.sampled_from(sorted(parsed)), values).map(lambda kv: dumped({kv[0]: kv[1]})[:-1] + b"," + content.lstrip()[1:])
+    twice = st.tuples(st.sampled_from(sorted(parsed)), values).map(
+        lambda kv: dumped({kv[0]: kv[1]})[:-1] + b"," + content.lstrip()[1:]
+    )
     return st.one_of(flipped(content, len(content), 2), truncated(content), edited(parsed).map(dumped), twice)
 
 
@@ -212,7 +240,9 @@ def with_header(header: Any, data: bytes) -> bytes:
 
 
 def damaged_safetensors(content: bytes, swaps: bool) -> st.SearchStrategy[bytes]:
-    """Flips in the header, truncations, edits of any entry, other dtypes of the same width; and entries that change places."""
+    """Flips in the header, truncations, edits of any entry, other dtypes of the same width; and entries that change
+    places.
+    """
     header, data = split_header(content)
     tensors = sorted(set(header) - {"__metadata__"})
 
@@ -251,7 +281,9 @@ def config_says(content: bytes) -> ModelArgs:
     assert not misspelt or set(CONFIG) <= set(config), f"{misspelt} passed as unknown, although other keys are gone"
     rope = config.get("rope_scaling") or {}
     assert rope in ({}, {**rope, "rope_type": "linear"}, {**rope, "rope_type": "default"})
-    scaling = {"rope_scaling": {"kind": "linear", "factor": rope["factor"]}} if rope.get("rope_type") == "linear" else {}
+    scaling = (
+        {"rope_scaling": {"kind": "linear", "factor": rope["factor"]}} if rope.get("rope_type") == "linear" else {}
+    )
     assert (config.get("hidden_act") or "silu") in ("silu", "swish")
     assert not config.get("attention_bias")
     return ModelArgs.from_params(
@@ -271,7 +303,14 @@ def config_says(content: bytes) -> ModelArgs:
 
 
 KNOWN_PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps", "rope_theta"} | {
-    *("ffn_dim_multiplier", "ffn_hidden_dim", "use_scaled_rope", "rope_scaling_factor", "rope_scaling", "tie_word_embeddings"),
+    *(
+        "ffn_dim_multiplier",
+        "ffn_hidden_dim",
+        "use_scaled_rope",
+        "rope_scaling_factor",
+        "rope_scaling",
+        "tie_word_embeddings",
+    ),
     *("max_seq_len", "max_batch_size"),
 }
 

@@ -1,7 +1,7 @@
 """The command line as a user meets it: what goes to stdout, what to stderr, which exit code, and what a refusal says.
 
-Most tests call the commands in this process, because importing torch_xla takes seconds; the few that need a process of their own
-(a signal, a closed pipe, what gets imported) start one.
+Most tests call the commands in this process, because importing torch_xla takes seconds; the few that need a process of
+their own (a signal, a closed pipe, what gets imported) start one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ from llama.cli.generate import SYNTHETIC_PROMPT_LEN
 from llama.cli.output import SEPARATOR
 from llama.errors import LLaMAError, PromptError, RecompileError, UserError
 
-FIELDS = ["index", "sample", "prompt", "generation", "token_ids", "finish_reason", "stop_reason", "usage", "timing", "programs", "seed"]
+FIELDS = [
+    "index",
+    "sample",
+    "prompt",
+    "generation",
+    "token_ids",
+    "finish_reason",
+    "stop_reason",
+    "usage",
+    "timing",
+    "programs",
+    "seed",
+]
 USAGE_FIELDS = ["prompt_tokens", "cached_tokens", "completion_tokens"]
 TIMING_FIELDS = ["load_s", "compile_s", "ttft_s", "prefill_s", "decode_s", "prefill_tok_s", "decode_tok_s"]
 TINY_SHAPE = ("--random_weights", "--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2")
@@ -33,8 +45,16 @@ TINY_SHAPE = ("--random_weights", "--dim", "64", "--n_layers", "2", "--n_heads",
 
 @pytest.fixture
 def generate_flags(tiny_checkpoint: Path) -> Callable[..., list[str]]:
-    """The arguments of a ``generate`` with the tiny checkpoint, short shapes and a seed, where a test does not say otherwise."""
-    defaults = {"--ckpt_dir": str(tiny_checkpoint), "--buckets": "8,1", "--max_seq_len": "64", "--max_gen_len": "6", "--seed": "1"}
+    """The arguments of a ``generate`` with the tiny checkpoint, short shapes and a seed, where a test does not say
+    otherwise.
+    """
+    defaults = {
+        "--ckpt_dir": str(tiny_checkpoint),
+        "--buckets": "8,1",
+        "--max_seq_len": "64",
+        "--max_gen_len": "6",
+        "--seed": "1",
+    }
 
     def flags(*given: str) -> list[str]:
         rest = {name: value for name, value in defaults.items() if name not in given}
@@ -53,7 +73,8 @@ def generate(run: Run, generate_flags: Callable[..., list[str]]) -> Run:
     return call
 
 
-# ------------------------------------------------------------------------------------------------------- refused before loading
+# ------------------------------------------------------------------------------------------------------- refused before
+# loading
 
 
 @pytest.mark.parametrize(
@@ -82,7 +103,9 @@ def test_an_unknown_flag_like_no_other_points_to_the_help(run: Run) -> None:
 
 @pytest.mark.parametrize("value", [["--mp", "2"], ["--mp=2"]])
 def test_mp_is_refused_by_name(run: Run, value: list[str]) -> None:
-    """The original's flag for several devices is known and not supported, which is another message than a misspelling's."""
+    """The original's flag for several devices is known and not supported, which is another message than a
+    misspelling's.
+    """
     outcome = run("generate", *value)
     refused_at_once(outcome, "--mp", "not supported")
     assert "did you mean" not in outcome.err
@@ -208,7 +231,8 @@ def test_bad_stdin_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     refused_at_once(run("generate", "--prompts_file", "-"), "stdin", "not UTF-8", "line 2")
 
 
-# -------------------------------------------------------------------------------------------- refused when the model is known
+# -------------------------------------------------------------------------------------------- refused when the model is
+# known
 
 
 def test_a_prompt_that_does_not_fit_says_what_would(generate: Run) -> None:
@@ -228,8 +252,15 @@ def test_a_prompt_longer_than_the_cache_is_refused(generate: Run) -> None:
 
 @pytest.mark.parametrize("prompt", ["ab\udcff", '["\\ud800"]', "\ud83d alone"], ids=["byte", "json", "half"])
 def test_a_prompt_that_is_not_unicode_is_refused(generate: Run, prompt: str) -> None:
-    """An argument with bytes that are not UTF-8 reaches Python as surrogates; they are refused by place, not encoded."""
-    refused(generate("--prompt", "fine", "--prompt", prompt), "prompt 1", "not valid Unicode", f"character {2 if prompt[0] == 'a' else 0}")
+    """An argument with bytes that are not UTF-8 reaches Python as surrogates; they are refused by place, not
+    encoded.
+    """
+    refused(
+        generate("--prompt", "fine", "--prompt", prompt),
+        "prompt 1",
+        "not valid Unicode",
+        f"character {2 if prompt[0] == 'a' else 0}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +274,12 @@ def test_a_prompt_that_is_not_unicode_is_refused(generate: Run, prompt: str) -> 
     ids=["no directory", "no params", "no tokenizer", "small vocabulary"],
 )
 def test_a_model_that_cannot_be_loaded_is_refused(
-    run: Run, generate_flags: Callable[..., list[str]], tmp_path: Path, tokenizer_path: Path, flags: list[str], words: list[str]
+    run: Run,
+    generate_flags: Callable[..., list[str]],
+    tmp_path: Path,
+    tokenizer_path: Path,
+    flags: list[str],
+    words: list[str],
 ) -> None:
     """Errors of a checkpoint and of a tokenizer reach the user as one line too."""
     places = {"tmp": str(tmp_path), "tokenizer": str(tokenizer_path)}
@@ -251,7 +287,8 @@ def test_a_model_that_cannot_be_loaded_is_refused(
     refused(run(*(a.format(**places) for a in arguments), "--prompt", "a"), *(w.format(**places) for w in words))
 
 
-# --------------------------------------------------------------------------------------------------------- prompts as typed
+# --------------------------------------------------------------------------------------------------------- prompts as
+# typed
 
 
 HARD_TEXTS = [
@@ -290,10 +327,16 @@ HARD_TEXTS = [
 @pytest.mark.parametrize("text", HARD_TEXTS, ids=repr)
 def test_a_prompt_arrives_unchanged(generate: Run, text: str, form: str) -> None:
     """fire would read such texts as tuples, numbers, flags or comments; a prompt is a text whatever it looks like."""
-    arguments = {"separate": ["--prompt", text], "equals": [f"--prompt={text}"], "list": ["--prompt", json.dumps([text])]}[form]
+    arguments = {
+        "separate": ["--prompt", text],
+        "equals": [f"--prompt={text}"],
+        "list": ["--prompt", json.dumps([text])],
+    }[form]
     outcome = generate(*arguments, "--json", "--max_gen_len", "1")
     if form == "separate" and text.partition("=")[0] in ("--max_gen_len", "--prompt"):
-        refused_at_once(outcome, "--prompt: got no value", f"--prompt={text}")  # a forgotten value must not eat the next flag
+        refused_at_once(
+            outcome, "--prompt: got no value", f"--prompt={text}"
+        )  # a forgotten value must not eat the next flag
         return
     assert outcome.code == 0
     assert [r["prompt"] for r in outcome.results] == [text]
@@ -313,7 +356,9 @@ def test_an_empty_list_of_prompts_is_not_something_else(generate: Run) -> None:
 
 
 def test_a_prompts_file_is_read_line_by_line(generate: Run, tmp_path: Path) -> None:
-    """A byte order mark, Windows line ends, blank lines and a missing last line end are no part of any prompt; spaces are."""
+    """A byte order mark, Windows line ends, blank lines and a missing last line end are no part of any prompt; spaces
+    are.
+    """
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\n  \n two, [2] \r\n\nthr\xc3\xa9e")
     outcome = generate("--prompts_file", str(path), "--max_batch_size", "2", "--max_gen_len", "1", "--json")
@@ -323,7 +368,9 @@ def test_a_prompts_file_is_read_line_by_line(generate: Run, tmp_path: Path) -> N
 def test_prompts_come_from_stdin(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """``-`` reads stdin as UTF-8 whatever the terminal's encoding is; prompts given as flags come first."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("caf\u00e9\nb\n".encode()), encoding="ascii"))
-    outcome = generate("--prompts_file", "-", "--prompt", "first", "--max_batch_size", "2", "--max_gen_len", "1", "--json")
+    outcome = generate(
+        "--prompts_file", "-", "--prompt", "first", "--max_batch_size", "2", "--max_gen_len", "1", "--json"
+    )
     assert [r["prompt"] for r in outcome.results] == ["first", "caf\u00e9", "b"]
 
 
@@ -339,7 +386,9 @@ def test_a_synthetic_prompt_has_the_length_asked_for(generate: Run) -> None:
     assert [r["usage"]["prompt_tokens"] for r in outcome.results] == [8, 8]
 
 
-@pytest.mark.parametrize("flag", [["--max_gen_len", "3"], ["--max-gen-len", "3"], ["--max-gen-len=3"], ["--max_gen-len=3"]])
+@pytest.mark.parametrize(
+    "flag", [["--max_gen_len", "3"], ["--max-gen-len", "3"], ["--max-gen-len=3"], ["--max_gen-len=3"]]
+)
 def test_dashes_and_underscores_are_the_same_in_a_flag(run: Run, tiny_checkpoint: Path, flag: list[str]) -> None:
     """Both spellings reach the command."""
     shape = ["--ckpt_dir", str(tiny_checkpoint), "--buckets", "8,1", "--max-seq-len", "64", "--temperature", "0"]
@@ -348,20 +397,26 @@ def test_dashes_and_underscores_are_the_same_in_a_flag(run: Run, tiny_checkpoint
 
 
 @pytest.mark.parametrize(
-    ("flags", "is_json"), [("--json", True), ("--json true", True), ("--json=True", True), ("--json false", False), ("--json=False", False)]
+    ("flags", "is_json"),
+    [("--json", True), ("--json true", True), ("--json=True", True), ("--json false", False), ("--json=False", False)],
 )
 def test_a_switch_may_be_given_a_value(generate: Run, flags: str, is_json: bool) -> None:
-    """fire's way to write a switch works in both directions, and what follows a bare switch is still a flag of its own."""
+    """fire's way to write a switch works in both directions, and what follows a bare switch is still a flag of its
+    own.
+    """
     outcome = generate(*flags.split(), "--prompt", "a", "--max_gen_len", "1")
     assert outcome.code == 0
     assert outcome.out.startswith('{"index": 0') == is_json
 
 
-# -------------------------------------------------------------------------------------------------------------- what is printed
+# -------------------------------------------------------------------------------------------------------------- what is
+# printed
 
 
 def test_json_is_one_object_a_prompt_with_exactly_these_fields(generate: Run) -> None:
-    """The fields are an interface: none is missing, none is added unnoticed, and all have the types that scripts rely on."""
+    """The fields are an interface: none is missing, none is added unnoticed, and all have the types that scripts rely
+    on.
+    """
     outcome = generate("--prompt", "once", "--prompt", "upon a time", "--json")
     assert outcome.code == 0
     assert outcome.out.endswith("}\n")
@@ -381,7 +436,9 @@ def test_json_is_one_object_a_prompt_with_exactly_these_fields(generate: Run) ->
 
 
 def test_more_prompts_than_rows_run_in_batches_in_order(generate: Run) -> None:
-    """Three prompts in two rows are two batches; results keep the order, and the batch that a prompt fell into does not show."""
+    """Three prompts in two rows are two batches; results keep the order, and the batch that a prompt fell into does not
+    show.
+    """
     prompts = ["a", "b c d e f", "the house"]
     flags = [word for prompt in prompts for word in ("--prompt", prompt)]
     batches = generate(*flags, "--json", "--max_batch_size", "2")
@@ -411,7 +468,12 @@ def test_echo_puts_the_prompt_before_its_generation(generate: Run) -> None:
 @pytest.mark.parametrize("prompts", [["once"], ["once upon a time there was", "", "the", "a b c"]], ids=["one", "four"])
 def test_streaming_prints_the_same_text(generate: Run, prompts: list[str], rows: str) -> None:
     """Rows advance together, but their text appears whole and in order, as without --stream."""
-    flags = [word for prompt in prompts for word in ("--prompt", prompt)] + ["--max_batch_size", rows, "--max_gen_len", "24"]
+    flags = [word for prompt in prompts for word in ("--prompt", prompt)] + [
+        "--max_batch_size",
+        rows,
+        "--max_gen_len",
+        "24",
+    ]
     whole = generate(*flags)
     assert whole.code == 0
     assert len(whole.out) > len(prompts)
@@ -421,7 +483,18 @@ def test_streaming_prints_the_same_text(generate: Run, prompts: list[str], rows:
 def test_streamed_json_pieces_join_to_the_generation(generate: Run) -> None:
     """Each prompt's pieces stand before its result, in order of the prompts, and lose and add nothing."""
     outcome = generate(
-        "--prompt", "once", "--prompt", "the house", "--prompt", "", "--max_batch_size", "2", "--max_gen_len", "24", "--json", "--stream"
+        "--prompt",
+        "once",
+        "--prompt",
+        "the house",
+        "--prompt",
+        "",
+        "--max_batch_size",
+        "2",
+        "--max_gen_len",
+        "24",
+        "--json",
+        "--stream",
     )
     assert outcome.code == 0
     joined, ended = "", []
@@ -441,7 +514,9 @@ def test_streamed_json_pieces_join_to_the_generation(generate: Run) -> None:
 
 
 def test_the_log_speaks_the_originals_words(generate: Run) -> None:
-    """Scripts that grep pytorch-tpu/llama's log find its lines on stderr, with true numbers, and nothing of them on stdout."""
+    """Scripts that grep pytorch-tpu/llama's log find its lines on stderr, with true numbers, and nothing of them on
+    stdout.
+    """
     outcome = generate("--prompt_len", "7", "--temperature", "0", "--json")
     (result,) = outcome.results
     generated = len(result["token_ids"])
@@ -484,7 +559,18 @@ def test_a_seed_repeats_its_text(generate: Run) -> None:
 
 def test_without_a_seed_the_one_that_was_drawn_is_shown(run: Run, tiny_checkpoint: Path) -> None:
     """Each prompt draws its own seed, and giving it as --seed repeats the text."""
-    flags = ["generate", "--ckpt_dir", str(tiny_checkpoint), "--buckets", "8,1", "--max_seq_len", "64", "--max_gen_len", "12", "--json"]
+    flags = [
+        "generate",
+        "--ckpt_dir",
+        str(tiny_checkpoint),
+        "--buckets",
+        "8,1",
+        "--max_seq_len",
+        "64",
+        "--max_gen_len",
+        "12",
+        "--json",
+    ]
     drawn = run(*flags, "--prompt", "once", "--prompt", "once").results
     assert drawn[0]["seed"] != drawn[1]["seed"]
     for result in drawn:
@@ -494,7 +580,9 @@ def test_without_a_seed_the_one_that_was_drawn_is_shown(run: Run, tiny_checkpoin
 
 @pytest.mark.parametrize("extra", [[], ["--fail_on_recompile"]], ids=["", "fail_on_recompile"])
 def test_the_second_pass_compiles_nothing(generate: Run, extra: list[str]) -> None:
-    """--repeat 2 prints both passes; all programs of the second are there already, so that its times are times of running."""
+    """--repeat 2 prints both passes; all programs of the second are there already, so that its times are times of
+    running.
+    """
     outcome = generate("--prompt", "once", "--prompt", "the cat", "--repeat", "2", "--json", *extra)
     assert outcome.code == 0
     assert [r["index"] for r in outcome.results] == [0, 1, 0, 1]
@@ -540,7 +628,9 @@ def test_random_weights_need_no_checkpoint(run: Run, tokenizer_path: Path) -> No
 def test_a_terminal_that_cannot_show_a_character_is_no_crash(
     generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
-    """Models write any character; under an ASCII locale the result is still printed, somehow, instead of lost in a traceback."""
+    """Models write any character; under an ASCII locale the result is still printed, somehow, instead of lost in a
+    traceback.
+    """
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
     assert exit_code(generate_flags("--prompt", "caf\u00e9 noir", "--quiet", *flags.split())) == 0
@@ -548,7 +638,8 @@ def test_a_terminal_that_cannot_show_a_character_is_no_crash(
     assert b" noir" in buffer.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------- commands and the help
+# -------------------------------------------------------------------------------------------------------- commands and
+# the help
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]])
@@ -566,7 +657,9 @@ def test_usage_names_every_command(run: Run, arguments: list[str], code: int) ->
     assert [name for name in cli.COMMANDS if f"llama-xla {name}" not in outcome.out + outcome.err] == []
 
 
-@pytest.mark.parametrize(("command", "hint"), [("genrate", "did you mean generate?"), ("zzz", "generate, chat"), ("--prompt", "generate")])
+@pytest.mark.parametrize(
+    ("command", "hint"), [("genrate", "did you mean generate?"), ("zzz", "generate, chat"), ("--prompt", "generate")]
+)
 def test_an_unknown_command_is_refused(run: Run, command: str, hint: str) -> None:
     """A misspelt command names the nearest one, any other the ones that there are."""
     refused_at_once(run(command, "--prompt", "x"), "unknown command", command, hint)
@@ -627,14 +720,17 @@ def test_main_exits_with_the_code_and_reads_the_process_arguments(
     assert end.value.code == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------- plan
+# ----------------------------------------------------------------------------------------------------------------------
+# plan
 
 
 def test_plan_prints_the_sections_of_the_original(run: Run) -> None:
     """1501 tokens in 2048 positions are the seventeen sections of pytorch-tpu/llama's example."""
     outcome = run("plan", "--prompt_len", "1501", "--max_seq_len", "2048")
     assert (outcome.code, outcome.err) == (0, "")
-    found = re.findall(r"^prompt pos \[(\d+), (\d+)\), section length (\d+), reads keys \[0, (\d+)\)$", outcome.out, re.MULTILINE)
+    found = re.findall(
+        r"^prompt pos \[(\d+), (\d+)\), section length (\d+), reads keys \[0, (\d+)\)$", outcome.out, re.MULTILINE
+    )
     assert [int(length) for _, _, length, _ in found] == [512] * 2 + [64] * 7 + [8] * 3 + [1] * 5
     assert [start for start, _, _, _ in found] == ["0", *(end for _, end, _, _ in found[:-1])]
     assert found[-1][1] == "1501"
@@ -656,7 +752,9 @@ def test_plan_shows_padding(run: Run) -> None:
     flags = ["plan", "--prompt_len", "63", "--max_seq_len", "128", "--buckets", "64,8,1"]
     greedy, padded = run(*flags), run(*flags, "--bucket_policy", "pad")
     assert "of it padding" not in greedy.out
-    assert padded.out.startswith("prompt pos [0, 63), section length 64, 1 of it padding, reads keys [0, 128)\n1 sections")
+    assert padded.out.startswith(
+        "prompt pos [0, 63), section length 64, 1 of it padding, reads keys [0, 128)\n1 sections"
+    )
 
 
 @pytest.mark.parametrize(
@@ -676,7 +774,8 @@ def test_plan_refuses_what_cannot_be_planned(run: Run, flags: str, words: list[s
     refused_at_once(run("plan", *flags.split()), *words)
 
 
-# -------------------------------------------------------------------------------------------------------- in their own process
+# -------------------------------------------------------------------------------------------------------- in their own
+# process
 
 
 @pytest.mark.parametrize(
@@ -699,7 +798,9 @@ def test_the_module_runs_as_a_command() -> None:
 
 
 def test_the_classic_entry_runs_generate(generate: Run, generate_flags: Callable[..., list[str]]) -> None:
-    """``python example_xla.py`` takes the flags behind ``generate``, prints the same text, and is silent on stderr with --quiet."""
+    """``python example_xla.py`` takes the flags behind ``generate``, prints the same text, and is silent on stderr with
+    --quiet.
+    """
     flags = ["--prompt", "once upon, a time", "--temperature", "0", "--quiet"]
     outcome = finished(["example_xla.py", *generate_flags(*flags)[1:]])
     assert (outcome.code, outcome.err) == (0, "")
@@ -721,12 +822,29 @@ class CtrlCAt(io.StringIO):
         return written
 
 
-def test_ctrl_c_ends_the_row_and_those_behind_it(generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was generated is kept, the batches that wait are not run, every prompt has its result, and the old handler is back."""
+def test_ctrl_c_ends_the_row_and_those_behind_it(
+    generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was generated is kept, the batches that wait are not run, every prompt has its result, and the old handler
+    is back.
+    """
     stdout = CtrlCAt('"piece"')
     monkeypatch.setattr(sys, "stdout", stdout)
     before = signal.getsignal(signal.SIGINT)
-    flags = ["--prompt", "a", "--prompt", "b", "--prompt", "c", "--max_batch_size", "1", "--max_gen_len", "50", "--stream", "--json"]
+    flags = [
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--prompt",
+        "c",
+        "--max_batch_size",
+        "1",
+        "--max_gen_len",
+        "50",
+        "--stream",
+        "--json",
+    ]
     outcome = Outcome(exit_code(generate_flags(*flags)), stdout.getvalue(), "")
     assert outcome.code == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -739,9 +857,14 @@ def test_ctrl_c_ends_the_row_and_those_behind_it(generate_flags: Callable[..., l
 
 @pytest.mark.parametrize("moment", ["Compiling", "Processing prompt pos [0, 8)", "Processing prompt pos [8, 9)"])
 def test_ctrl_c_before_the_first_token_is_a_result_too(
-    generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+    generate_flags: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
 ) -> None:
-    """While programs are compiled and between two sections of a prompt there is no text yet; the result is empty and says why."""
+    """While programs are compiled and between two sections of a prompt there is no text yet; the result is empty and
+    says why.
+    """
     stderr = CtrlCAt(moment)
     monkeypatch.setattr(sys, "stderr", stderr)
     code = exit_code(generate_flags("--prompt_len", "8", "--max_gen_len", "50", "--json"))
@@ -764,7 +887,9 @@ def test_ctrl_c_while_loading_ends_the_process(
     assert stderr.getvalue() == "Loading\nllama-xla: interrupted\n"
 
 
-def test_ctrl_c_between_two_passes_is_not_lost(generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_between_two_passes_is_not_lost(
+    generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pressed while a pass's last result is printed, it ends the command before the passes that are left."""
     stdout = CtrlCAt('"finish_reason"')
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -774,8 +899,20 @@ def test_ctrl_c_between_two_passes_is_not_lost(generate_flags: Callable[..., lis
 
 
 def test_ctrl_c_prints_the_text_so_far(tokenizer_path: Path) -> None:
-    """A real SIGINT to a real process in the middle of a long generation: a result that says so, exit code 130, no traceback."""
-    shape = ["--random_weights", "--dim", "256", "--n_layers", "4", "--n_heads", "8", "--tokenizer_path", str(tokenizer_path)]
+    """A real SIGINT to a real process in the middle of a long generation: a result that says so, exit code 130, no
+    traceback.
+    """
+    shape = [
+        "--random_weights",
+        "--dim",
+        "256",
+        "--n_layers",
+        "4",
+        "--n_heads",
+        "8",
+        "--tokenizer_path",
+        str(tokenizer_path),
+    ]
     flags = ["--prompt", "", "--temperature", "0", "--buckets", "8,1", "--max_seq_len", "1024", "--max_gen_len", "1000"]
     with process(["-m", "llama.cli", "generate", *shape, *flags, "--stream", "--json"]) as running:
         assert running.stdout is not None
@@ -792,7 +929,9 @@ def test_ctrl_c_prints_the_text_so_far(tokenizer_path: Path) -> None:
 
 
 def test_a_pipe_closed_in_the_middle_is_no_crash(generate_flags: Callable[..., list[str]]) -> None:
-    """``| head -1``: the process ends at its next line, in silence, with the exit code that a shell gives such an end."""
+    """``| head -1``: the process ends at its next line, in silence, with the exit code that a shell gives such an
+    end.
+    """
     with process(["-m", "llama.cli", *generate_flags("--prompt", "a", "--json", "--repeat", "100000")]) as running:
         assert running.stdout is not None
         assert running.stderr is not None
@@ -822,7 +961,9 @@ def test_a_pipe_closed_from_the_start_is_no_crash(arguments: str) -> None:
 def test_verbose_tells_memory_and_programs(run: Run, generate_flags: Callable[..., list[str]]) -> None:
     """And without it neither is told."""
     flags = generate_flags("--prompt", "a", "--max_gen_len", "1")
-    assert re.search(r"^Memory: weights .* \+ cache .* \+ activations .* of .* free$", run(*flags, "--verbose").err, re.MULTILINE)
+    assert re.search(
+        r"^Memory: weights .* \+ cache .* \+ activations .* of .* free$", run(*flags, "--verbose").err, re.MULTILINE
+    )
     assert "Memory" not in run(*flags).err
 
 
@@ -833,29 +974,48 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_loaded(run: Ru
     refused(outcome, "prompt 0 does not fit", "--max_seq_len")
 
 
-# ---------------------------------------------------------------------------------------------------- how tokens are chosen
+# ---------------------------------------------------------------------------------------------------- how tokens are
+# chosen
 
 
 @pytest.mark.parametrize("flag", ["--max_tokens", "--max-tokens", "--max_new_tokens"])
 def test_other_systems_names_are_understood(run: Run, tiny_checkpoint: Path, flag: str) -> None:
-    shape = ["--ckpt_dir", str(tiny_checkpoint), "--buckets", "8,1", "--max-seq-len", "64", "--temperature", "0", "--ignore_eos"]
+    shape = [
+        "--ckpt_dir",
+        str(tiny_checkpoint),
+        "--buckets",
+        "8,1",
+        "--max-seq-len",
+        "64",
+        "--temperature",
+        "0",
+        "--ignore_eos",
+    ]
     (result,) = run("generate", *shape, flag, "3", "--prompt", "a", "--json").results
     assert result["usage"]["completion_tokens"] == 3
 
 
 def test_controls_reach_the_model(generate: Run) -> None:
-    """Each flag by what it does: allowed ids and bias in the tokens, a stop string in the text, min_tokens in the count."""
+    """Each flag by what it does: allowed ids and bias in the tokens, a stop string in the text, min_tokens in the
+    count.
+    """
     (only,) = generate("--prompt", "a", "--allowed_token_ids", "40,50", "--json").results
     assert set(only["token_ids"]) <= {40, 50}
     (biased,) = generate("--prompt", "a", "--logit_bias", '{"77": 100}', "--temperature", "0", "--json").results
     assert biased["token_ids"] == [77] * 6
-    (stopped,) = generate("--prompt", "a", "--logit_bias", "77:100", "--temperature", "0", "--stop_token_ids", "77", "--json").results
+    (stopped,) = generate(
+        "--prompt", "a", "--logit_bias", "77:100", "--temperature", "0", "--stop_token_ids", "77", "--json"
+    ).results
     assert (stopped["token_ids"], stopped["stop_reason"]) == ([], 77)
-    (late,) = generate("--prompt", "a", "--logit_bias", "2:100", "--min_tokens", "4", "--temperature", "0", "--json").results
+    (late,) = generate(
+        "--prompt", "a", "--logit_bias", "2:100", "--min_tokens", "4", "--temperature", "0", "--json"
+    ).results
     assert len(late["token_ids"]) == 4
     (shaped,) = generate("--prompt", "a", "--regex", "[0-9]{2}", "--json").results
     assert shaped["generation"].isdigit()
-    stops = generate("--prompt", "a", "--regex", "[0-9]{2}:x", "--stop", ":", "--stop", "q", "--include_stop", "--json").results
+    stops = generate(
+        "--prompt", "a", "--regex", "[0-9]{2}:x", "--stop", ":", "--stop", "q", "--include_stop", "--json"
+    ).results
     assert (stops[0]["generation"][2:], stops[0]["stop_reason"]) == (":", ":")
 
 
@@ -863,7 +1023,9 @@ def test_samples_are_printed_one_after_the_other(generate: Run) -> None:
     """With --n, prompt by prompt, with the same line between them; streamed or not, as text and as JSON."""
     flags = ["--prompt", "once", "--prompt", "the", "--n", "3", "--temperature", "1"]
     results = generate(*flags, "--json").results
-    assert [(r["index"], r["sample"], r["seed"]) for r in results] == [(i, k, 1 + k) for i in range(2) for k in range(3)]
+    assert [(r["index"], r["sample"], r["seed"]) for r in results] == [
+        (i, k, 1 + k) for i in range(2) for k in range(3)
+    ]
     texts = [r["generation"] for r in results]
     assert generate(*flags).out == (SEPARATOR.join(text + "\n" for text in texts))
     assert generate(*flags, "--stream", "--max_batch_size", "2").out == generate(*flags).out
@@ -896,7 +1058,19 @@ def test_log_probabilities_are_a_table_behind_the_text(generate: Run) -> None:
 def test_arrays_are_written_to_files(generate: Run, tmp_path: Path) -> None:
     """One .npy a generation, of one row a token; a directory that cannot be made is refused at once."""
     hidden, logits = tmp_path / "hidden", tmp_path / "deep" / "logits"
-    outcome = generate("--prompt", "once", "--prompt", "a", "--n", "2", "--hidden_states", str(hidden), "--logits", str(logits), "--json")
+    outcome = generate(
+        "--prompt",
+        "once",
+        "--prompt",
+        "a",
+        "--n",
+        "2",
+        "--hidden_states",
+        str(hidden),
+        "--logits",
+        str(logits),
+        "--json",
+    )
     for result in outcome.results:
         count = len(result["token_ids"])
         name = f"{result['index']}-{result['sample']}.npy"
@@ -915,4 +1089,6 @@ def test_a_grammar_that_was_cut_short_is_told(generate: Run, tmp_path: Path) -> 
 
 def test_a_schema_that_is_none_is_refused(generate: Run, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "nonsense"}')
-    refused_at_once(generate("--prompt", "a", "--json_schema", str(tmp_path / "schema.json")), "json_schema", "nonsense")
+    refused_at_once(
+        generate("--prompt", "a", "--json_schema", str(tmp_path / "schema.json")), "json_schema", "nonsense"
+    )

@@ -11,19 +11,22 @@ import torch
 from commands import dumped_program
 from conftest import LLMFactory
 
-from llama import SamplingParams, ops, runtime
+from llama import SamplingParams
 from llama.errors import RecompileError
-from llama.runtime import UnsupportedOpError, compile_program
+from llama.xla import ops, transfers
+from llama.xla.counters import counters, fallback_ops, xla_compilations
+from llama.xla.programs import UnsupportedOpError, compile_program
 
 DUMP = """
 import torch
 from llama import EngineConfig, LLaMA, ModelArgs
-from llama.steps import ProgramKey
-from llama import runtime
+from llama.compiled.steps import ProgramKey
+from llama.xla import programs, transfers
+from llama.xla.counters import counters, xla_compilations, fallback_ops
 import llama.engine, sys
 if {undonated}:
-    compile_program = runtime.compile_program
-    runtime.compile_program = lambda name, fn, args, donated: compile_program(name, fn, args)
+    compile_program = programs.compile_program
+    programs.compile_program = lambda name, fn, args, donated: compile_program(name, fn, args)
 args = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=320, multiple_of=32)
 config = EngineConfig(max_batch_size=2, max_seq_len=96, buckets=(8, 1), key_buckets=(32,))
 llm = LLaMA.build(tokenizer_path={tokenizer!r}, config=config, random_weights=args)
@@ -45,7 +48,9 @@ def cache_copies(hlo: str) -> list[str]:
 
 
 def test_decode_writes_the_cache_in_place(tmp_path: Path, tokenizer_path: Path) -> None:
-    """The cache is aliased to its output and no cache-sized copy is made: a copy of it would cost more than the step."""
+    """The cache is aliased to its output and no cache-sized copy is made: a copy of it would cost more than the
+    step.
+    """
     hlo = decode_hlo(tmp_path, tokenizer_path)
     header = hlo.splitlines()[0]
     alias = re.search(r"input_output_alias=\{ \{0\}: \((\d+),", header)
@@ -66,7 +71,7 @@ def test_nothing_compiles_after_warm_up(make_llm: LLMFactory) -> None:
     """40 prompts of random lengths, temperatures, top-p and seeds, in batches of 1 to 3, by torch_xla's own counter."""
     llm = make_llm(max_batch_size=3, key_buckets=(32, 64), fail_on_recompile=True)
     llm.warm_up()
-    before = runtime.xla_compilations(), runtime.counters.compiled
+    before = xla_compilations(), counters.compiled
     chooser = random.Random(0)
     left = 40
     while left:
@@ -74,24 +79,29 @@ def test_nothing_compiles_after_warm_up(make_llm: LLMFactory) -> None:
         left -= count
         prompts = [[1] + [chooser.randrange(3, 320) for _ in range(chooser.randint(0, 90))] for _ in range(count)]
         params = [
-            SamplingParams(chooser.randint(1, 36), chooser.choice([0, 0.3, 1.7]), chooser.uniform(0.01, 1), chooser.randrange(2**63))
+            SamplingParams(
+                chooser.randint(1, 36),
+                chooser.choice([0, 0.3, 1.7]),
+                chooser.uniform(0.01, 1),
+                chooser.randrange(2**63),
+            )
             for _ in range(count)
         ]
         results = llm.generate(prompts, params=params)
         assert all(r.programs.compiled == 0 for r in results)
-    assert (runtime.xla_compilations(), runtime.counters.compiled) == before
+    assert (xla_compilations(), counters.compiled) == before
 
 
 def test_the_counter_sees_a_compile(make_llm: LLMFactory) -> None:
     """The test above would notice: a new shape moves torch_xla's counter and ours."""
     device = make_llm().engine.device
-    before = runtime.xla_compilations(), runtime.counters.compiled
-    x = runtime.upload(torch.ones(3, 41), device)
+    before = xla_compilations(), counters.compiled
+    x = transfers.upload(torch.ones(3, 41), device)
     program = compile_program("triple", lambda x: (x * 3,), [x])
-    assert (runtime.xla_compilations(), runtime.counters.compiled) == (before[0] + 1, before[1] + 1)
-    assert runtime.fetch(program(x)[0]).tolist() == torch.full((3, 41), 3.0).tolist()
-    runtime.fetch(x.sum(dim=1) / 7)  # a lazy tensor outside any program compiles, too
-    assert runtime.xla_compilations() == before[0] + 2
+    assert (xla_compilations(), counters.compiled) == (before[0] + 1, before[1] + 1)
+    assert transfers.fetch(program(x)[0]).tolist() == torch.full((3, 41), 3.0).tolist()
+    transfers.fetch(x.sum(dim=1) / 7)  # a lazy tensor outside any program compiles, too
+    assert xla_compilations() == before[0] + 2
 
 
 def test_fail_on_recompile_names_the_shape(make_llm: LLMFactory) -> None:
@@ -111,34 +121,34 @@ def test_a_surprise_in_the_device_is_noticed(make_llm: LLMFactory) -> None:
     llm.generate([[1] * 5], max_gen_len=4, temperature=0)
     pieces = llm.pieces([[1] * 5], [SamplingParams(4, 0)])
     next(pieces)
-    runtime.fetch(runtime.upload(torch.ones(5, 43), llm.engine.device).cumsum(dim=1))
+    transfers.fetch(transfers.upload(torch.ones(5, 43), llm.engine.device).cumsum(dim=1))
     with pytest.raises(RecompileError, match="outside the engine's programs"):
         list(pieces)
 
 
 def test_an_operation_that_xla_lacks_is_refused(make_llm: LLMFactory) -> None:
     """torch_xla would run it on the host while tracing and bake the result in: wrong for every later input."""
-    x = runtime.upload(torch.rand(4, 4), make_llm().engine.device)
+    x = transfers.upload(torch.rand(4, 4), make_llm().engine.device)
     for _ in range(2):  # also where the process has met the operation before
         with pytest.raises(UnsupportedOpError, match="aten::"):
             compile_program("bits", lambda x: (x.view(torch.int32) + 1,), [x])
     program = compile_program("bits", lambda x: (ops.float_bits(x) + 1,), [x])
-    assert runtime.fetch(program(x)[0]).tolist() == (runtime.fetch(x).view(torch.int32) + 1).tolist()
+    assert transfers.fetch(program(x)[0]).tolist() == (transfers.fetch(x).view(torch.int32) + 1).tolist()
 
 
 def test_programs_cause_no_fallback(make_llm: LLMFactory) -> None:
     """No operation of a step leaves the device."""
-    before = runtime.fallback_ops()
+    before = fallback_ops()
     make_llm(seed=79).warm_up()
-    assert runtime.fallback_ops() == before
+    assert fallback_ops() == before
 
 
 def test_donated_memory_is_taken_over_and_weights_are_not_copied(make_llm: LLMFactory) -> None:
     """A program's weights are the model's own tensors: a change of one is seen by the next run, without a compile."""
     device = make_llm().engine.device
-    weight = runtime.upload(torch.ones(2, 2), device)
-    x = runtime.upload(torch.ones(2, 2), device)
+    weight = transfers.upload(torch.ones(2, 2), device)
+    x = transfers.upload(torch.ones(2, 2), device)
     program = compile_program("add", lambda x: (x + weight, x), [x])
     total, same = program(x)
-    assert runtime.fetch(total).tolist() == [[2.0, 2.0]] * 2
+    assert transfers.fetch(total).tolist() == [[2.0, 2.0]] * 2
     assert same is x  # an argument that is returned unchanged is passed through

@@ -1,4 +1,6 @@
-"""Every control through the whole engine: mixed in one batch, the same alone and beside others, several samples, where a text ends."""
+"""Every control through the whole engine: mixed in one batch, the same alone and beside others, several samples, where
+a text ends.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,22 @@ from typing import Any
 import pytest
 from conftest import LLMFactory
 
-from llama import EngineConfig, Generation, LLaMA, SamplingParams, runtime
+from llama import EngineConfig, Generation, LLaMA, SamplingParams
+from llama.engine.programs import all_keys
 from llama.errors import ConfigError, PromptError
-from llama.programs import all_keys
+from llama.xla.counters import counters, xla_compilations
 
 PLAIN = SamplingParams(20, 1.0, 1.0, 11)
-PROMPTS = ["the cat", "once upon a time there was", "", "they sang and the dog ran home", "a", "green", "the house", "upon"]
+PROMPTS = [
+    "the cat",
+    "once upon a time there was",
+    "",
+    "they sang and the dog ran home",
+    "a",
+    "green",
+    "the house",
+    "upon",
+]
 # eight rows, eight settings: every control occurs
 EIGHT = [
     replace(PLAIN, temperature=0.0),
@@ -23,7 +35,14 @@ EIGHT = [
     replace(PLAIN, top_p=0.6, min_p=0.05, seed=2, max_gen_len=13),
     replace(PLAIN, typical_p=0.5, logit_bias={5: 4.0, 200: -100.0}, seed=3),
     replace(PLAIN, repetition_penalty=1.5, presence_penalty=0.8, frequency_penalty=0.3, seed=4),
-    replace(PLAIN, allowed_token_ids=tuple(range(100, 200)), bad_words=((101, 102), (150,)), min_tokens=5, stop_token_ids=(120,), seed=5),
+    replace(
+        PLAIN,
+        allowed_token_ids=tuple(range(100, 200)),
+        bad_words=((101, 102), (150,)),
+        min_tokens=5,
+        stop_token_ids=(120,),
+        seed=5,
+    ),
     replace(PLAIN, regex=" ?[a-z]{2,5}( [a-z]{1,4})*", seed=6, max_gen_len=12),
     replace(PLAIN, stop=("e", "cat"), ignore_eos=True, logprobs=3, seed=7, include_stop=True),
 ]
@@ -44,15 +63,18 @@ def alone(make_llm: LLMFactory) -> list[Generation]:
     return [llm.generate([prompt], params=params)[0] for prompt, params in zip(PROMPTS, EIGHT, strict=True)]
 
 
-# --- one batch --------------------------------------------------------------------------------------------------------------------
+# --- one batch
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def test_eight_settings_in_one_batch_compile_nothing_and_equal_eight_single_runs(make_llm: LLMFactory, alone: list[Generation]) -> None:
+def test_eight_settings_in_one_batch_compile_nothing_and_equal_eight_single_runs(
+    make_llm: LLMFactory, alone: list[Generation]
+) -> None:
     llm = make_llm(max_batch_size=8, fail_on_recompile=True)
     llm.warm_up()
-    before = runtime.xla_compilations(), runtime.counters.compiled
+    before = xla_compilations(), counters.compiled
     together = llm.generate(PROMPTS, params=EIGHT)
-    assert (runtime.xla_compilations(), runtime.counters.compiled) == before
+    assert (xla_compilations(), counters.compiled) == before
     assert list(map(outcome, together)) == list(map(outcome, alone))
     assert len({tuple(each) for each in ids(together)}) == 8
     order = [3, 6, 0, 7, 5, 1, 4, 2]
@@ -61,20 +83,40 @@ def test_eight_settings_in_one_batch_compile_nothing_and_equal_eight_single_runs
     for count in (1, 2, 5):  # other mates, other heads: most of these batches need less than the whole
         some = llm.generate(PROMPTS[:count], params=EIGHT[:count])
         assert list(map(outcome, some)) == list(map(outcome, alone[:count]))
-    assert (runtime.xla_compilations(), runtime.counters.compiled) == before
+    assert (xla_compilations(), counters.compiled) == before
 
 
 def test_defaults_change_nothing(make_llm: LLMFactory) -> None:
-    """Every control at the value that its documentation calls unused, beside the same request without them; greedy and sampled."""
+    """Every control at the value that its documentation calls unused, beside the same request without them; greedy and
+    sampled.
+    """
     llm = make_llm(max_batch_size=2)
-    unused: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
-    unused |= {"frequency_penalty": 0.0, "logit_bias": {}, "bad_words": (), "min_tokens": 0, "stop": (), "stop_token_ids": (), "n": 1}
+    unused: dict[str, Any] = {
+        "top_k": 0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+    }
+    unused |= {
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "bad_words": (),
+        "min_tokens": 0,
+        "stop": (),
+        "stop_token_ids": (),
+        "n": 1,
+    }
     every_id = tuple(range(llm.engine.model.args.vocab_size))
     for temperature in (0.0, 1.0):
         plain = replace(PLAIN, temperature=temperature)
         expected = llm.generate(PROMPTS, params=plain)
-        assert list(map(outcome, llm.generate(PROMPTS, params=replace(plain, **unused)))) == list(map(outcome, expected))
-        through_all = replace(plain, allowed_token_ids=every_id, logit_bias={3: 0.0}, logprobs=0)  # the longest way through the programs
+        assert list(map(outcome, llm.generate(PROMPTS, params=replace(plain, **unused)))) == list(
+            map(outcome, expected)
+        )
+        through_all = replace(
+            plain, allowed_token_ids=every_id, logit_bias={3: 0.0}, logprobs=0
+        )  # the longest way through the programs
         assert list(map(outcome, llm.generate(PROMPTS, params=through_all))) == list(map(outcome, expected))
 
 
@@ -85,7 +127,8 @@ def test_top_k_1_is_greedy(make_llm: LLMFactory) -> None:
     assert ids(llm.generate(PROMPTS, params=replace(PLAIN, min_p=1.0))) == greedy
 
 
-# --- what may come ----------------------------------------------------------------------------------------------------------------
+# --- what may come
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_penalties_work_on_what_was_generated(make_llm: LLMFactory) -> None:
@@ -118,7 +161,8 @@ def test_allowed_ids_and_bias(make_llm: LLMFactory) -> None:
     assert forced.token_ids == [77] * 5
 
 
-# --- where it ends ----------------------------------------------------------------------------------------------------------------
+# --- where it ends
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_eos_is_ignored_or_delayed(make_llm: LLMFactory) -> None:
@@ -136,7 +180,9 @@ def test_eos_is_ignored_or_delayed(make_llm: LLMFactory) -> None:
 
 @pytest.mark.parametrize("read_every", [1, 7, 16])
 def test_stop_strings_across_tokens(make_llm: LLMFactory, read_every: int) -> None:
-    """Any stretch of a text, also one that begins or ends within a token, ends it where it first appears, streamed or not."""
+    """Any stretch of a text, also one that begins or ends within a token, ends it where it first appears, streamed or
+    not.
+    """
     llm = make_llm(read_every=read_every)
     (whole,) = llm.generate(["once"], 40, 1.0, 1.0, seed=4, ignore_eos=True)
     text = whole.generation
@@ -180,7 +226,8 @@ def test_min_tokens_holds_for_stop_strings(make_llm: LLMFactory) -> None:
     assert len(cut.token_ids) > 10 or cut.finish_reason == "length"
 
 
-# --- several samples --------------------------------------------------------------------------------------------------------------
+# --- several samples
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
@@ -238,8 +285,12 @@ def test_the_best_of_several_samples(make_llm: LLMFactory, batch: int) -> None:
 
 def test_samples_share_what_is_known_of_their_prompt(make_llm: LLMFactory) -> None:
     for batch in (1, 2, 5):
-        results = make_llm(max_batch_size=batch).generate([PROMPTS[1]], 3, 1.0, seed=1, n=3, logprobs=1, prompt_logprobs=True)
-        known = [[each and (each.token_id, round(each.logprob, 4)) for each in r.prompt_logprobs or ()] for r in results]
+        results = make_llm(max_batch_size=batch).generate(
+            [PROMPTS[1]], 3, 1.0, seed=1, n=3, logprobs=1, prompt_logprobs=True
+        )
+        known = [
+            [each and (each.token_id, round(each.logprob, 4)) for each in r.prompt_logprobs or ()] for r in results
+        ]
         assert known[0] == known[1] == known[2]
         assert len(known[0]) == results[0].prompt_tokens
 
@@ -254,7 +305,8 @@ def test_an_interrupt_during_a_shared_prefill(make_llm: LLMFactory) -> None:
     assert ids(llm.generate([PROMPTS[1]], 10, 1.0, seed=3, n=3)) == expected
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------------
+# --- what is refused
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,7 +382,9 @@ def test_other_ways_to_say_the_same() -> None:
 
 
 def test_a_checkpoint_wishes_are_defaults(make_llm: LLMFactory, caplog: pytest.LogCaptureFixture) -> None:
-    """generation_config.json's top_k, min_p, typical_p and repetition_penalty count like its temperature; what is asked wins."""
+    """generation_config.json's top_k, min_p, typical_p and repetition_penalty count like its temperature; what is asked
+    wins.
+    """
     from llama.config import GenerationDefaults
 
     shared = make_llm()

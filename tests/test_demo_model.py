@@ -58,13 +58,17 @@ REPEATED = [
 
 
 def test_it_copies_from_its_prompt(demo: LLaMA) -> None:
-    """Most words behind ``Copy:`` are the passage's own; few of them stand in another passage, which the test could confuse it with."""
+    """Most words behind ``Copy:`` are the passage's own; few of them stand in another passage, which the test could
+    confuse it with.
+    """
     results = demo.generate([f"Repeat: {passage}\nCopy:" for passage in REPEATED], max_gen_len=40, temperature=0)
     copies = [r.generation.split("\n")[0].split() for r in results]
 
     def shared(shift: int) -> float:
         passages = [set(REPEATED[(i + shift) % len(REPEATED)].split()) for i in range(len(REPEATED))]
-        return sum(word in words for copy, words in zip(copies, passages, strict=True) for word in copy) / sum(map(len, copies))
+        return sum(word in words for copy, words in zip(copies, passages, strict=True) for word in copy) / sum(
+            map(len, copies)
+        )
 
     assert shared(0) >= 0.6, copies
     assert shared(1) < 0.4
@@ -77,7 +81,9 @@ def test_its_context_is_used_to_the_end(demo: LLaMA) -> None:
 
 
 def test_the_training_script_runs(tmp_path: Path) -> None:
-    """A few steps into an empty directory make a checkpoint that loads and generates, and the README that goes with it."""
+    """A few steps into an empty directory make a checkpoint that loads and generates, and the README that goes with
+    it.
+    """
     command = [sys.executable, str(SCRIPTS / "train_demo_model.py"), "--quick", "--out", str(tmp_path / "quick")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

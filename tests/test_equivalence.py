@@ -1,4 +1,6 @@
-"""Same text, whatever the route: chunk plans, batches, row orders, streams, passes, and what a batch does beyond its rows' ends."""
+"""Same text, whatever the route: chunk plans, batches, row orders, streams, passes, and what a batch does beyond its
+rows' ends.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,9 @@ import random
 import pytest
 from conftest import TINY, LLMFactory
 
-from llama import Generation, SamplingParams, runtime
-from llama.request import MAX_STOP_IDS
+from llama import Generation, SamplingParams
+from llama.engine.request import MAX_STOP_IDS
+from llama.xla.counters import counters
 
 PROMPTS = [
     "Once upon a time",
@@ -29,7 +32,9 @@ def greedy_alone(make_llm: LLMFactory) -> list[list[int]]:
     """Each prompt alone, one row, default buckets, temperature 0: what every other route must reproduce."""
     llm = make_llm()
     found = [llm.generate([p], max_gen_len=30, temperature=0)[0].token_ids for p in PROMPTS]
-    assert len({tuple(f) for f in found}) == len(PROMPTS), "the prompts must lead to different texts, or nothing is compared"
+    assert len({tuple(f) for f in found}) == len(PROMPTS), (
+        "the prompts must lead to different texts, or nothing is compared"
+    )
     return found
 
 
@@ -53,7 +58,9 @@ def test_every_key_bucket_gives_the_same_text(make_llm: LLMFactory, greedy_alone
 def test_every_batch_size_and_row_order_gives_the_same_text(
     make_llm: LLMFactory, greedy_alone: list[list[int]], max_batch_size: int
 ) -> None:
-    """More prompts than rows run in several batches, fewer leave rows empty, and nobody's text depends on its neighbours."""
+    """More prompts than rows run in several batches, fewer leave rows empty, and nobody's text depends on its
+    neighbours.
+    """
     llm = make_llm(max_batch_size=max_batch_size)
     order = list(range(len(PROMPTS)))
     for seed in range(3):
@@ -134,10 +141,10 @@ def test_a_stop_token_ends_its_row_and_is_not_part_of_it(make_llm: LLMFactory, g
 def test_nothing_is_computed_after_all_rows_have_ended(make_llm: LLMFactory, greedy_alone: list[list[int]]) -> None:
     """To a length limit: not one step too many. After a stop token: at most read_every steps and the one in flight."""
     llm = make_llm(read_every=4)
-    runs = runtime.counters.runs
+    runs = counters.runs
     result = llm.generate([PROMPTS[3]], max_gen_len=30, temperature=0)[0]
     chunks = len(llm.tokenizer.encode(PROMPTS[3]))
-    assert runtime.counters.runs - runs == result.programs.runs == chunks + 29
+    assert counters.runs - runs == result.programs.runs == chunks + 29
     stop = greedy_alone[3][0]
     before = llm.tokenizer.stop_ids
     llm.tokenizer.stop_ids = (stop,)
@@ -153,18 +160,20 @@ def test_the_host_reads_packed(make_llm: LLMFactory) -> None:
     """One transfer for the first token, then one for read_every steps; nothing is sent to the device on the way."""
     llm = make_llm(read_every=8)
     llm.generate(["x"], max_gen_len=65, temperature=0)
-    fetches, uploads = runtime.counters.fetches, runtime.counters.uploads
+    fetches, uploads = counters.fetches, counters.uploads
     stream = llm.stream("x", max_gen_len=65, temperature=0)
     next(stream)
-    assert runtime.counters.fetches - fetches <= 2  # more than one only where the first token is half a character
-    sent = runtime.counters.uploads
+    assert counters.fetches - fetches <= 2  # more than one only where the first token is half a character
+    sent = counters.uploads
     assert sum(1 for _ in stream) > 0
-    assert runtime.counters.uploads == sent > uploads
-    assert runtime.counters.fetches - fetches == 1 + 64 // 8
+    assert counters.uploads == sent > uploads
+    assert counters.fetches - fetches == 1 + 64 // 8
 
 
 def test_interrupt_keeps_what_was_generated(make_llm: LLMFactory, greedy_alone: list[list[int]]) -> None:
-    """The running batch ends after its step, the batches behind it before their first one; all say why, and the engine lives on."""
+    """The running batch ends after its step, the batches behind it before their first one; all say why, and the engine
+    lives on.
+    """
     llm = make_llm(read_every=1)
     results = {}
     for piece in llm.pieces(PROMPTS, [SamplingParams(30, 0)] * len(PROMPTS)):
@@ -189,7 +198,9 @@ def test_an_abandoned_stream_leaves_the_engine_whole(make_llm: LLMFactory, greed
     assert ids(llm.generate(PROMPTS, max_gen_len=30, temperature=0)) == greedy_alone
 
 
-def test_an_exception_in_the_caller_leaves_the_engine_whole(make_llm: LLMFactory, greedy_alone: list[list[int]]) -> None:
+def test_an_exception_in_the_caller_leaves_the_engine_whole(
+    make_llm: LLMFactory, greedy_alone: list[list[int]]
+) -> None:
     """The same for an error raised while pieces are consumed."""
     llm = make_llm(read_every=1)
 

@@ -47,10 +47,13 @@ def test_json_is_an_instance_of_its_schema(make_llm: LLMFactory) -> None:
 
 
 @pytest.mark.parametrize(
-    "regex", [r"[0-9]{3}-[a-f]{2,4}", r" ?(yes|no|maybe)", r"(ab)+c", r"é{2}|日本", r"\{\"x\": -?[0-9]+\}", r" [a-z]+\."]
+    "regex",
+    [r"[0-9]{3}-[a-f]{2,4}", r" ?(yes|no|maybe)", r"(ab)+c", r"é{2}|日本", r"\{\"x\": -?[0-9]+\}", r" [a-z]+\."],
 )
 def test_the_whole_generation_matches_the_expression(make_llm: LLMFactory, regex: str) -> None:
-    """Also behind an empty prompt, where a tokenizer may drop the space before the first word, and with bytes of half a character."""
+    """Also behind an empty prompt, where a tokenizer may drop the space before the first word, and with bytes of half a
+    character.
+    """
     llm = make_llm(max_batch_size=2)
     results = llm.generate(["the", ""], params=replace(WISH, max_gen_len=40, regex=regex, n=4, seed=7))
     complete = [r.generation for r in results if r.finish_reason == "stop"]
@@ -60,9 +63,15 @@ def test_the_whole_generation_matches_the_expression(make_llm: LLMFactory, regex
 
 
 def test_a_constrained_row_beside_others(make_llm: LLMFactory) -> None:
-    """Rows without a grammar are untouched by one that has it, and the other way round; the host reads each step of such a batch."""
+    """Rows without a grammar are untouched by one that has it, and the other way round; the host reads each step of
+    such a batch.
+    """
     llm, single = make_llm(max_batch_size=3), make_llm()
-    wishes = [replace(WISH, max_gen_len=30, seed=1), replace(WISH, max_gen_len=30, seed=2, regex="[ab]{4,9}"), SamplingParams(30, 0.0)]
+    wishes = [
+        replace(WISH, max_gen_len=30, seed=1),
+        replace(WISH, max_gen_len=30, seed=2, regex="[ab]{4,9}"),
+        SamplingParams(30, 0.0),
+    ]
     together = llm.generate(["x", "y", "z"], params=wishes)
     alone = [single.generate([p], params=w)[0] for p, w in zip("xyz", wishes, strict=True)]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
@@ -71,7 +80,9 @@ def test_a_constrained_row_beside_others(make_llm: LLMFactory) -> None:
 
 def test_bad_words_and_bias_within_a_grammar(make_llm: LLMFactory) -> None:
     llm = make_llm()
-    with_a, with_b = ([i for i in range(llm.tokenizer.n_words) if c in llm.tokenizer.token_bytes(i)] for c in (b"a", b"b"))
+    with_a, with_b = (
+        [i for i in range(llm.tokenizer.n_words) if c in llm.tokenizer.token_bytes(i)] for c in (b"a", b"b")
+    )
     wish = replace(WISH, temperature=0.0, regex="[ab]{6}", max_gen_len=10)
     assert llm.generate(["x"], params=replace(wish, bad_words=tuple((i,) for i in with_a)))[0].generation == "bbbbbb"
     assert llm.generate(["x"], params=replace(wish, logit_bias=dict.fromkeys(with_b, -50.0)))[0].generation == "aaaaaa"
@@ -100,13 +111,16 @@ def test_what_is_no_grammar_is_refused(fields: dict[str, object], words: str) ->
         compile_grammar(replace(WISH, **fields))  # type: ignore[arg-type]
 
 
-# --- every kind of tokenizer ------------------------------------------------------------------------------------------------------
+# --- every kind of tokenizer
+# ------------------------------------------------------------------------------------------------------
 
 TEXTS = ["{", ' {"a": 1}', "the cat", " the", "\n\nx", "12345", "é日本😀", "a", ".", "{\n  }", "  two", "\t"]
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "tiktoken", "tokenizers"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Tokenizer:
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path
+) -> Tokenizer:
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == "sentencepiece":
         return Tokenizer(tokenizer_path)
@@ -126,7 +140,9 @@ def test_a_continuation_is_exactly_its_text(tokenizer: Tokenizer, text: str) -> 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_grammar_follows_every_tokenizer(tokenizer: Tokenizer, text: str) -> None:
-    """A text's own tokens are allowed one after the other by an expression that is the text, and then nothing but a stop token."""
+    """A text's own tokens are allowed one after the other by an expression that is the text, and then nothing but a
+    stop token.
+    """
     vocabulary = Vocabulary(tokenizer, tokenizer.stop_ids)
     grammar = Grammar(compile_grammar(replace(WISH, regex=re.escape(text))), vocabulary)
     vocab_size = tokenizer.n_words + 13
@@ -141,7 +157,9 @@ def test_a_grammar_follows_every_tokenizer(tokenizer: Tokenizer, text: str) -> N
 
 
 def test_a_stop_token_of_the_callers_is_a_token_of_the_text(make_llm: LLMFactory) -> None:
-    """It may come where the grammar allows its text, and ends the generation there; the model's own end it where the grammar does."""
+    """It may come where the grammar allows its text, and ends the generation there; the model's own end it where the
+    grammar does.
+    """
     llm = make_llm()
     with_x = tuple(i for i in range(llm.tokenizer.n_words) if llm.tokenizer.token_bytes(i) == b"x")
     wish = replace(WISH, regex="[ab]{3}x[ab]{3}", max_gen_len=12, seed=1)

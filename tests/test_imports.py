@@ -1,4 +1,6 @@
-"""The direction of imports (docs/architecture.md), the one place that knows torch_xla, and what importing the package starts."""
+"""The direction of imports (docs/architecture.md), the one place that knows torch_xla, and what importing the package
+starts.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +17,34 @@ ROOT = Path(llama.__file__).parent
 # Lower rooms know nothing of higher ones. Rooms on one line may know each other.
 LADDER = [
     {"config", "errors", "sampling_params"},
-    {"runtime", "ops", "fusion", "quantize"},
-    {"kv_cache"},
-    {"model"},
-    {"checkpoint", "sampling", "buckets", "tokenizer", "memory", "request"},
-    {"shaping", "logprobs", "grammar"},
-    {"steps"},
-    {"chat", "inspection", "hlo", "batch", "programs"},
-    {"engine", "prompts"},
-    {"results"},
-    {"samples", "text"},
+    {"xla"},
+    {"compiled"},
+    {"checkpoint", "tokenizer"},
+    {"chat", "engine", "grammar"},
+    {"inputs", "inspection"},
+    {"outputs"},
+    {"samples", "detokenizer"},
     {"generation"},
     {"conversation", "bench"},
     {"cli"},
 ]
-KNOWS_TORCH_XLA = {"runtime", "ops", "fusion"}
-HOLDS_NO_TENSORS = {"config", "errors", "sampling_params", "grammar", "samples", "buckets", "tokenizer", "prompts", "chat", "cli"}
+KNOWS_TORCH_XLA = {"xla"}
+HOLDS_NO_TENSORS = {"config", "errors", "sampling_params", "grammar", "samples", "tokenizer", "inputs", "chat", "cli"}
 
 
 def modules() -> list[tuple[str, Path]]:
     """(room, file) of every module; a package is one room."""
-    return [(p.relative_to(ROOT).parts[0].removesuffix(".py"), p) for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
+    return [
+        (p.relative_to(ROOT).parts[0].removesuffix(".py"), p)
+        for p in sorted(ROOT.rglob("*.py"))
+        if p != ROOT / "__init__.py"
+    ]
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports at run time, at its top or inside a function; imports for type checkers do not count."""
+    """Every module that a file imports at run time, at its top or inside a function; imports for type checkers do not
+    count.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -61,14 +66,20 @@ def rank(room: str) -> int:
 @pytest.mark.parametrize(("room", "path"), modules(), ids=lambda value: value if isinstance(value, str) else value.stem)
 def test_imports_run_one_way(room: str, path: Path) -> None:
     """No room imports a higher one, and every room has its place on the ladder."""
-    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("llama.") and name.split(".")[1] != "__version__"}
+    rooms = {
+        name.split(".")[1]
+        for name in imported(path)
+        if name.startswith("llama.") and name.split(".")[1] != "__version__"
+    }
     upward = [other for other in rooms if rank(other) > rank(room)]
     assert not upward, f"{path.name} imports {upward}, which stand above it"
 
 
 @pytest.mark.parametrize(("room", "path"), modules(), ids=lambda value: value if isinstance(value, str) else value.stem)
 def test_one_place_knows_torch_xla(room: str, path: Path) -> None:
-    """torch_xla's names change with every release; they are met in these rooms only. Some rooms hold no tensors at all."""
+    """torch_xla's names change with every release; they are met in these rooms only. Some rooms hold no tensors at
+    all.
+    """
     roots = {name.split(".")[0] for name in imported(path)}
     assert room in KNOWS_TORCH_XLA or "torch_xla" not in roots
     assert room not in HOLDS_NO_TENSORS or "torch" not in roots
@@ -81,7 +92,9 @@ def test_the_ladder_names_every_room() -> None:
 
 def test_importing_starts_nothing() -> None:
     """`import llama` imports no torch; importing every module imports no torch_xla and starts no device."""
-    names = [".".join(("llama", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for _, p in modules()]
+    names = [
+        ".".join(("llama", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for _, p in modules()
+    ]
     code = f"""
 import sys, importlib, llama
 assert "torch" not in sys.modules

@@ -1,4 +1,6 @@
-"""The commands `inspect`, `convert` and `reshard` as a user meets them; what they compute is tested in test_reshard.py and others."""
+"""The commands `inspect`, `convert` and `reshard` as a user meets them; what they compute is tested in test_reshard.py
+and others.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_ranks(byte_level(), write_meta(top / "meta", ARGS, [random_weights(ARGS)]) / "tokenizer.model")
     reshard(top / "meta", top / "split", 2)
     convert(top / "meta", top / "own", "bfloat16", "100KB")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    config = LlamaConfig(**sizes, vocab_size=768, bos_token_id=390, eos_token_id=[391, 395], rope_scaling=llama3, rope_theta=5e5)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = LlamaConfig(
+        **sizes, vocab_size=768, bos_token_id=390, eos_token_id=[391, 395], rope_scaling=llama3, rope_theta=5e5
+    )
     LlamaForCausalLM(config).save_pretrained(top / "huggingface")
     write_json(byte_level(), top / "huggingface")
     return top
@@ -54,6 +70,405 @@ def facts(run: Run, *arguments: str, code: int = 0) -> dict[str, Any]:
     return found
 
 
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
 # ----------------------------------------------------------------------------------------------------------------------- inspect
 
 
@@ -61,7 +476,9 @@ def facts(run: Run, *arguments: str, code: int = 0) -> dict[str, Any]:
     ("name", "format_name", "files", "dtype"),
     [("meta", "meta", 1, "float32"), ("split", "meta", 2, "float32"), ("own", "llama-xla", 4, "bfloat16")],
 )
-def test_inspect_tells_what_the_files_hold(run: Run, made: Path, name: str, format_name: str, files: int, dtype: str) -> None:
+def test_inspect_tells_what_the_files_hold(
+    run: Run, made: Path, name: str, format_name: str, files: int, dtype: str
+) -> None:
     """Counted by hand from the shape, not by our own model: embedding, head, attention, feed-forward and norms."""
     found = facts(run, str(made / name))
     assert list(found) == FACTS
@@ -135,7 +552,13 @@ def test_inspect_refuses_a_window_smaller_than_the_cache(run: Run, made: Path, t
     """A Mistral checkpoint is described whole; the problem names the flag that cures it."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     MistralForCausalLM(MistralConfig(**sizes, vocab_size=768, sliding_window=512)).save_pretrained(tmp_path / "mistral")
     write_json(byte_level(), tmp_path / "mistral")
     found = facts(run, str(tmp_path / "mistral"), code=2)
@@ -166,7 +589,9 @@ def test_bad_flags_are_refused(run: Run, arguments: list[str], words: list[str])
 def test_inspect_starts_no_device(made: Path) -> None:
     """torch_xla is not imported: the command answers in the time that importing torch takes."""
     code = f"import sys; from llama import cli; cli._exit_code(['inspect', {str(made / 'meta')!r}]); print('torch_xla' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_TIMEOUT_S, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_TIMEOUT_S, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
@@ -187,7 +612,9 @@ def test_the_demo_model_there_and_back(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_log_says_what_was_written(run: Run, made: Path, tmp_path: Path) -> None:
-    outcome = run("convert", str(made / "split"), str(tmp_path / "own"), "--dtype", "bfloat16", "--max_shard_size", "100KB")
+    outcome = run(
+        "convert", str(made / "split"), str(tmp_path / "own"), "--dtype", "bfloat16", "--max_shard_size", "100KB"
+    )
     assert (outcome.code, outcome.out) == (0, "")
     assert re.fullmatch(rf"Wrote {tmp_path}/own: 4 files, \d+ bytes of weights\n", outcome.err)
     outcome = run("reshard", str(tmp_path / "own"), str(tmp_path / "two"), "--model_parallel", "2")

@@ -1,4 +1,6 @@
-"""What is known of tokens, beside transformers' logits and hidden states of the same weights; and that it costs nothing unasked."""
+"""What is known of tokens, beside transformers' logits and hidden states of the same weights; and that it costs nothing
+unasked.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,22 @@ from conftest import LLMFactory
 from test_parity_transformers import GROUPED_QUERY, PROMPT_LEN, TIED, random_prompts, reference, write_checkpoint
 from test_sampling import on_device
 
-from llama import EngineConfig, Generation, LLaMA, SamplingParams, logprobs, runtime
-from llama.batch import BatchClock
-from llama.logprobs import TokenLogprob
-from llama.programs import keys_for
-from llama.request import Request
-from llama.steps import REPORT_WINDOW
+from llama import EngineConfig, Generation, LLaMA, SamplingParams
+from llama.compiled import token_info as logprobs
+from llama.compiled.steps import REPORT_WINDOW
+from llama.compiled.token_info import TokenLogprob
+from llama.engine.batch import BatchClock
+from llama.engine.programs import keys_for
+from llama.engine.request import Request
+from llama.xla.counters import counters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GENERATED = 12
 CLOSE = 1e-4
-WISH = SamplingParams(GENERATED, 0.9, 0.8, 3, top_k=40, repetition_penalty=1.2, ignore_eos=True, logprobs=20, prompt_logprobs=True)
+WISH = SamplingParams(
+    GENERATED, 0.9, 0.8, 3, top_k=40, repetition_penalty=1.2, ignore_eos=True, logprobs=20, prompt_logprobs=True
+)
 
 
 @pytest.fixture(scope="module", params=[GROUPED_QUERY, TIED], ids=lambda shape: shape.name)
@@ -32,9 +38,15 @@ def shape(request: pytest.FixtureRequest) -> object:
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["batch-1", "batch-3"])
-def llm(shape: object, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> LLaMA:
+def llm(
+    shape: object, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path
+) -> LLaMA:
     directory = write_checkpoint(shape, tmp_path_factory.mktemp("known") / "model", tokenizer_path)  # type: ignore[arg-type]
-    return LLaMA.build(directory, tokenizer_path, config=EngineConfig(max_seq_len=128, max_batch_size=request.param, buckets=(64, 8, 1)))
+    return LLaMA.build(
+        directory,
+        tokenizer_path,
+        config=EngineConfig(max_seq_len=128, max_batch_size=request.param, buckets=(64, 8, 1)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,9 @@ def assert_described(told: list[TokenLogprob], ids: list[int], logits: torch.Ten
 
 
 def test_log_probabilities_are_those_of_transformers(llm: LLaMA, shape: object, prompts: list[list[int]]) -> None:
-    """Of generated and of prompt tokens, sampled with filters and penalties that must not show: the raw logits are meant."""
+    """Of generated and of prompt tokens, sampled with filters and penalties that must not show: the raw logits are
+    meant.
+    """
     results = llm.generate(prompts, params=WISH)
     for prompt, result in zip(prompts, results, strict=True):
         ids = [*prompt, *result.token_ids]
@@ -80,8 +94,12 @@ def test_log_probabilities_are_those_of_transformers(llm: LLaMA, shape: object, 
         assert max(likelier) > 1, "sampling that always takes the likeliest would prove little"
 
 
-def test_hidden_states_and_logits_are_those_of_transformers(llm: LLaMA, shape: object, prompts: list[list[int]]) -> None:
-    """One row a token of the prompt but the first, then one a generated token; without the prompt, the generated ones alone."""
+def test_hidden_states_and_logits_are_those_of_transformers(
+    llm: LLaMA, shape: object, prompts: list[list[int]]
+) -> None:
+    """One row a token of the prompt but the first, then one a generated token; without the prompt, the generated ones
+    alone.
+    """
     whole = SamplingParams(GENERATED, 0.0, ignore_eos=True, hidden_states=True, logits=True, prompt_logprobs=True)
     results = llm.generate(prompts, params=whole)
     own = llm.generate(prompts, GENERATED, 0.0, ignore_eos=True, logits=True)
@@ -98,7 +116,9 @@ def test_hidden_states_and_logits_are_those_of_transformers(llm: LLaMA, shape: o
 
 def test_asking_changes_no_token(llm: LLaMA, prompts: list[list[int]]) -> None:
     asked = llm.generate(prompts, params=WISH)
-    unasked = llm.generate(prompts, params=SamplingParams(GENERATED, 0.9, 0.8, 3, top_k=40, repetition_penalty=1.2, ignore_eos=True))
+    unasked = llm.generate(
+        prompts, params=SamplingParams(GENERATED, 0.9, 0.8, 3, top_k=40, repetition_penalty=1.2, ignore_eos=True)
+    )
     assert [r.token_ids for r in asked] == [r.token_ids for r in unasked]
     assert [r.generation for r in asked] == [r.generation for r in unasked]
 
@@ -110,15 +130,22 @@ def test_asking_compiles_the_documented_programs_once(make_llm: LLMFactory) -> N
     llm.generate([prompt], max_gen_len=4, temperature=0)
     assert llm.generate([prompt], max_gen_len=4, temperature=0, logprobs=2)[0].programs.compiled == 2
     assert llm.generate([prompt], max_gen_len=9, temperature=1, logprobs=5)[0].programs.compiled == 0
-    assert llm.generate([prompt], max_gen_len=4, temperature=0, logprobs=2, prompt_logprobs=True)[0].programs.compiled == 2
-    assert llm.generate([prompt], max_gen_len=4, temperature=0, hidden_states=True, prompt_logprobs=True)[0].programs.compiled == 0
+    assert (
+        llm.generate([prompt], max_gen_len=4, temperature=0, logprobs=2, prompt_logprobs=True)[0].programs.compiled == 2
+    )
+    assert (
+        llm.generate([prompt], max_gen_len=4, temperature=0, hidden_states=True, prompt_logprobs=True)[
+            0
+        ].programs.compiled
+        == 0
+    )
 
 
 def counted(llm: LLaMA, params: SamplingParams) -> tuple[int, int, int, int]:
     """Program runs, fetches, bytes fetched and bytes uploaded for one prompt of 9 tokens, everything compiled."""
     requests = [Request(tuple([1] * 9), params)]
     llm.engine.warm_up(keys_for(requests, llm.config))
-    counters = runtime.counters
+
     before = counters.runs, counters.fetches, counters.fetched_bytes, counters.uploaded_bytes
     assert list(llm.engine.run(requests, BatchClock()))[-1].finish_reason == "length"
     after = counters.runs, counters.fetches, counters.fetched_bytes, counters.uploaded_bytes
@@ -126,7 +153,9 @@ def counted(llm: LLaMA, params: SamplingParams) -> tuple[int, int, int, int]:
 
 
 def test_nothing_is_computed_or_transferred_unasked(make_llm: LLMFactory) -> None:
-    """Bytes and programs of 17 tokens: the report and nothing else, also where tokens are sampled; asking adds what it says."""
+    """Bytes and programs of 17 tokens: the report and nothing else, also where tokens are sampled; asking adds what it
+    says.
+    """
     llm = make_llm()
     report = (REPORT_WINDOW + 2) * 4
     reads = 1 + 16 // 8
@@ -140,7 +169,9 @@ def test_nothing_is_computed_or_transferred_unasked(make_llm: LLMFactory) -> Non
 
 
 def test_rows_that_share_a_prompt_get_what_each_asks(make_llm: LLMFactory) -> None:
-    """The bug: the prompt was fetched for the first row's wishes only. And ranking samples does not show log-probabilities unasked."""
+    """The bug: the prompt was fetched for the first row's wishes only. And ranking samples does not show
+    log-probabilities unasked.
+    """
     wishes = [
         SamplingParams(3, 0.0, logprobs=1, prompt_logprobs=True),
         SamplingParams(3, 0.0, logits=True, prompt_logprobs=True),
@@ -162,7 +193,10 @@ def test_padding_is_not_scored(make_llm: LLMFactory, rows: int) -> None:
     """Under the pad policy the last chunk holds positions of no token: what is known of the others is the same."""
     prompt = [1] + [5 + i % 90 for i in range(42)]
     wish = SamplingParams(3, 0.0, logprobs=1, logits=True, prompt_logprobs=True)
-    exact, padded = (make_llm(bucket_policy=policy, max_batch_size=rows).generate([prompt], params=wish)[0] for policy in ("greedy", "pad"))
+    exact, padded = (
+        make_llm(bucket_policy=policy, max_batch_size=rows).generate([prompt], params=wish)[0]
+        for policy in ("greedy", "pad")
+    )
     assert len(padded.prompt_logprobs or ()) == len(prompt)
     assert padded.token_ids == exact.token_ids
     assert exact.logits is not None
@@ -173,9 +207,15 @@ def test_padding_is_not_scored(make_llm: LLMFactory, rows: int) -> None:
 
 
 def test_describe_with_ties_and_infinities() -> None:
-    """Equal tokens share the best rank and come lowest id first; impossible ones have -inf, which JSON writes as -9999."""
+    """Equal tokens share the best rank and come lowest id first; impossible ones have -inf, which JSON writes as
+    -9999.
+    """
     logits = torch.tensor(
-        [[1.0, 3.0, 3.0, -float("inf"), 0.0], [0.0] * 5, [-float("inf"), 2.0, -float("inf"), -float("inf"), -float("inf")]]
+        [
+            [1.0, 3.0, 3.0, -float("inf"), 0.0],
+            [0.0] * 5,
+            [-float("inf"), 2.0, -float("inf"), -float("inf"), -float("inf")],
+        ]
     )
     (found,) = on_device(logprobs.describe, logits, torch.tensor([0, 4, 0], dtype=torch.int32))
     exact = torch.log_softmax(logits.double(), -1)
@@ -201,7 +241,9 @@ def test_meta_signatures_return_tokens_and_log_probabilities(make_llm: LLMFactor
     prompt_ids = llm.tokenizer.encode("the cat")
     assert len(echoed["tokens"]) == len(echoed["logprobs"]) == len(prompt_ids) + len(plain["tokens"])
     assert echoed["logprobs"][0] == 0.0
-    assert echoed["logprobs"][1 : len(prompt_ids)] == pytest.approx([e.logprob for e in result.prompt_logprobs[1:] if e], abs=1e-5)
+    assert echoed["logprobs"][1 : len(prompt_ids)] == pytest.approx(
+        [e.logprob for e in result.prompt_logprobs[1:] if e], abs=1e-5
+    )
     assert "logprobs" not in llm.text_completion(["the cat"], 0.0, 1.0, 6)[0]
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import TINY, LLMFactory
 
 from llama import EngineConfig, ModelArgs
+from llama.compiled.memory import check_fits, plan_memory
 from llama.errors import ConfigError
-from llama.memory import check_fits, plan_memory
 
 SEVEN_B = ModelArgs(vocab_size=32000)
 F32, BF16 = torch.float32, torch.bfloat16

@@ -1,8 +1,9 @@
-"""A second oracle, nearer to the origin: the layers of fairscale that Meta's model is made of, in the structure of Meta's forward.
+"""A second oracle, nearer to the origin: the layers of fairscale that Meta's model is made of, in the structure of
+Meta's forward.
 
-Its model-parallel embedding and linear layers in a group of one process, rotation as multiplication of complex numbers, keys and
-values repeated for each query head, and a full causal mask; written for this test. The same state dict must give the same logits as
-ours, which runs in chunks through the stacked cache on the XLA device.
+Its model-parallel embedding and linear layers in a group of one process, rotation as multiplication of complex numbers,
+keys and values repeated for each query head, and a full causal mask; written for this test. The same state dict must
+give the same logits as ours, which runs in chunks through the stacked cache on the XLA device.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from llama import EngineConfig, ModelArgs, checkpoint, kv_cache, runtime
-from llama.kv_cache import CacheView
-from llama.model import Transformer
+from llama import EngineConfig, ModelArgs, checkpoint
+from llama.compiled import cache as kv_cache
+from llama.compiled.cache import CacheView
+from llama.compiled.model import Transformer
+from llama.xla import backend, programs, transfers
 
 TOLERANCE = 1e-4
 CHUNKS = (16, 16, 4, 1)
@@ -153,13 +156,16 @@ def random_weights(args: ModelArgs) -> dict[str, torch.Tensor]:
     return weights
 
 
-def device_logits(args: ModelArgs, weights: dict[str, torch.Tensor], ids: torch.Tensor, lags: tuple[int, ...]) -> list[torch.Tensor]:
+def device_logits(
+    args: ModelArgs, weights: dict[str, torch.Tensor], ids: torch.Tensor, lags: tuple[int, ...]
+) -> list[torch.Tensor]:
     """Our logits of each row, chunk by chunk through the cache on the device: [T - lag, V].
 
-    A row with a lag of n runs every chunk but the first n positions earlier than the others do, over its own tokens: rows stand at
+    A row with a lag of n runs every chunk but the first n positions earlier than the others do, over its own tokens:
+        rows stand at
     different positions, as in a batch of prompts of different lengths.
     """
-    device = runtime.init()
+    device = backend.init()
     model = Transformer(args, CONFIG.max_seq_len)
     for _ in checkpoint.place(model, weights.items(), torch.float32, device):
         pass
@@ -171,16 +177,16 @@ def device_logits(args: ModelArgs, weights: dict[str, torch.Tensor], ids: torch.
         return logits, view.kv_cache
 
     stacked = kv_cache.allocate(args, CONFIG, torch.float32, device)
-    programs: dict[int, runtime.Program] = {}
+    programs: dict[int, programs.Program] = {}
     found = torch.full((BATCH, PROMPT_LEN, args.vocab_size), float("nan"))
     for chunk, length in enumerate(CHUNKS):
         starts = [max(0, sum(CHUNKS[:chunk]) - lag) for lag in lags]
         pieces = torch.stack([ids[row, start : start + length] for row, start in enumerate(starts)])
-        inputs = [runtime.upload(t.to(torch.int32), device) for t in (pieces, torch.tensor(starts))]
+        inputs = [transfers.upload(t.to(torch.int32), device) for t in (pieces, torch.tensor(starts))]
         if length not in programs:
-            programs[length] = runtime.compile_program(f"chunk of {length}", run, (*inputs, stacked), donated=(2,))
+            programs[length] = programs.compile_program(f"chunk of {length}", run, (*inputs, stacked), donated=(2,))
         logits, stacked = programs[length](*inputs, stacked)
-        for row, (start, values) in enumerate(zip(starts, runtime.fetch(logits), strict=True)):
+        for row, (start, values) in enumerate(zip(starts, transfers.fetch(logits), strict=True)):
             found[row, start : start + length] = values
     return [found[row, : PROMPT_LEN - lag] for row, lag in enumerate(lags)]
 
@@ -188,7 +194,9 @@ def device_logits(args: ModelArgs, weights: dict[str, torch.Tensor], ids: torch.
 @pytest.mark.usefixtures("model_parallel")
 @every_shape
 def test_logits_equal_those_of_fairscale_layers(args: ModelArgs) -> None:
-    """Rotary pairs, head grouping, feed-forward width, norms, cache and masks, at every position of two rows out of step."""
+    """Rotary pairs, head grouping, feed-forward width, norms, cache and masks, at every position of two rows out of
+    step.
+    """
     weights = random_weights(args)
     ids = torch.randint(0, args.vocab_size, (BATCH, PROMPT_LEN), generator=torch.Generator().manual_seed(8))
     reference = build_reference(args)
@@ -204,7 +212,9 @@ def test_logits_equal_those_of_fairscale_layers(args: ModelArgs) -> None:
 @pytest.mark.usefixtures("model_parallel")
 @every_shape
 def test_oracle_sees_the_order_of_pairs(args: ModelArgs) -> None:
-    """A control: with the columns of each head in the other usual order, first halves before second ones, the reference disagrees."""
+    """A control: with the columns of each head in the other usual order, first halves before second ones, the reference
+    disagrees.
+    """
     weights = random_weights(args)
     ids = torch.randint(0, args.vocab_size, (1, PROMPT_LEN), generator=torch.Generator().manual_seed(8))
     reference = build_reference(args)

@@ -1,8 +1,10 @@
-"""The convention of a split is fairscale's, not ours: its own layers, in 2 and 4 processes, make the shards and compute the logits.
+"""The convention of a split is fairscale's, not ours: its own layers, in 2 and 4 processes, make the shards and compute
+the logits.
 
-Each process builds Meta's Transformer from ParallelEmbedding or VocabParallelEmbedding, ColumnParallelLinear and RowParallelLinear. They
-draw the whole weights and keep their own parts, which are saved as consolidated.NN.pth. Our merged load of these files must compute
-the same logits, and our reshard must cut the merged weights into the same files again.
+Each process builds Meta's Transformer from ParallelEmbedding or VocabParallelEmbedding, ColumnParallelLinear and
+RowParallelLinear. They draw the whole weights and keep their own parts, which are saved as consolidated.NN.pth. Our
+merged load of these files must compute the same logits, and our reshard must cut the merged weights into the same files
+again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,18 @@ WORLDS = (4, 2)
 SHAPES = {
     # the embedding's vectors are split in LLaMA 1 and 2, its vocabulary in Llama 3
     "llama2": ({"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 96, "multiple_of": 32}, 1),
-    "llama3": ({"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 96, "multiple_of": 16, "rope_theta": 5e5}, 0),
+    "llama3": (
+        {
+            "dim": 64,
+            "n_layers": 2,
+            "n_heads": 8,
+            "n_kv_heads": 4,
+            "vocab_size": 96,
+            "multiple_of": 16,
+            "rope_theta": 5e5,
+        },
+        0,
+    ),
 }
 
 
@@ -65,7 +78,10 @@ class ParallelAttention(nn.Module):
             return torch.view_as_real(pairs * turns[:, None]).flatten(3)
 
         q = turned(heads(self.wq(x), self.heads)).transpose(1, 2)
-        k, v = turned(heads(self.wk(x), self.kv_heads)).transpose(1, 2), heads(self.wv(x), self.kv_heads).transpose(1, 2)
+        k, v = (
+            turned(heads(self.wk(x), self.kv_heads)).transpose(1, 2),
+            heads(self.wv(x), self.kv_heads).transpose(1, 2),
+        )
         k, v = (y.repeat_interleave(self.heads // self.kv_heads, dim=1) for y in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.wo(out.transpose(1, 2).flatten(2))
@@ -128,7 +144,9 @@ def run_rank(rank: int, root: str) -> None:
     for world in WORLDS:
         if rank >= world:
             continue
-        torch.distributed.init_process_group("gloo", init_method=f"file://{root}/{world}/store", rank=rank, world_size=world)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{root}/{world}/store", rank=rank, world_size=world
+        )
         initialize_model_parallel(world)
         for name, (params, embedding_axis) in SHAPES.items():
             torch.manual_seed(7)
@@ -156,7 +174,9 @@ def made_by_fairscale(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("world", WORLDS)
-def test_merged_shards_compute_what_fairscales_layers_compute(made_by_fairscale: Path, tmp_path: Path, world: int, name: str) -> None:
+def test_merged_shards_compute_what_fairscales_layers_compute(
+    made_by_fairscale: Path, tmp_path: Path, world: int, name: str
+) -> None:
     """The logits, and the way back into the same shards."""
     params, embedding_axis = SHAPES[name]
     root = made_by_fairscale / str(world)

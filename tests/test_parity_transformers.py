@@ -1,8 +1,9 @@
-"""Hugging Face's LlamaForCausalLM as an independent oracle: the same random weights give the same logits and the same greedy text.
+"""Hugging Face's LlamaForCausalLM as an independent oracle: the same random weights give the same logits and the same
+greedy text.
 
-Weights travel as users' do: converted to Meta's names and order here, written as a checkpoint in Meta's format, loaded by
-``LLaMA.build``. Logits are compared at every position of a prompt, once without a cache on the host and once in compiled chunks
-through the stacked cache on the XLA device.
+Weights travel as users' do: converted to Meta's names and order here, written as a checkpoint in Meta's format, loaded
+by ``LLaMA.build``. Logits are compared at every position of a prompt, once without a cache on the host and once in
+compiled chunks through the stacked cache on the XLA device.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, Tokenizer, buckets, checkpoint, kv_cache, runtime
+from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, Tokenizer, checkpoint
+from llama.compiled import cache as kv_cache
+from llama.compiled.cache import CacheView
+from llama.compiled.model import Transformer, rotary_frequencies
 from llama.config import BUCKET_POLICIES, BucketPolicy
-from llama.engine import Engine
-from llama.kv_cache import CacheView
-from llama.model import Transformer, rotary_frequencies
+from llama.engine.engine import Engine, chunks as buckets
+from llama.xla import backend, programs, transfers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +55,9 @@ class Shape:
     theta: float = 10000.0
     tied: bool = False
     rope_factor: float | None = None
-    original_context: int = 8192  # of Llama 3.1; params.json cannot say another one, so such a model is built without a checkpoint
+    original_context: int = (
+        8192  # of Llama 3.1; params.json cannot say another one, so such a model is built without a checkpoint
+    )
     deviation: float = 0.15
 
     @property
@@ -70,8 +75,18 @@ class Shape:
     @property
     def params(self) -> dict[str, Any]:
         """The content of params.json."""
-        params: dict[str, Any] = {"dim": self.dim, "n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads}
-        params |= {"vocab_size": self.vocab_size, "ffn_hidden_dim": self.hidden, "norm_eps": self.norm_eps, "rope_theta": self.theta}
+        params: dict[str, Any] = {
+            "dim": self.dim,
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+        }
+        params |= {
+            "vocab_size": self.vocab_size,
+            "ffn_hidden_dim": self.hidden,
+            "norm_eps": self.norm_eps,
+            "rope_theta": self.theta,
+        }
         if self.tied:
             params["tie_word_embeddings"] = True
         if self.rope_factor is not None:
@@ -83,9 +98,21 @@ class Shape:
 
 MULTI_HEAD = Shape("multi-head", dim=48, n_heads=4, n_kv_heads=4, hidden=96)
 GROUPED_QUERY = Shape("grouped-query", dim=64, n_heads=8, n_kv_heads=2, hidden=112)
-TIED = Shape("tied-llama32-rope", dim=64, n_heads=4, n_kv_heads=1, hidden=96, theta=500000.0, rope_factor=32.0, tied=True, deviation=0.3)
+TIED = Shape(
+    "tied-llama32-rope",
+    dim=64,
+    n_heads=4,
+    n_kv_heads=1,
+    hidden=96,
+    theta=500000.0,
+    rope_factor=32.0,
+    tied=True,
+    deviation=0.3,
+)
 LLAMA31 = Shape("llama31-rope", dim=64, n_heads=4, n_kv_heads=2, hidden=96, theta=500000.0, rope_factor=8.0)
-SHORT_ROPE = Shape("scaled-rope-of-short-context", dim=64, n_heads=4, n_kv_heads=4, hidden=96, rope_factor=8.0, original_context=64)
+SHORT_ROPE = Shape(
+    "scaled-rope-of-short-context", dim=64, n_heads=4, n_kv_heads=4, hidden=96, rope_factor=8.0, original_context=64
+)
 ODD = Shape("odd-sizes", dim=30, n_heads=3, n_kv_heads=1, hidden=53, vocab_size=331, norm_eps=1e-3, deviation=0.2)
 SHAPES = (MULTI_HEAD, GROUPED_QUERY, TIED, LLAMA31, SHORT_ROPE, ODD)
 SCALED = (TIED, LLAMA31, SHORT_ROPE)
@@ -97,13 +124,20 @@ def rope_parameters(theta: float, factor: float | None, original_context: int = 
     """Hugging Face's words for Llama's rotary embedding, with Llama 3.1's scaling where there is a factor."""
     if factor is None:
         return {"rope_type": "default", "rope_theta": theta}
-    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": original_context}
+    scaling = {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original_context,
+    }
     return {"rope_type": "llama3", "rope_theta": theta, **scaling}
 
 
 @cache
 def reference(shape: Shape) -> LlamaForCausalLM:
-    """Hugging Face's model of a shape with random weights, wide enough that logits differ well; the norms' differ too."""
+    """Hugging Face's model of a shape with random weights, wide enough that logits differ well; the norms' differ
+    too.
+    """
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.dim,
@@ -130,8 +164,8 @@ def reference(shape: Shape) -> LlamaForCausalLM:
 
 
 def interleave(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of a query or key projection from Hugging Face's order in each head (all first halves of the pairs, then all second ones)
-    to Meta's, where the two of a pair are neighbours.
+    """Rows of a query or key projection from Hugging Face's order in each head (all first halves of the pairs, then all
+    second ones) to Meta's, where the two of a pair are neighbours.
     """
     out_features, in_features = weight.shape
     pairs = weight.view(n_heads, 2, out_features // n_heads // 2, in_features)
@@ -161,14 +195,16 @@ def meta_weights(shape: Shape) -> dict[str, torch.Tensor]:
 def write_checkpoint(shape: Shape, directory: Path, tokenizer_path: Path) -> Path:
     directory.mkdir()
     (directory / "params.json").write_text(json.dumps(shape.params))
-    torch.save({name: weight.clone() for name, weight in meta_weights(shape).items()}, directory / "consolidated.00.pth")
+    torch.save(
+        {name: weight.clone() for name, weight in meta_weights(shape).items()}, directory / "consolidated.00.pth"
+    )
     (directory / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     return directory
 
 
 def build_directly(shape: Shape, config: EngineConfig, tokenizer_path: Path) -> LLaMA:
     """What ``LLaMA.build`` does, for a shape that params.json cannot express."""
-    device = runtime.init()
+    device = backend.init()
     model = Transformer(shape.args, config.max_seq_len)
     for _ in checkpoint.place(model, meta_weights(shape).items(), torch.float32, device):
         pass
@@ -213,7 +249,7 @@ def host_model(args: ModelArgs, weights: dict[str, torch.Tensor]) -> Transformer
 
 
 @cache
-def chunk_program(model: Transformer, length: int, key_len: int) -> runtime.Program:
+def chunk_program(model: Transformer, length: int, key_len: int) -> programs.Program:
     """One row's chunk: a program from (ids [1, T], starts [1], cache) to (logits [1, T, V], cache)."""
 
     def run(ids: torch.Tensor, starts: torch.Tensor, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -223,26 +259,28 @@ def chunk_program(model: Transformer, length: int, key_len: int) -> runtime.Prog
         return logits, view.kv_cache
 
     example = (*on_device(torch.zeros(1, length), torch.zeros(1)), fresh_cache(model))
-    return runtime.compile_program(f"chunk of {length}, {key_len} keys", run, example, donated=(2,))
+    return programs.compile_program(f"chunk of {length}, {key_len} keys", run, example, donated=(2,))
 
 
 def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [runtime.upload(tensor.to(torch.int32), runtime.init()) for tensor in tensors]
+    return [transfers.upload(tensor.to(torch.int32), backend.init()) for tensor in tensors]
 
 
 def fresh_cache(model: Transformer) -> torch.Tensor:
-    return kv_cache.allocate(model.args, EngineConfig(max_seq_len=POSITIONS), torch.float32, runtime.init())
+    return kv_cache.allocate(model.args, EngineConfig(max_seq_len=POSITIONS), torch.float32, backend.init())
 
 
 def device_logits(model: Transformer, ids: torch.Tensor, plan: Sequence[buckets.Chunk]) -> torch.Tensor:
-    """One prompt [1, T] in chunks, through the cache, on the device: [1, T, V]. A padded chunk is filled up with id 0."""
+    """One prompt [1, T] in chunks, through the cache, on the device: [1, T, V]. A padded chunk is filled up with id
+    0.
+    """
     stacked, parts = fresh_cache(model), []
     for chunk in plan:
         piece = torch.zeros(1, chunk.length)
         piece[:, : chunk.valid] = ids[:, chunk.start : chunk.end]
         inputs = on_device(piece, torch.full((1,), chunk.start))
         logits, stacked = chunk_program(model, chunk.length, chunk.key_len)(*inputs, stacked)
-        parts.append(runtime.fetch(logits)[:, : chunk.valid])
+        parts.append(transfers.fetch(logits)[:, : chunk.valid])
     return torch.cat(parts, dim=1)
 
 
@@ -252,7 +290,9 @@ def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 class Greedy(NamedTuple):
-    """A reference's greedy continuation, cut before EOS, with its reason in our words and the smallest lead of a chosen token."""
+    """A reference's greedy continuation, cut before EOS, with its reason in our words and the smallest lead of a chosen
+    token.
+    """
 
     token_ids: list[int]
     finish_reason: str
@@ -284,7 +324,9 @@ def greedy(hf: LlamaForCausalLM, prompts: torch.Tensor, steps: int) -> list[Gree
 
 @every_shape
 def test_logits_without_cache(shape: Shape) -> None:
-    """The model's arithmetic: norms, rotary pairs, scaling, head grouping and tying, at every position and with no device involved."""
+    """The model's arithmetic: norms, rotary pairs, scaling, head grouping and tying, at every position and with no
+    device involved.
+    """
     ids = random_prompts(shape, 2, PROMPT_LEN, seed=1)
     expected = reference(shape)(ids).logits
     assert expected.std() > 0.5  # logits that hardly vary would agree whatever is computed
@@ -293,7 +335,9 @@ def test_logits_without_cache(shape: Shape) -> None:
 
 @every_shape
 def test_logits_in_chunks_on_the_device(shape: Shape, build: Builder) -> None:
-    """The loading path, the compiled programs, the cache's writes and the masks: every position of a prompt, chunk after chunk."""
+    """The loading path, the compiled programs, the cache's writes and the masks: every position of a prompt, chunk
+    after chunk.
+    """
     llm = build(shape)
     ids = random_prompts(shape, 1, PROMPT_LEN, seed=2)
     plan = buckets.plan(PROMPT_LEN, llm.config)
@@ -310,12 +354,18 @@ def test_greedy_text(shape: Shape, build: Builder) -> None:
 
 @every_shape
 def test_greedy_text_ends_at_eos(shape: Shape, build: Builder) -> None:
-    """A row whose likeliest token is EOS stops there, as Hugging Face's does, while its neighbour in the batch goes on."""
-    assert_same_text(build(shape), [decisive(shape, 8, least=2, finish_reason="stop"), decisive(shape, 8, least=GENERATED)])
+    """A row whose likeliest token is EOS stops there, as Hugging Face's does, while its neighbour in the batch goes
+    on.
+    """
+    assert_same_text(
+        build(shape), [decisive(shape, 8, least=2, finish_reason="stop"), decisive(shape, 8, least=GENERATED)]
+    )
 
 
 def decisive(shape: Shape, length: int, least: int, finish_reason: str | None = None) -> tuple[list[int], Greedy]:
-    """The first random prompt of ``length`` tokens, and the reference's text, that has ``least`` tokens and no choice on the brink."""
+    """The first random prompt of ``length`` tokens, and the reference's text, that has ``least`` tokens and no choice
+    on the brink.
+    """
     prompts = random_prompts(shape, 32, length, seed=length)
     for prompt, text in zip(prompts.tolist(), greedy(reference(shape), prompts, GENERATED), strict=True):
         if len(text.token_ids) >= least and text.lead > DECISIVE and finish_reason in (None, text.finish_reason):
@@ -330,7 +380,9 @@ def assert_same_text(llm: LLaMA, choices: Sequence[tuple[list[int], Greedy]]) ->
 
 @pytest.mark.parametrize("shape", SCALED, ids=lambda shape: shape.name)
 def test_oracle_sees_rotary_scaling(shape: Shape) -> None:
-    """A control: the same weights without scaling miss the tolerance by far, so the equalities above do test the scaling."""
+    """A control: the same weights without scaling miss the tolerance by far, so the equalities above do test the
+    scaling.
+    """
     ids = random_prompts(shape, 2, PROMPT_LEN, seed=1)
     plain = host_model(replace(shape.args, rope_scaling=None), meta_weights(shape))
     assert deviation(host_logits(plain, ids), reference(shape)(ids).logits) > 10 * TOLERANCE
@@ -361,7 +413,9 @@ RELEASED: dict[str, tuple[int, float, float | None]] = {
 @pytest.mark.parametrize(("head_dim", "theta", "factor"), RELEASED.values(), ids=RELEASED.keys())
 def test_frequencies_of_released_models(head_dim: int, theta: float, factor: float | None) -> None:
     """The rotary frequencies of real checkpoints, scaled or not, are those of transformers to float32's precision."""
-    config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, rope_parameters=rope_parameters(theta, factor))
+    config = LlamaConfig(
+        hidden_size=2 * head_dim, num_attention_heads=2, rope_parameters=rope_parameters(theta, factor)
+    )
     ours = rotary_frequencies(head_dim, theta, None if factor is None else RopeScaling(factor=factor))
     torch.testing.assert_close(ours, LlamaRotaryEmbedding(config).inv_freq, rtol=2e-6, atol=0)
 
@@ -372,7 +426,9 @@ def test_frequencies_of_released_models(head_dim: int, theta: float, factor: flo
     + [(s.args.head_dim, s.theta, s.args.rope_scaling) for s in SCALED],
 )
 def test_every_zone_of_the_scaling_is_met(head_dim: int, theta: float, scaling: RopeScaling) -> None:
-    """The shapes compared here have frequencies that are kept, blended and divided: none of the three is left untested."""
+    """The shapes compared here have frequencies that are kept, blended and divided: none of the three is left
+    untested.
+    """
     ratios = rotary_frequencies(head_dim, theta, scaling) / rotary_frequencies(head_dim, theta, None)
     kept, divided = torch.isclose(ratios, torch.ones(())), torch.isclose(ratios * scaling.factor, torch.ones(()))
     assert kept.any()
@@ -380,7 +436,8 @@ def test_every_zone_of_the_scaling_is_met(head_dim: int, theta: float, scaling: 
     assert (~kept & ~divided).any()
 
 
-# --- chunk plans ------------------------------------------------------------------------------------------------------------------
+# --- chunk plans
+# ------------------------------------------------------------------------------------------------------------------
 
 BUCKET_SETS = ((64, 8, 1), (32, 8, 1), (16, 4, 1), (73, 1), (128, 32, 1), (8, 1), (1,))
 
@@ -400,7 +457,9 @@ def greedy_after(length: int, steps: int) -> Greedy:
 
 @pytest.fixture(scope="module")
 def planned(build: Builder) -> LLaMA:
-    """A model for prompts one by one. Plans change under it: programs depend on lengths, so what two plans share is compiled once."""
+    """A model for prompts one by one. Plans change under it: programs depend on lengths, so what two plans share is
+    compiled once.
+    """
     built = build(GROUPED_QUERY)
     config = EngineConfig(max_seq_len=POSITIONS, dtype="float32")
     return LLaMA(Engine(built.engine.model, config, built.engine.device), built.tokenizer)
@@ -408,14 +467,18 @@ def planned(build: Builder) -> LLaMA:
 
 @every_plan
 def test_logits_of_every_plan(lengths: tuple[int, ...], policy: BucketPolicy, planned: LLaMA) -> None:
-    """However a prompt is cut and padded, and whichever prefix of the cache a chunk reads, the logits of all positions are the same."""
+    """However a prompt is cut and padded, and whichever prefix of the cache a chunk reads, the logits of all positions
+    are the same.
+    """
     config = EngineConfig(max_seq_len=POSITIONS, buckets=lengths, bucket_policy=policy, key_buckets=(40, 80))
     ids, plan = long_prompt()[:, :PROMPT_LEN], buckets.plan(PROMPT_LEN, config)
     assert deviation(device_logits(planned.engine.model, ids, plan), reference(GROUPED_QUERY)(ids).logits) < TOLERANCE
 
 
 @every_plan
-def test_greedy_text_of_every_plan(lengths: tuple[int, ...], policy: BucketPolicy, planned: LLaMA, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_text_of_every_plan(
+    lengths: tuple[int, ...], policy: BucketPolicy, planned: LLaMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts around each bucket's length, of one token, of 73, and the longest that leaves room for one token more."""
     config = replace(planned.config, buckets=lengths, bucket_policy=policy)
     monkeypatch.setattr(planned, "config", config)
@@ -430,8 +493,13 @@ def test_greedy_text_of_every_plan(lengths: tuple[int, ...], policy: BucketPolic
 
 
 def test_plans_differ() -> None:
-    """A control: the bucket sets and policies above really cut the prompt in different ways, padded chunks among them."""
-    configs = [EngineConfig(max_seq_len=POSITIONS, buckets=b, bucket_policy=p) for b, p in itertools.product(BUCKET_SETS, BUCKET_POLICIES)]
+    """A control: the bucket sets and policies above really cut the prompt in different ways, padded chunks among
+    them.
+    """
+    configs = [
+        EngineConfig(max_seq_len=POSITIONS, buckets=b, bucket_policy=p)
+        for b, p in itertools.product(BUCKET_SETS, BUCKET_POLICIES)
+    ]
     plans = {buckets.plan(PROMPT_LEN, config) for config in configs}
     assert len(plans) > len(BUCKET_SETS)
     assert any(chunk.valid < chunk.length for plan in plans for chunk in plan)

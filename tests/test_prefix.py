@@ -7,11 +7,12 @@ import random
 import pytest
 from conftest import LLMFactory
 
-from llama import LLaMA, SamplingParams, runtime
-from llama.batch import BatchClock
-from llama.engine import common_prefix
-from llama.programs import keys_for
-from llama.request import Request
+from llama import LLaMA, SamplingParams
+from llama.engine.batch import BatchClock
+from llama.engine.engine import common_prefix
+from llama.engine.programs import keys_for
+from llama.engine.request import Request
+from llama.xla.counters import counters
 
 WISH = SamplingParams(12, 0.0, 1.0, 0)
 
@@ -35,11 +36,18 @@ def ids(count: int, seed: int) -> list[int]:
 
 def test_common_prefix() -> None:
     """The leading ids that two sequences share."""
-    assert [common_prefix(a, b) for a, b in [([], [1]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 9, 3]), ([4], [5])]] == [0, 2, 1, 0]
+    assert [common_prefix(a, b) for a, b in [([], [1]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 9, 3]), ([4], [5])]] == [
+        0,
+        2,
+        1,
+        0,
+    ]
 
 
 def test_a_next_turn_runs_only_what_is_new(make_llm: LLMFactory) -> None:
-    """Three turns, each the last prompt, its answer and something new: same ids as from scratch, for a fraction of the runs."""
+    """Three turns, each the last prompt, its answer and something new: same ids as from scratch, for a fraction of the
+    runs.
+    """
     warm, cold = make_llm(seed=5), make_llm(seed=5, read_every=7)
     prompt = [1, *ids(60, 1)]
     for turn in range(3):
@@ -74,7 +82,9 @@ def test_the_same_prompt_again_runs_one_token(make_llm: LLMFactory) -> None:
 
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
 def test_rows_share_the_smallest_prefix(make_llm: LLMFactory, policy: str) -> None:
-    """Rows of a batch run through one plan from one start; nobody's text changes, also with a padded tail at the cache's end."""
+    """Rows of a batch run through one plan from one start; nobody's text changes, also with a padded tail at the
+    cache's end.
+    """
     warm, cold = (make_llm(seed=5, max_batch_size=2, bucket_policy=policy, read_every=n) for n in (8, 7))
     prompts = [[1, *ids(30, 5)], [1, *ids(12, 6)]]
     answers, _, _ = run(warm, prompts, reuse=True)
@@ -99,7 +109,9 @@ def test_warm_up_and_an_interrupt_keep_what_is_true(make_llm: LLMFactory) -> Non
 
 
 def test_a_lost_cache_is_never_reused(make_llm: LLMFactory) -> None:
-    """A batch that broke in the middle has donated the cache: nothing of it counts, and the next batch gets a new one."""
+    """A batch that broke in the middle has donated the cache: nothing of it counts, and the next batch gets a new
+    one.
+    """
     llm = make_llm(seed=6, read_every=1)
     prompt = [1, *ids(20, 10)]
     expected, _, _ = run(llm, [prompt], reuse=False)
@@ -108,6 +120,6 @@ def test_a_lost_cache_is_never_reused(make_llm: LLMFactory) -> None:
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)
     assert llm.engine.reusable([Request(tuple(prompt), WISH)]) == 0
-    uploads = runtime.counters.uploads
+    uploads = counters.uploads
     assert run(llm, [prompt], reuse=True)[:2] == (expected, 0)
-    assert runtime.counters.uploads > uploads
+    assert counters.uploads > uploads

@@ -1,4 +1,6 @@
-"""Weight-only int8: the arithmetic against NumPy, every lowering of a linear layer against torch, and what the model loses by it."""
+"""Weight-only int8: the arithmetic against NumPy, every lowering of a linear layer against torch, and what the model
+loses by it.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,16 @@ import torch
 from checkpoint_files import TINY, random_weights, write_meta
 from commands import ROOT, Run, dumped_program
 
-from llama import EngineConfig, LLaMA, checkpoint, hlo, ops, runtime
+from llama import EngineConfig, LLaMA, checkpoint
 from llama.checkpoint import open_checkpoint, stored_as
+from llama.checkpoint.quantize import quantize
 from llama.checkpoint.reshard import convert, reshard
+from llama.compiled.memory import dtypes_for, weight_bytes
+from llama.compiled.model import Linear, Transformer
 from llama.config import DEMO_DIR
 from llama.errors import CheckpointError, ConfigError
-from llama.memory import dtypes_for, weight_bytes
-from llama.model import Linear, Transformer
-from llama.quantize import quantize
 from llama.tokenizer import Tokenizer
+from llama.xla import backend, linear, programs, reports as hlo, transfers
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -30,7 +33,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1), (300, 5000)])
 def test_quantize_is_row_wise_absmax(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """As plain NumPy computes it; the largest number of a row becomes 127, and nothing is off by more than half a scale."""
+    """As plain NumPy computes it; the largest number of a row becomes 127, and nothing is off by more than half a
+    scale.
+    """
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight[0, 0] = 9
     numbers, scales = quantize(weight)
@@ -50,14 +55,14 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 def multiplied(lowering: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The product that a lowering computes on the device."""
-    inputs = [runtime.upload(tensor, runtime.init()) for tensor in (x, weight)]
-    program = runtime.compile_program(lowering, lambda x, w: (ops.LOWERINGS[lowering](x, w),), inputs)
-    return runtime.fetch(program(*inputs)[0])
+    inputs = [transfers.upload(tensor, backend.init()) for tensor in (x, weight)]
+    program = programs.compile_program(lowering, lambda x, w: (linear.LOWERINGS[lowering](x, w),), inputs)
+    return transfers.fetch(program(*inputs)[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("lowering", sorted(ops.LOWERINGS))
+@pytest.mark.parametrize("lowering", sorted(linear.LOWERINGS))
 def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, rows: int) -> None:
     """Compiled on the device, against torch on the host in float64."""
     x, weight = torch.randn(rows, 96), torch.randn(160, 96)
@@ -72,9 +77,9 @@ def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, r
 def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
     """Feed-forward layers of large models: the parts cover every column once, and their products add up."""
     for width in (1, 4080, 4081, 8160, 14336):
-        covered = [column for a, b in ops.parts_of(width) for column in range(a, b)]
+        covered = [column for a, b in linear.parts_of(width) for column in range(a, b)]
         assert covered == list(range(width))
-        assert all(0 < b - a <= ops.WIDEST_ROW for a, b in ops.parts_of(width))
+        assert all(0 < b - a <= linear.WIDEST_ROW for a, b in linear.parts_of(width))
     x, weight = torch.randn(rows, 9001), torch.randn(40, 9001)
     expected = x.double() @ weight.double().t()
     assert (multiplied(lowering, x, weight).double() - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -82,13 +87,21 @@ def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
 
 def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
     """One row, a few, many; other devices keep the plain form."""
-    device = runtime.init()
+    device = backend.init()
     few = "onednn" if platform.machine() == "x86_64" else "matrix"
-    picked = [ops.choose_lowering(rows, 768, torch.float32, device) for rows in (1, 2, 8, 9, 128, 129, 512)]
+    picked = [linear.choose_lowering(rows, 768, torch.float32, device) for rows in (1, 2, 8, 9, 128, 129, 512)]
     assert picked == ["one_row", "loop", "loop", few, few, "matrix", "matrix"]
-    assert [ops.choose_lowering(rows, 2048, torch.float32, device) for rows in (4, 5, 512)] == ["loop", few, "panels"]
-    assert [ops.choose_lowering(rows, 768, torch.int8, device) for rows in (1, 64, 512)] == ["one_row", "row_by_row", "matrix"]
-    assert {ops.choose_lowering(rows, 768, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}
+    assert [linear.choose_lowering(rows, 2048, torch.float32, device) for rows in (4, 5, 512)] == [
+        "loop",
+        few,
+        "panels",
+    ]
+    assert [linear.choose_lowering(rows, 768, torch.int8, device) for rows in (1, 64, 512)] == [
+        "one_row",
+        "row_by_row",
+        "matrix",
+    ]
+    assert {linear.choose_lowering(rows, 768, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -120,7 +133,8 @@ def test_an_int8_checkpoint_reloads_equal(tmp_path: Path) -> None:
     assert not stored
     convert(tmp_path / "int8", tmp_path / "again")
     assert all(
-        torch.equal(a, b) for (_, a), (_, b) in zip(*(open_checkpoint(tmp_path / n).tensors() for n in ("int8", "again")), strict=True)
+        torch.equal(a, b)
+        for (_, a), (_, b) in zip(*(open_checkpoint(tmp_path / n).tensors() for n in ("int8", "again")), strict=True)
     )
 
 
@@ -146,29 +160,36 @@ def test_int8_in_other_formats_is_refused(tmp_path: Path) -> None:
 
 LAYERS = """
 import torch
-from llama import ops, runtime
-device = runtime.init()
-x = runtime.upload(torch.randn({rows}, 1024), device)
-weights = [runtime.upload(torch.ones(1024, 1024, dtype=torch.{dtype}), device) for _ in range(12)]
+from llama.xla import ops
+from llama.xla import backend, programs, transfers
+device = backend.init()
+x = transfers.upload(torch.randn({rows}, 1024), device)
+weights = [transfers.upload(torch.ones(1024, 1024, dtype=torch.{dtype}), device) for _ in range(12)]
 
 def chain(x):
     for weight in weights:
-        x = ops.linear(x, weight) * 1e-3
+        x = linear.linear(x, weight) * 1e-3
     return (x,)
 
-runtime.compile_program("chain", chain, (x,))
+programs.compile_program("chain", chain, (x,))
 """
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, "int8"), (8, "int8"), (200, "int8"), (200, "bfloat16"), (8, "float32"), (200, "float32")])
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, "int8"), (8, "int8"), (200, "int8"), (200, "bfloat16"), (8, "float32"), (200, "float32")]
+)
 def test_no_weight_is_held_twice(tmp_path: Path, rows: int, dtype: str) -> None:
-    """What is widened or packed for a product is widened when its turn comes: a chain needs the scratch of two layers, not of all."""
+    """What is widened or packed for a product is widened when its turn comes: a chain needs the scratch of two layers,
+    not of all.
+    """
     program = dumped_program(LAYERS.format(rows=rows, dtype=dtype), tmp_path)
     assert 0 < hlo.summarise(program).scratch < 4 * 1024 * 1024 * 4
 
 
 def demo_perplexity(dtype: torch.dtype) -> tuple[float, torch.Tensor]:
-    """Perplexity of the demo model on 40 texts of its kind, and the logits of the first, computed on the host without a cache."""
+    """Perplexity of the demo model on 40 texts of its kind, and the logits of the first, computed on the host without a
+    cache.
+    """
     from demo_text import TextMaker
 
     source, tokenizer = open_checkpoint(DEMO_DIR), Tokenizer(DEMO_DIR / "tokenizer.model")
@@ -201,11 +222,28 @@ def test_the_demo_model_loses_less_than_one_percent() -> None:
 def test_generating_with_int8(tmp_path: Path, run: Run) -> None:
     """The same text from an int8 checkpoint as from quantising at load, by the command line."""
     convert(DEMO_DIR, tmp_path / "int8", "int8")
-    common = ("--prompt", "Once upon a time", "--max_gen_len", "12", "--temperature", "0", "--max_seq_len", "64", "--json")
+    common = (
+        "--prompt",
+        "Once upon a time",
+        "--max_gen_len",
+        "12",
+        "--temperature",
+        "0",
+        "--max_seq_len",
+        "64",
+        "--json",
+    )
     texts = []
     for source in ("--dtype=int8", f"--ckpt_dir={tmp_path / 'int8'}"):
         outcome = run("generate", source, *common)
         assert outcome.code == 0, outcome.err
         texts.append(json.loads(outcome.out)["generation"])
     assert texts[0] == texts[1]
-    assert len(LLaMA.build(tmp_path / "int8", config=EngineConfig(max_seq_len=64)).generate("The cat", max_gen_len=3)[0].token_ids) <= 3
+    assert (
+        len(
+            LLaMA.build(tmp_path / "int8", config=EngineConfig(max_seq_len=64))
+            .generate("The cat", max_gen_len=3)[0]
+            .token_ids
+        )
+        <= 3
+    )

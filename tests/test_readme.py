@@ -38,13 +38,17 @@ def commands() -> list[str]:
 
 
 def run(command: str) -> subprocess.CompletedProcess[str]:
-    """Run a line as a user would, in the project's folder; `llama-xla` is this interpreter's, and answers are kept short."""
+    """Run a line as a user would, in the project's folder; `llama-xla` is this interpreter's, and answers are kept
+    short.
+    """
     script = f"{shlex.quote(sys.executable)} -m llama.cli"
     if "--max_gen_len" not in command:
         command = re.sub(r"(llama-xla (generate|chat)|demo.sh \"[^\"]*\")", r"\1 --max_gen_len 12", command)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     line = re.sub(r"\bllama-xla\b", script, command) if "demo.sh" not in command else command
-    return subprocess.run(["bash", "-c", line], input="Hello\n", capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    return subprocess.run(
+        ["bash", "-c", line], input="Hello\n", capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the README's made-up paths stand for here: small checkpoints, and directories that are not there yet."""
     directory = tmp_path_factory.mktemp("readme")
     made = byte_level()
-    chat = write_meta(directory / "chat", replace(TINY, vocab_size=768), [random_weights(replace(TINY, vocab_size=768))])
+    chat = write_meta(
+        directory / "chat", replace(TINY, vocab_size=768), [random_weights(replace(TINY, vocab_size=768))]
+    )
     write_ranks(made, chat / "tokenizer.model")
     return {
         "path/to/Llama-3.2-1B-Instruct": chat,
@@ -75,7 +81,9 @@ def test_commands_run(command: str, places: dict[str, Path]) -> None:
         command = command.replace(name, str(path))
     done = run(command)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() or any(str(path) in command and (path / "params.json").is_file() for path in places.values())
+    assert done.stdout.strip() or any(
+        str(path) in command and (path / "params.json").is_file() for path in places.values()
+    )
 
 
 def test_the_two_commands_open_the_readme() -> None:
@@ -99,7 +107,9 @@ def test_help_names_every_flag(name: str) -> None:
 
 
 def test_the_table_of_controls_is_complete() -> None:
-    """A row for every field of SamplingParams, with its default; the generate command has a flag for each, but for --echo's."""
+    """A row for every field of SamplingParams, with its default; the generate command has a flag for each, but for
+    --echo's.
+    """
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", README, flags=re.MULTILINE))
     defaults = {f.name: f.default for f in fields(SamplingParams)}
     assert set(rows) == set(defaults)

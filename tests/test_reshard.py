@@ -1,4 +1,6 @@
-"""Writing checkpoints: n -> m -> n is the identity, what is interrupted leaves nothing, what is written is checked, memory stays small."""
+"""Writing checkpoints: n -> m -> n is the identity, what is interrupted leaves nothing, what is written is checked,
+memory stays small.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,12 @@ def one_file(directory: Path, args: ModelArgs = ARGS, dtype: torch.dtype = torch
 def test_there_and_back_is_the_identity(tmp_path: Path, n: int, m: int, embedding_axis: int) -> None:
     """Every file, byte by byte; and every tensor on the way."""
     weights = random_weights(ARGS, dtype=torch.bfloat16)
-    reshard(one_file(tmp_path / "src", dtype=torch.bfloat16, vocab_size=-1), tmp_path / "n", n, embedding_axis=embedding_axis)
+    reshard(
+        one_file(tmp_path / "src", dtype=torch.bfloat16, vocab_size=-1),
+        tmp_path / "n",
+        n,
+        embedding_axis=embedding_axis,
+    )
     reshard(tmp_path / "n", tmp_path / "m", m)
     reshard(tmp_path / "m", tmp_path / "back", n)
     assert contents(tmp_path / "n") == contents(tmp_path / "back")
@@ -75,8 +82,12 @@ def test_shards_are_ordinary_files(tmp_path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             assert file.testzip() is None
         loaded = torch.load(path, weights_only=True)
-        assert torch.equal(loaded["layers.1.feed_forward.w1.weight"], whole["layers.1.feed_forward.w1.weight"].chunk(4)[rank])
-        assert torch.equal(loaded["layers.1.feed_forward.w2.weight"], whole["layers.1.feed_forward.w2.weight"].chunk(4, 1)[rank])
+        assert torch.equal(
+            loaded["layers.1.feed_forward.w1.weight"], whole["layers.1.feed_forward.w1.weight"].chunk(4)[rank]
+        )
+        assert torch.equal(
+            loaded["layers.1.feed_forward.w2.weight"], whole["layers.1.feed_forward.w2.weight"].chunk(4, 1)[rank]
+        )
         assert torch.equal(loaded["norm.weight"], whole["norm.weight"])
         assert all(tensor.untyped_storage().nbytes() == tensor.numel() * 4 for tensor in loaded.values())
 
@@ -86,7 +97,9 @@ def test_shards_are_ordinary_files(tmp_path: Path) -> None:
     [({}, 1), ({"rope_theta": 500000.0}, 0), ({"rope_theta": 1e6}, 1)],
     ids=["LLaMA 1 and 2", "Llama 3", "Code Llama"],
 )
-def test_the_embedding_is_split_as_metas_code_for_the_model_does(tmp_path: Path, changes: dict[str, Any], axis: int) -> None:
+def test_the_embedding_is_split_as_metas_code_for_the_model_does(
+    tmp_path: Path, changes: dict[str, Any], axis: int
+) -> None:
     """Where nothing says how it was split."""
     reshard(one_file(tmp_path / "src", ModelArgs(**{**ARGS.to_params(), **changes})), tmp_path / "out", 2)
     assert open_checkpoint(tmp_path / "out").embedding_axis == axis
@@ -142,7 +155,9 @@ def test_odd_vocabularies(tmp_path: Path) -> None:
 
 
 def test_companions_travel_along(tmp_path: Path) -> None:
-    """The tokenizer's files and the defaults do, code and optimizer states do not; LLaMA 1 keeps the tokenizer in the parent."""
+    """The tokenizer's files and the defaults do, code and optimizer states do not; LLaMA 1 keeps the tokenizer in the
+    parent.
+    """
     source = one_file(tmp_path / "src")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         (source / name).write_text("{}")
@@ -150,7 +165,14 @@ def test_companions_travel_along(tmp_path: Path) -> None:
         (source / name).write_text("x")
     convert(source, tmp_path / "native")
     reshard(tmp_path / "native", tmp_path / "meta", 1)
-    kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "params.json", "checksums.json"}
+    kept = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "params.json",
+        "checksums.json",
+    }
     assert set(contents(tmp_path / "native")) == kept | {"model.safetensors"}
     assert set(contents(tmp_path / "meta")) == kept | {"consolidated.00.pth"}
 
@@ -185,7 +207,9 @@ def test_convert_changes_the_dtype(tmp_path: Path, dtype: str) -> None:
     """As torch rounds."""
     convert(one_file(tmp_path / "src"), tmp_path / "native", dtype=dtype)
     wanted = getattr(torch, dtype)
-    assert_equal(open_checkpoint(tmp_path / "native").tensors(), {n: t.to(wanted) for n, t in random_weights(ARGS).items()})
+    assert_equal(
+        open_checkpoint(tmp_path / "native").tensors(), {n: t.to(wanted) for n, t in random_weights(ARGS).items()}
+    )
 
 
 def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -212,7 +236,8 @@ def test_files_stay_below_the_size_that_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8), ("7", 7), (12, 12), ("1kb", 1000)]
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8), ("7", 7), (12, 12), ("1kb", 1000)],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
@@ -249,7 +274,9 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device"), SystemExit(143)])
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device"), SystemExit(143)]
+)
 @pytest.mark.parametrize("after", [0, 1, 7, 30, 44])
 def test_a_run_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, failure: BaseException | type[BaseException]
@@ -266,18 +293,27 @@ def test_a_run_that_fails_leaves_nothing(
         return write(file, data)
 
     monkeypatch.setattr(writing.HashedFile, "write", fail)
-    expected = CheckpointError if isinstance(failure, OSError) else failure if isinstance(failure, type) else type(failure)
-    for run in (lambda: convert(source, tmp_path / "out", max_shard_size="50KB"), lambda: reshard(source, tmp_path / "out", 2)):
+    expected = (
+        CheckpointError if isinstance(failure, OSError) else failure if isinstance(failure, type) else type(failure)
+    )
+    for run in (
+        lambda: convert(source, tmp_path / "out", max_shard_size="50KB"),
+        lambda: reshard(source, tmp_path / "out", 2),
+    ):
         count = 0
         with pytest.raises(expected):
             run()
         assert {path.name for path in tmp_path.iterdir()} == {"src"}
 
 
-@pytest.mark.parametrize(("command", "number"), [("convert", signal.SIGINT), ("reshard", signal.SIGTERM), ("reshard", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("command", "number"), [("convert", signal.SIGINT), ("reshard", signal.SIGTERM), ("reshard", signal.SIGKILL)]
+)
 def test_a_signal_in_the_middle(tmp_path: Path, command: str, number: signal.Signals) -> None:
     """In a process of its own: Ctrl-C and SIGTERM clean up; what SIGKILL leaves is hidden, and nothing loads it."""
-    source = one_file(tmp_path / "src", ModelArgs(dim=64, n_layers=40, n_heads=8, n_kv_heads=8, vocab_size=320, multiple_of=32))
+    source = one_file(
+        tmp_path / "src", ModelArgs(dim=64, n_layers=40, n_heads=8, n_kv_heads=8, vocab_size=320, multiple_of=32)
+    )
     call = "convert(src, dst)" if command == "convert" else "reshard(src, dst, 8)"
     code = f"""
 import sys, time
@@ -293,7 +329,10 @@ src, dst = sys.argv[1:]
 {call}
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(source), str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", code, str(source), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -347,14 +386,18 @@ def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_checksums(tmp_path: Path) -> None:
-    """Of every file but their own, as sha256sum makes them; a flipped bit and a missing file are named. Opening does not read them."""
+    """Of every file but their own, as sha256sum makes them; a flipped bit and a missing file are named. Opening does
+    not read them.
+    """
     source = one_file(tmp_path / "src")
     (source / "tokenizer.model").write_bytes(b"sentences")
     convert(source, tmp_path / "out", max_shard_size="100KB")
     directory = tmp_path / "out"
     sums = json.loads((directory / "checksums.json").read_text())
     assert set(sums) == set(contents(directory)) - {"checksums.json"}
-    said = subprocess.run(["sha256sum", "tokenizer.model"], cwd=directory, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["sha256sum", "tokenizer.model"], cwd=directory, capture_output=True, text=True, check=True
+    ).stdout
     assert sums["tokenizer.model"] == said.split()[0]
     assert set(verify_checksums(directory)) == set(sums)
     path = sorted(directory.glob("*.safetensors"))[1]
@@ -389,7 +432,10 @@ def test_what_stands_in_the_way_is_found_before_writing(tmp_path: Path) -> None:
     shard = torch.load(tmp_path / "two" / "consolidated.01.pth", weights_only=True)
     shard["norm.weight"][0] += 1
     torch.save(shard, tmp_path / "two" / "consolidated.01.pth")
-    for run in (lambda: convert(tmp_path / "two", tmp_path / "out"), lambda: reshard(tmp_path / "two", tmp_path / "out", 1)):
+    for run in (
+        lambda: convert(tmp_path / "two", tmp_path / "out"),
+        lambda: reshard(tmp_path / "two", tmp_path / "out", 1),
+    ):
         with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: tensor norm\.weight differs"):
             run()
     edit_json(tmp_path / "two" / "params.json", dim=128)
@@ -428,9 +474,11 @@ for name, run in runs.items():
 
 
 def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
-    """Of a model of 151 MiB whose largest tensor has 4 MiB: what every run adds to a process that has imported everything.
+    """Of a model of 151 MiB whose largest tensor has 4 MiB: what every run adds to a process that has imported
+    everything.
 
-    Mapped pages count: 32 MiB of a file are touched before it is mapped anew, and 16 MiB are written before they are let go of.
+    Mapped pages count: 32 MiB of a file are touched before it is mapped anew, and 16 MiB are written before they are
+        let go of.
     """
     args = ModelArgs(dim=512, n_layers=12, n_heads=8, n_kv_heads=8, vocab_size=2048, multiple_of=32)
     size = sum(t.numel() * 4 for t in random_weights(args).values())

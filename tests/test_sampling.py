@@ -1,7 +1,7 @@
 """The sampler on the host and on the XLA device, against published vectors, plain NumPy and exact probabilities.
 
-``both`` runs a function uncompiled on host tensors and as a compiled program on the device, and asserts equal results: what is
-claimed of one holds for the other. All seeds are fixed, so that no test has a random outcome.
+``both`` runs a function uncompiled on host tensors and as a compiled program on the device, and asserts equal results:
+what is claimed of one holds for the other. All seeds are fixed, so that no test has a random outcome.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama import SamplingParams, ops, runtime, sampling
+from llama import SamplingParams
+from llama.compiled import sampling
+from llama.xla import backend, ops, programs, transfers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,15 +32,15 @@ def as_tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Ten
 
 
 @cache
-def program(fn: Fn, *shapes: tuple[torch.Size, torch.dtype]) -> runtime.Program:
-    example = [runtime.upload(torch.zeros(shape, dtype=dtype), runtime.init()) for shape, dtype in shapes]
-    return runtime.compile_program(str(fn), lambda *args: as_tuple(fn(*args)), example)
+def program(fn: Fn, *shapes: tuple[torch.Size, torch.dtype]) -> programs.Program:
+    example = [transfers.upload(torch.zeros(shape, dtype=dtype), backend.init()) for shape, dtype in shapes]
+    return programs.compile_program(str(fn), lambda *args: as_tuple(fn(*args)), example)
 
 
 def on_device(fn: Fn, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A compiled program's results; compiled once for each function and shapes."""
     compiled = program(fn, *((arg.shape, arg.dtype) for arg in args))
-    return tuple(runtime.fetch(out) for out in compiled(*(runtime.upload(arg, runtime.init()) for arg in args)))
+    return tuple(transfers.fetch(out) for out in compiled(*(transfers.upload(arg, backend.init()) for arg in args)))
 
 
 def both(fn: Fn, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -62,7 +64,8 @@ def floats(values: Sequence[float] | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
 
 
-# --- the generator's parts --------------------------------------------------------------------------------------------------------
+# --- the generator's parts
+# --------------------------------------------------------------------------------------------------------
 
 # Random123's kat_vectors, threefry 2x32 with 20 rounds: key, counter, result.
 KNOWN_ANSWERS = (
@@ -72,7 +75,9 @@ KNOWN_ANSWERS = (
 )
 
 
-def threefry(k0: torch.Tensor, k1: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def threefry(
+    k0: torch.Tensor, k1: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return sampling.threefry_2x32((k0, k1), (c0, c1))
 
 
@@ -91,11 +96,15 @@ def numpy_threefry(k0: np.ndarray, k1: np.ndarray, c0: np.ndarray, c1: np.ndarra
 
 
 def test_threefry_known_answers() -> None:
-    """The generator is Threefry-2x32-20 as published: a seed means the same text in every release and on every device."""
+    """The generator is Threefry-2x32-20 as published: a seed means the same text in every release and on every
+    device.
+    """
     keys, counters, answers = (np.array(column, dtype=np.uint32).T for column in zip(*KNOWN_ANSWERS, strict=True))
     found = both(threefry, *map(words, (*keys, *counters)))
     assert [unsigned(x).tolist() for x in found] == answers.tolist()
-    assert [x.tolist() for x in numpy_threefry(*keys, *counters)] == answers.tolist()  # the reference of the tests below
+    assert [
+        x.tolist() for x in numpy_threefry(*keys, *counters)
+    ] == answers.tolist()  # the reference of the tests below
 
 
 def test_threefry_many_words() -> None:
@@ -110,13 +119,30 @@ def all_rotations(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def test_rotate_left() -> None:
-    """Every distance, on words of both signs, against Python's integers: torch_xla's own ``>>`` fails for negative words."""
-    values = [0, 1, 2, 3, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0xFFFFFFFE, 0xAAAAAAAA, 0x55555555, 0xDEADBEEF]
+    """Every distance, on words of both signs, against Python's integers: torch_xla's own ``>>`` fails for negative
+    words.
+    """
+    values = [
+        0,
+        1,
+        2,
+        3,
+        0x7FFFFFFF,
+        0x80000000,
+        0x80000001,
+        0xFFFFFFFF,
+        0xFFFFFFFE,
+        0xAAAAAAAA,
+        0x55555555,
+        0xDEADBEEF,
+    ]
     values += np.random.default_rng(2).integers(0, 2**32, 500).tolist()
     results = both(all_rotations, words(values))
     assert len(results) == 31
     for distance, result in enumerate(results, start=1):
-        assert unsigned(result).tolist() == [(v << distance | v >> (32 - distance)) & 0xFFFFFFFF for v in values], distance
+        assert unsigned(result).tolist() == [(v << distance | v >> (32 - distance)) & 0xFFFFFFFF for v in values], (
+            distance
+        )
 
 
 def test_float_bits() -> None:
@@ -129,7 +155,9 @@ def test_float_bits() -> None:
 
 
 def numpy_uniform(seed: np.ndarray, position: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The uniform variable in (0, 1) behind each token's noise, in float64: [B, V]. Seeds [B, 2] and positions [B] as words."""
+    """The uniform variable in (0, 1) behind each token's noise, in float64: [B, V]. Seeds [B, 2] and positions [B] as
+    words.
+    """
     ids = np.arange(vocab_size, dtype=np.uint32)[None]
     counters = np.broadcast_arrays(ids, position[:, None])
     bits, _ = numpy_threefry(*np.broadcast_arrays(seed[:, :1], seed[:, 1:], *counters)[:2], *counters)
@@ -141,9 +169,14 @@ def exponential(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 
 def test_noise_is_a_function_of_seed_position_and_token() -> None:
-    """The variable of (seed, position, token id) is what NumPy makes of the three, exponentially distributed, and above 0."""
+    """The variable of (seed, position, token id) is what NumPy makes of the three, exponentially distributed, and above
+    0.
+    """
     generator = np.random.default_rng(4)
-    seed, position = generator.integers(0, 2**32, (64, 2), dtype=np.uint32), generator.integers(0, 2**17, 64, dtype=np.uint32)
+    seed, position = (
+        generator.integers(0, 2**32, (64, 2), dtype=np.uint32),
+        generator.integers(0, 2**17, 64, dtype=np.uint32),
+    )
     uniform = numpy_uniform(seed, position, VOCAB)
     args = words(seed), words(position)
     for noise in (exponential(*args), *on_device(exponential, *args)):
@@ -151,12 +184,15 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
         np.testing.assert_allclose(-np.expm1(-noise.double().numpy()), uniform, rtol=1e-6)
 
 
-# --- the likeliest token ----------------------------------------------------------------------------------------------------------
+# --- the likeliest token
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 127, VOCAB, 1000])
 def test_argmax(vocab_size: int) -> None:
-    """The index is NumPy's, the lowest among equals: rows with many ties, with none, constant ones, and -inf all but in one place."""
+    """The index is NumPy's, the lowest among equals: rows with many ties, with none, constant ones, and -inf all but in
+    one place.
+    """
     generator = np.random.default_rng(vocab_size)
     rows = np.concatenate(
         (
@@ -176,19 +212,26 @@ def every(rows: int) -> torch.Tensor:
     return torch.ones(rows, dtype=torch.bool)
 
 
-# --- the nucleus ------------------------------------------------------------------------------------------------------------------
+# --- the nucleus
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def numpy_nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """A row's nucleus by sorting: the heaviest tokens until they hold ``top_p`` of the weight, and what weighs as much as the last."""
+    """A row's nucleus by sorting: the heaviest tokens until they hold ``top_p`` of the weight, and what weighs as much
+    as the last.
+    """
     wanted = float(np.float32(top_p) * np.float32(weights.sum(dtype=np.float64)))
     heaviest = np.sort(weights.astype(np.float64))[::-1]
-    last = int(np.searchsorted(np.cumsum(heaviest), wanted))  # the first place where the sum is not below what is wanted
+    last = int(
+        np.searchsorted(np.cumsum(heaviest), wanted)
+    )  # the first place where the sum is not below what is wanted
     return weights >= heaviest[min(last, len(heaviest) - 1)]
 
 
 def exact_weights(rows: int, vocab_size: int, steps: int, seed: int) -> np.ndarray:
-    """Random multiples of 1 / steps, a power of two, the heaviest 1: sums of them have no rounding error, in any order."""
+    """Random multiples of 1 / steps, a power of two, the heaviest 1: sums of them have no rounding error, in any
+    order.
+    """
     generator = np.random.default_rng(seed)
     weights = generator.integers(0, steps + 1, (rows, vocab_size)) / steps
     weights[generator.random((rows, vocab_size)) < generator.random((rows, 1))] = 0  # from dense rows to sparse ones
@@ -199,12 +242,18 @@ def exact_weights(rows: int, vocab_size: int, steps: int, seed: int) -> np.ndarr
 @pytest.mark.parametrize("steps", [1, 2, 8, 1024], ids=lambda steps: f"{steps}-levels")
 @pytest.mark.parametrize("vocab_size", [5, VOCAB])
 def test_top_p_mask_equals_sorting(vocab_size: int, steps: int) -> None:
-    """256 rows with exact sums, from almost all tied to almost all distinct: the nucleus is the sorted one, ties kept together."""
+    """256 rows with exact sums, from almost all tied to almost all distinct: the nucleus is the sorted one, ties kept
+    together.
+    """
     weights = exact_weights(256, vocab_size, steps, seed=steps)
     top_p = np.random.default_rng(steps).random(256).astype(np.float32)
-    top_p[:32] = np.tile([1.0, 0.5, 0.25, 1e-30], 8)  # all of it, shares that sums can hit exactly, and as good as nothing
+    top_p[:32] = np.tile(
+        [1.0, 0.5, 0.25, 1e-30], 8
+    )  # all of it, shares that sums can hit exactly, and as good as nothing
     (kept,) = both(sampling.top_p_mask, torch.from_numpy(weights), torch.from_numpy(top_p), every(256))
-    expected = np.stack([numpy_nucleus(w, p) if p < 1 else np.ones(vocab_size, bool) for w, p in zip(weights, top_p, strict=True)])
+    expected = np.stack(
+        [numpy_nucleus(w, p) if p < 1 else np.ones(vocab_size, bool) for w, p in zip(weights, top_p, strict=True)]
+    )
     assert np.array_equal(kept.numpy(), expected)
 
 
@@ -224,13 +273,17 @@ def test_top_p_mask_equals_sorting(vocab_size: int, steps: int) -> None:
     ],
 )
 def test_top_p_mask_by_hand(weights: list[float], top_p: float, kept: list[int]) -> None:
-    """Cases small enough to check by reading: the boundary itself, ties at it, one survivor, everything, nothing of weight 0."""
+    """Cases small enough to check by reading: the boundary itself, ties at it, one survivor, everything, nothing of
+    weight 0.
+    """
     (mask,) = both(sampling.top_p_mask, floats([weights]), floats([top_p]), every(1))
     assert mask[0].int().tolist() == kept
 
 
 def test_top_p_mask_of_real_weights() -> None:
-    """Weights as logits give them, whose sums round: the nucleus lies between those of slightly smaller and slightly larger shares."""
+    """Weights as logits give them, whose sums round: the nucleus lies between those of slightly smaller and slightly
+    larger shares.
+    """
     generator = np.random.default_rng(6)
     logits = (generator.normal(size=(256, VOCAB)) * generator.uniform(0.1, 6, (256, 1))).astype(np.float32)
     logits[generator.random(logits.shape) < 0.1] = -INF
@@ -244,7 +297,8 @@ def test_top_p_mask_of_real_weights() -> None:
         assert not mask[w == 0].any()
 
 
-# --- the other filters ------------------------------------------------------------------------------------------------------------
+# --- the other filters
+# ------------------------------------------------------------------------------------------------------------
 
 
 def numpy_top_k(distance: np.ndarray, top_k: int) -> np.ndarray:
@@ -266,13 +320,17 @@ def numpy_typical(distance: np.ndarray, typical_p: float) -> np.ndarray:
 
 
 def random_distances(rows: int, seed: int, vocab_size: int = VOCAB) -> np.ndarray:
-    """Distances with ties, from all distinct to nearly all equal; infinities in every row, and in some rows one survivor only."""
+    """Distances with ties, from all distinct to nearly all equal; infinities in every row, and in some rows one
+    survivor only.
+    """
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(rows, vocab_size)) * generator.uniform(0.1, 5, (rows, 1))
     logits[: rows // 2] = np.round(logits[: rows // 2] * 2) / 2
     logits[generator.random(logits.shape) < 0.1] = -INF
     logits[-8:] = np.where(np.arange(vocab_size) == generator.integers(0, vocab_size, (8, 1)), 1.0, -INF)
-    logits[np.arange(rows), generator.integers(0, vocab_size, rows)] = 20.0  # in the last rows two survivors, or one twice
+    logits[np.arange(rows), generator.integers(0, vocab_size, rows)] = (
+        20.0  # in the last rows two survivors, or one twice
+    )
     return (logits.max(axis=1, keepdims=True) - logits).astype(np.float32)
 
 
@@ -289,7 +347,9 @@ def test_top_k_mask_equals_sorting() -> None:
 
 def test_typical_p_mask_equals_sorting() -> None:
     """Sums round: the set lies between those of slightly smaller and slightly larger shares."""
-    distance = random_distances(256, seed=12)[128:]  # ties of surprise are a matter of rounding: the distinct rows, and the survivors
+    distance = random_distances(256, seed=12)[
+        128:
+    ]  # ties of surprise are a matter of rounding: the distinct rows, and the survivors
     typical_p = np.random.default_rng(12).uniform(0.05, 0.99, 128).astype(np.float32)
     (kept,) = both(sampling.typical_p_mask, floats(distance), floats(np.exp(-distance)), floats(typical_p), every(128))
     for mask, d, p in zip(kept.numpy(), distance, typical_p, strict=True):
@@ -329,7 +389,9 @@ def random_wishes(rows: int, seed: int) -> tuple[np.ndarray, ...]:
 
 
 def test_filters_one_after_the_other() -> None:
-    """512 rows with every mixture of filters: the survivors are those of NumPy, which sorts; the likeliest is among them."""
+    """512 rows with every mixture of filters: the survivors are those of NumPy, which sorts; the likeliest is among
+    them.
+    """
     distance = random_distances(1024, seed=13)[512:]
     wishes = random_wishes(512, seed=13)
     wishes_on = [torch.from_numpy(wish) for wish in wishes]
@@ -369,7 +431,8 @@ def test_an_infinite_logit_is_the_likeliest() -> None:
     assert chosen[2] in (0, 2)
 
 
-# --- the filters of transformers --------------------------------------------------------------------------------------------------
+# --- the filters of transformers
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "typical_p"])
@@ -377,7 +440,12 @@ def test_filters_are_those_of_transformers(name: str) -> None:
     """On logits without ties, each filter keeps what transformers' logits warper keeps."""
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
-    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper, "typical_p": TypicalLogitsWarper}
+    warpers = {
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+        "typical_p": TypicalLogitsWarper,
+    }
     unused = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
     distance = floats(random_distances(128, seed=15)[64:120])
     for value in (1, 5, 50) if name == "top_k" else (0.05, 0.3, 0.7, 0.97):
@@ -390,7 +458,8 @@ def test_filters_are_those_of_transformers(name: str) -> None:
         assert torch.equal(kept, expected > -INF), value
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------------------
+# --- the choice
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def choose(
@@ -415,7 +484,9 @@ def choose_plain(
 
 
 def random_rows(rows: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """The arguments of ``choose_plain`` for rows that differ in everything; one in four is greedy, and a tenth of the logits are -inf."""
+    """The arguments of ``choose_plain`` for rows that differ in everything; one in four is greedy, and a tenth of the
+    logits are -inf.
+    """
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(rows, VOCAB)) * generator.uniform(0.5, 8, (rows, 1))
     logits[generator.random(logits.shape) < 0.1] = -INF
@@ -437,7 +508,9 @@ def numpy_choice(logits: np.ndarray, temperature: float, top_p: float, uniform: 
 
 
 def test_choose_equals_numpy() -> None:
-    """1024 rows, greedy and sampled mixed: every token is the one that NumPy draws for the row's logits, wishes, seed and position."""
+    """1024 rows, greedy and sampled mixed: every token is the one that NumPy draws for the row's logits, wishes, seed
+    and position.
+    """
     rows = random_rows(1024, seed=7)
     (chosen,) = both(choose_plain, *rows)
     logits, temperature, top_p, seeds, positions = (t.numpy() for t in rows)
@@ -445,11 +518,15 @@ def test_choose_equals_numpy() -> None:
     expected = [numpy_choice(*row) for row in zip(logits, temperature, top_p, uniform, strict=True)]
     assert chosen.tolist() == expected
     likeliest = logits.argmax(axis=1)
-    assert 0.1 < (chosen.numpy() == likeliest)[temperature > 0].mean() < 0.9  # rows that always took the likeliest would prove little
+    assert (
+        0.1 < (chosen.numpy() == likeliest)[temperature > 0].mean() < 0.9
+    )  # rows that always took the likeliest would prove little
 
 
 def test_temperature_0_is_argmax_among_sampled_rows() -> None:
-    """A greedy row takes the lowest of its likeliest tokens whatever its seed and top_p, beside rows that are sampled."""
+    """A greedy row takes the lowest of its likeliest tokens whatever its seed and top_p, beside rows that are
+    sampled.
+    """
     logits, temperature, top_p, seeds, positions = random_rows(1024, seed=8)
     greedy = temperature == 0
     assert 0 < greedy.sum() < len(greedy)
@@ -460,7 +537,9 @@ def test_temperature_0_is_argmax_among_sampled_rows() -> None:
 
 
 def test_row_depends_on_itself_alone() -> None:
-    """A row's token is the same alone, in another place of a batch, and beside other neighbours: text does not depend on batching."""
+    """A row's token is the same alone, in another place of a batch, and beside other neighbours: text does not depend
+    on batching.
+    """
     rows = random_rows(8, seed=9)
     (chosen,) = both(choose_plain, *rows)
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
@@ -469,12 +548,16 @@ def test_row_depends_on_itself_alone() -> None:
     others = random_rows(8, seed=10)
     for i in range(8):
         alone = both(choose_plain, *(t[i : i + 1] for t in rows))[0]
-        beside = both(choose_plain, *(torch.cat((o[:5], t[i : i + 1], o[6:])) for t, o in zip(rows, others, strict=True)))[0]
+        beside = both(
+            choose_plain, *(torch.cat((o[:5], t[i : i + 1], o[6:])) for t, o in zip(rows, others, strict=True))
+        )[0]
         assert chosen[i] == alone[0] == beside[5]
 
 
 def test_every_part_of_seed_and_position_counts() -> None:
-    """Changing either word of the seed, or the position, draws anew: no two of 256 equal rows share a stream by mistake."""
+    """Changing either word of the seed, or the position, draws anew: no two of 256 equal rows share a stream by
+    mistake.
+    """
     flat = torch.zeros(256, VOCAB), torch.ones(256), torch.ones(256)
     count = torch.arange(256, dtype=torch.int32)
     zero = torch.zeros_like(count)
@@ -494,7 +577,8 @@ def test_impossible_tokens_are_never_chosen() -> None:
     assert torch.equal(chosen.long(), allowed)
 
 
-# --- frequencies ------------------------------------------------------------------------------------------------------------------
+# --- frequencies
+# ------------------------------------------------------------------------------------------------------------------
 
 FALSE_ALARM = 1e-6
 DRAWS, DRAWS_A_CALL = 20480, 2048
@@ -504,7 +588,8 @@ LOGITS = np.array([2.0, 1.9, 1.5, 1.5, 1.5, 1.0, 0.6, 0.5, 0.0, -0.3, -0.7, -1.0
 def critical_chi_square(degrees: int) -> float:
     """What a chi-square variable exceeds with probability 1e-6, by Wilson and Hilferty's cube of a normal variable.
 
-    That lies a little above the exact value: the rate is really 1.6e-7 for 1 degree of freedom, 6.9e-7 for 13, 9e-7 for 63.
+    That lies a little above the exact value: the rate is really 1.6e-7 for 1 degree of freedom, 6.9e-7 for 13, 9e-7 for
+        63.
     """
     z = NormalDist().inv_cdf(1 - FALSE_ALARM)
     spread = 2 / (9 * degrees)
@@ -523,21 +608,31 @@ def nucleus_distribution(temperature: float, top_p: float) -> np.ndarray:
 
 
 def draw(temperature: float, top_p: float, vary: str) -> np.ndarray:
-    """DRAWS tokens from LOGITS on the device: of one seed at consecutive positions, or of consecutive seeds at one position."""
+    """DRAWS tokens from LOGITS on the device: of one seed at consecutive positions, or of consecutive seeds at one
+    position.
+    """
     count = np.arange(DRAWS, dtype=np.uint32)
     seeds = np.stack((count if vary == "seed" else np.full_like(count, 12345), np.zeros_like(count)), axis=1)
     positions = count if vary == "position" else np.full_like(count, 17)
-    same = floats(np.tile(LOGITS, (DRAWS_A_CALL, 1))), floats([temperature] * DRAWS_A_CALL), floats([top_p] * DRAWS_A_CALL)
+    same = (
+        floats(np.tile(LOGITS, (DRAWS_A_CALL, 1))),
+        floats([temperature] * DRAWS_A_CALL),
+        floats([top_p] * DRAWS_A_CALL),
+    )
     parts = [slice(i, i + DRAWS_A_CALL) for i in range(0, DRAWS, DRAWS_A_CALL)]
-    return np.concatenate([both(choose_plain, *same, words(seeds[part]), words(positions[part]))[0].numpy() for part in parts])
+    return np.concatenate(
+        [both(choose_plain, *same, words(seeds[part]), words(positions[part]))[0].numpy() for part in parts]
+    )
 
 
 @pytest.mark.parametrize("vary", ["position", "seed"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5), (1.0, 0.35)])
 def test_frequencies_follow_the_nucleus_distribution(temperature: float, top_p: float, vary: str) -> None:
-    """Chi-square of 20480 draws against the exact distribution; false-alarm rate 1e-6, once and for all as the seeds are fixed.
+    """Chi-square of 20480 draws against the exact distribution; false-alarm rate 1e-6, once and for all as the seeds
+    are fixed.
 
-    Nothing outside the nucleus is drawn at all. As a control, a distribution whose temperature is off by a tenth is told apart.
+    Nothing outside the nucleus is drawn at all. As a control, a distribution whose temperature is off by a tenth is
+    told apart.
     """
     exact = nucleus_distribution(temperature, top_p)
     counts = np.bincount(draw(temperature, top_p, vary), minlength=len(exact))
@@ -552,7 +647,9 @@ def test_frequencies_follow_the_nucleus_distribution(temperature: float, top_p: 
 
 @pytest.mark.parametrize("vary", ["position", "seed"])
 def test_neighbouring_draws_are_independent(vary: str) -> None:
-    """Pairs of consecutive positions, or seeds, are as frequent as the product of probabilities says (chi-square, rate 1e-6)."""
+    """Pairs of consecutive positions, or seeds, are as frequent as the product of probabilities says (chi-square, rate
+    1e-6).
+    """
     exact = nucleus_distribution(1.0, 0.9)
     kinds = int((exact > 0).sum())
     assert (exact[:kinds] > 0).all()  # LOGITS descend: the nucleus is the first so many
@@ -565,7 +662,8 @@ def test_neighbouring_draws_are_independent(vary: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p", "typical_p"), [(5, 1.0, 0.0, 1.0), (0, 1.0, 0.2, 1.0), (0, 1.0, 0.0, 0.5), (9, 0.8, 0.1, 0.9)]
+    ("top_k", "top_p", "min_p", "typical_p"),
+    [(5, 1.0, 0.0, 1.0), (0, 1.0, 0.2, 1.0), (0, 1.0, 0.0, 0.5), (9, 0.8, 0.1, 0.9)],
 )
 def test_frequencies_follow_every_filter(top_k: int, top_p: float, min_p: float, typical_p: float) -> None:
     """Chi-square of 20480 draws against the exact distribution of what the filters leave; false-alarm rate 1e-6."""
@@ -580,14 +678,17 @@ def test_frequencies_follow_every_filter(top_k: int, top_p: float, min_p: float,
     for i in range(0, DRAWS, DRAWS_A_CALL):
         part = slice(i, i + DRAWS_A_CALL)
         seeds = words(np.stack((np.full_like(count[part], 99), np.zeros_like(count[part])), axis=1))
-        drawn.append(both(choose, floats(np.tile(LOGITS, (DRAWS_A_CALL, 1))), *wishes, seeds, words(count[part]))[0].numpy())
+        drawn.append(
+            both(choose, floats(np.tile(LOGITS, (DRAWS_A_CALL, 1))), *wishes, seeds, words(count[part]))[0].numpy()
+        )
     counts = np.bincount(np.concatenate(drawn), minlength=len(exact))
     assert counts[~kept].sum() == 0
     assert 1 < kept.sum() < len(kept)
     assert chi_square(counts[kept], DRAWS * exact[kept]) < critical_chi_square(int(kept.sum()) - 1)
 
 
-# --- the edges of float32 ---------------------------------------------------------------------------------------------------------
+# --- the edges of float32
+# ---------------------------------------------------------------------------------------------------------
 
 
 def sharp_choice(token: int, temperature: float, top_p: float, seed: int, position: int) -> list[int]:
@@ -600,7 +701,9 @@ def sharp_choice(token: int, temperature: float, top_p: float, seed: int, positi
 
 @pytest.mark.parametrize(("seed", "position", "token"), [(488, 100, 272), (1407, 117, 4)])
 def test_only_survivor_is_chosen_whatever_its_noise(seed: int, position: int, token: int) -> None:
-    """Words from 0xFFFFFF80 on, one in 2 ** 25, are where float32 rounds to 1: the noise is finite there too, and the token chosen."""
+    """Words from 0xFFFFFF80 on, one in 2 ** 25, are where float32 rounds to 1: the noise is finite there too, and the
+    token chosen.
+    """
     args = words([[seed, 0]]), words([position])
     assert numpy_uniform(*map(unsigned, args), VOCAB)[0, token] > 1 - 2**-25
     assert sharp_choice(token, 1.0, 0.5, seed, position) == [token, token]
@@ -621,13 +724,17 @@ def test_only_survivor_is_chosen_whatever_its_noise(seed: int, position: int, to
     ],
 )
 def test_parameters_near_zero(temperature: float, top_p: float) -> None:
-    """Whatever SamplingParams accepts, down to what float32 cannot hold: towards 0 both parameters come to the likeliest token."""
+    """Whatever SamplingParams accepts, down to what float32 cannot hold: towards 0 both parameters come to the
+    likeliest token.
+    """
     SamplingParams(temperature=temperature, top_p=top_p)
     assert sharp_choice(token=5, temperature=temperature, top_p=top_p, seed=1, position=1) == [5, 5]
 
 
 def test_a_filter_that_no_row_asks_for_is_not_computed() -> None:
-    """The loop over bits is not entered: a row that does not ask keeps all tokens, beside rows that ask and alone, greedy or at 1."""
+    """The loop over bits is not entered: a row that does not ask keeps all tokens, beside rows that ask and alone,
+    greedy or at 1.
+    """
     distance = floats(random_distances(16, seed=16)[:4])
     top_k = torch.tensor([5, 0, 5, 5], dtype=torch.int32)
     sampled = torch.tensor([True, True, False, True])

@@ -1,4 +1,6 @@
-"""What requests do to the logits, on the host and on the XLA device, against plain NumPy and transformers' logits processors."""
+"""What requests do to the logits, on the host and on the XLA device, against plain NumPy and transformers' logits
+processors.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 from test_sampling import on_device
 
-from llama import SamplingParams, shaping
-from llama.request import MAX_STOP_IDS, Request, Shaping, shaping_of
+from llama import SamplingParams
+from llama.compiled import logits_processors as shaping
+from llama.engine.request import MAX_STOP_IDS, Request, Shaping, shaping_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +28,9 @@ def shaped(*tensors: torch.Tensor) -> torch.Tensor:
 
 
 def run(requests: list[Request], outputs: list[list[int]], logits: np.ndarray) -> np.ndarray:
-    """The device's logits after ``outputs`` have been generated; on the host the same, but for multiply-adds that round once less."""
+    """The device's logits after ``outputs`` have been generated; on the host the same, but for multiply-adds that round
+    once less.
+    """
     rows = len(requests)
     tokens = torch.full((rows, POSITIONS), 7, dtype=torch.int32)  # what stands beyond a row's length must not count
     stop_ids = torch.full((rows, MAX_STOP_IDS), -1, dtype=torch.int32)
@@ -58,23 +63,42 @@ def random_ids(generator: np.random.Generator, most: int, few: int = 12) -> list
 def test_a_row_that_asks_nothing_is_unchanged() -> None:
     """Bit for bit, beside rows that ask for much: the defaults change nothing."""
     logits = random_logits(2, seed=1)
-    wild = replace(PLAIN, repetition_penalty=2, presence_penalty=1, frequency_penalty=1, logit_bias={3: 9}, allowed_token_ids=(1, 2, 3))
+    wild = replace(
+        PLAIN,
+        repetition_penalty=2,
+        presence_penalty=1,
+        frequency_penalty=1,
+        logit_bias={3: 9},
+        allowed_token_ids=(1, 2, 3),
+    )
     found = run([Request((1, 2, 3), PLAIN, (2,)), Request((1, 2, 3), wild, (2,))], [[5, 5], [5, 5]], logits)
     assert np.array_equal(found[0], logits[0])
     assert not np.array_equal(found[1], logits[1])
 
 
 def test_penalties_and_bias_equal_numpy() -> None:
-    """64 rows of everything at once: penalties count prompt and output as the field does, bias comes before them, bans last."""
+    """64 rows of everything at once: penalties count prompt and output as the field does, bias comes before them, bans
+    last.
+    """
     generator = np.random.default_rng(2)
     logits = random_logits(64, seed=2)
     requests, outputs, expected = [], [], logits.astype(np.float64)
     for i in range(64):
         prompt, output = random_ids(generator, 20), random_ids(generator, 15, 25)
-        bias = {int(k): float(np.float32(v)) for k, v in zip(generator.integers(0, VOCAB, 5), generator.uniform(-9, 9, 5), strict=True)}
-        repetition, presence, frequency = (float(np.float32(x)) for x in (generator.uniform(0.5, 2), *generator.uniform(-2, 2, 2)))
+        bias = {
+            int(k): float(np.float32(v))
+            for k, v in zip(generator.integers(0, VOCAB, 5), generator.uniform(-9, 9, 5), strict=True)
+        }
+        repetition, presence, frequency = (
+            float(np.float32(x)) for x in (generator.uniform(0.5, 2), *generator.uniform(-2, 2, 2))
+        )
         params = replace(
-            PLAIN, repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias, min_tokens=8
+            PLAIN,
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
+            logit_bias=bias,
+            min_tokens=8,
         )
         requests.append(Request(tuple(prompt), params, (30, 31)))
         outputs.append(output)
@@ -116,11 +140,21 @@ def test_bias_is_that_of_transformers() -> None:
 
 
 def test_bad_words_are_those_of_transformers() -> None:
-    """Single tokens always, sequences where what stands before the next token is their beginning, across prompt and output."""
+    """Single tokens always, sequences where what stands before the next token is their beginning, across prompt and
+    output.
+    """
     from transformers import NoBadWordsLogitsProcessor
 
     words = ((9,), (3, 4), (1, 2, 3), (5, 5), (2, 3, 3, 8), tuple(range(20, 36)))
-    texts = [([1, 2], [3]), ([3], [3]), ([5], [5]), ([2], [3, 3]), ([8, 1], [1, 2]), (list(range(20, 30)), list(range(30, 35))), ([3], [1])]
+    texts = [
+        ([1, 2], [3]),
+        ([3], [3]),
+        ([5], [5]),
+        ([2], [3, 3]),
+        ([8, 1], [1, 2]),
+        (list(range(20, 30)), list(range(30, 35))),
+        ([3], [1]),
+    ]
     logits = np.random.default_rng(5).normal(size=(len(texts), VOCAB)).astype(np.float32)
     requests = [Request(tuple(prompt), PLAIN, bad_words=words) for prompt, _ in texts]
     found = run(requests, [output for _, output in texts], logits)
@@ -167,7 +201,9 @@ def test_where_nothing_is_left_what_is_allowed_comes_back() -> None:
 
 
 def test_a_bad_word_of_one_token_gives_way_only_to_a_grammar_that_has_no_other() -> None:
-    """The mask of single tokens is made on the host: bad words are taken out of what is allowed, unless nothing would be left."""
+    """The mask of single tokens is made on the host: bad words are taken out of what is allowed, unless nothing would
+    be left.
+    """
 
     class Only:
         def allowed(self, vocab_size: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import itertools
 
 from hypothesis import given, settings, strategies as st
 
-from llama.text import StopStrings
+from llama.detokenizer import StopStrings
 
 TEXTS = st.text("ab ", max_size=30)
 STOPS = st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=4)
@@ -46,7 +46,9 @@ def test_a_text_is_cut_at_the_first_stop_string(text: str, stops: list[str], bor
 @settings(max_examples=500, deadline=None)
 @given(TEXTS, STOPS)
 def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else(text: str, stops: list[str]) -> None:
-    """After each character: held is the longest end of the text that some stop string begins with; a reader never sees part of one."""
+    """After each character: held is the longest end of the text that some stop string begins with; a reader never sees
+    part of one.
+    """
     watch = StopStrings(stops)
     released = ""
     for count, character in enumerate(text, start=1):
@@ -54,7 +56,9 @@ def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else(text: str, s
         if watch.found is not None:
             break
         so_far = text[:count]
-        ends = [n for n in range(count + 1) if any(stop.startswith(so_far[count - n :]) and n < len(stop) for stop in stops)]
+        ends = [
+            n for n in range(count + 1) if any(stop.startswith(so_far[count - n :]) and n < len(stop) for stop in stops)
+        ]
         assert released == so_far[: count - max(ends)]
 
 

@@ -55,9 +55,10 @@ SETTINGS = {"deadline": None, "derandomize": True, "database": None}
 # words that the tokenizer knows, beside all of Unicode: hypothesis alone would hardly ever write one
 TEXTS = st.one_of(
     st.text(max_size=40),
-    st.lists(st.sampled_from(["the", " house", "once", " ", "  ", "\n", "\u2581", "</s>", "\u6f22", "\U0001f642", "."]), max_size=20).map(
-        "".join
-    ),
+    st.lists(
+        st.sampled_from(["the", " house", "once", " ", "  ", "\n", "\u2581", "</s>", "\u6f22", "\U0001f642", "."]),
+        max_size=20,
+    ).map("".join),
 )
 
 
@@ -94,7 +95,8 @@ def by_hand(reference: Any, ids: list[int]) -> str:
     return b"".join(parts).decode("utf-8", errors="replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------- encode
+# ----------------------------------------------------------------------------------------------------------------------
+# encode
 
 
 def test_the_numbers_are_the_librarys(tokenizer: Tokenizer, reference: Any) -> None:
@@ -158,19 +160,28 @@ def test_control_tokens_in_a_text_stay_text(tokenizer: Tokenizer, text: str) -> 
         ("", []),
     ],
 )
-def test_control_tokens_become_their_ids_where_allowed(tokenizer: Tokenizer, reference: Any, text: str, parts: list[str | int]) -> None:
-    """With allow_special they are the tokens, what stands between them is encoded as ever, and look-alikes stay text."""
+def test_control_tokens_become_their_ids_where_allowed(
+    tokenizer: Tokenizer, reference: Any, text: str, parts: list[str | int]
+) -> None:
+    """With allow_special they are the tokens, what stands between them is encoded as ever, and look-alikes stay
+    text.
+    """
     expected = [i for part in parts for i in ([part] if isinstance(part, int) else reference.encode(part))]
     assert tokenizer.encode(text, bos=False, allow_special=True) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------- decode
+# ----------------------------------------------------------------------------------------------------------------------
+# decode
 
 
 @settings(max_examples=300, **SETTINGS)
 @given(data=st.data())
-def test_any_ids_of_valid_text_decode_as_the_library_does(tokenizer: Tokenizer, reference: Any, data: st.DataObject) -> None:
-    """Ids in an order that no text has: words, controls, <unk>, single ASCII bytes and whole characters written in bytes."""
+def test_any_ids_of_valid_text_decode_as_the_library_does(
+    tokenizer: Tokenizer, reference: Any, data: st.DataObject
+) -> None:
+    """Ids in an order that no text has: words, controls, <unk>, single ASCII bytes and whole characters written in
+    bytes.
+    """
     words = st.sampled_from([i for i in range(320) if not reference.is_byte(i)]).map(lambda i: [i])
     characters = st.one_of(st.sampled_from(" \n\0a"), st.characters(codec="utf-8", exclude_characters=REPLACEMENT)).map(
         lambda c: byte_ids(c.encode())
@@ -189,15 +200,21 @@ def test_any_ids_of_valid_text_decode_as_the_library_does(tokenizer: Tokenizer, 
         ([1, *byte_ids(b"  ")], "  "),
     ],
 )
-def test_only_the_space_of_a_first_word_is_taken_off(tokenizer: Tokenizer, reference: Any, ids: list[int], text: str) -> None:
-    """The space that SentencePiece puts before a text is part of its first piece; that of <unk> or of a byte token is real."""
+def test_only_the_space_of_a_first_word_is_taken_off(
+    tokenizer: Tokenizer, reference: Any, ids: list[int], text: str
+) -> None:
+    """The space that SentencePiece puts before a text is part of its first piece; that of <unk> or of a byte token is
+    real.
+    """
     assert reference.decode(ids) == text
     assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("ids", [[320], [-1], [10**9], [0, 320], [320, 1, 2, 320]])
 def test_ids_beyond_the_vocabulary_are_shown_as_such(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Embeddings are often padded past the tokenizer; such an id is a visible character, not a crash and not nothing."""
+    """Embeddings are often padded past the tokenizer; such an id is a visible character, not a crash and not
+    nothing.
+    """
     assert tokenizer.decode(ids).count(REPLACEMENT) == len([i for i in ids if not 0 <= i < 320])
 
 
@@ -209,10 +226,14 @@ def test_control_tokens_have_no_text(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.token_bytes(1) == tokenizer.token_bytes(2) == b""
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stream
+# ----------------------------------------------------------------------------------------------------------------------
+# stream
 
 ANY_IDS = st.lists(
-    st.one_of(st.integers(0, 319), st.integers(3, 258), st.integers(259, 290), st.sampled_from([-1, 0, 1, 2, 320, 1000])), max_size=40
+    st.one_of(
+        st.integers(0, 319), st.integers(3, 258), st.integers(259, 290), st.sampled_from([-1, 0, 1, 2, 320, 1000])
+    ),
+    max_size=40,
 )
 
 
@@ -221,7 +242,9 @@ ANY_IDS = st.lists(
 @example(ids=byte_ids("\U0001f642".encode()[:3]), seed=0)
 @example(ids=[*byte_ids(b"\xf0\x9f"), 320, *byte_ids(b"\x99\x82\xff")], seed=0)
 def test_a_stream_joins_to_the_whole(tokenizer: Tokenizer, reference: Any, ids: list[int], seed: int) -> None:
-    """However a sequence is cut, and however broken its UTF-8 is, the pieces and the rest are exactly the whole text."""
+    """However a sequence is cut, and however broken its UTF-8 is, the pieces and the rest are exactly the whole
+    text.
+    """
     decoder, pieces, rest, chooser = StreamDecoder(tokenizer), [], list(ids), random.Random(seed)
     while rest:
         count = chooser.randint(0, 4)
@@ -278,7 +301,10 @@ def test_a_continuation_keeps_its_leading_space(tokenizer: Tokenizer) -> None:
 
 
 @settings(max_examples=200, **SETTINGS)
-@given(words=st.lists(st.sampled_from(["the", "house", "once", "upon", " ", "\n", "."]), min_size=1, max_size=12), at=st.integers(0, 40))
+@given(
+    words=st.lists(st.sampled_from(["the", "house", "once", "upon", " ", "\n", "."]), min_size=1, max_size=12),
+    at=st.integers(0, 40),
+)
 def test_prompt_and_continuation_join_to_the_whole(tokenizer: Tokenizer, words: list[str], at: int) -> None:
     """Wherever a sequence is cut into a prompt and what follows, the two texts are those of the whole."""
     ids = tokenizer.encode(" ".join(words))
@@ -294,7 +320,8 @@ def test_half_a_character_of_the_prompt_stays_the_prompts(tokenizer: Tokenizer) 
     assert decoder.finish() == ""
 
 
-# ------------------------------------------------------------------------------------------------------------------ bad files
+# ------------------------------------------------------------------------------------------------------------------ bad
+# files
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -309,7 +336,9 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello world", b"{}", b"\0" * 100, random.Random(0).randbytes(1000)], ids=["empty", "text", "json", "zeros", "random"]
+    "content",
+    [b"", b"hello world", b"{}", b"\0" * 100, random.Random(0).randbytes(1000)],
+    ids=["empty", "text", "json", "zeros", "random"],
 )
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     """Other tokenizer formats and broken downloads are told by name."""
@@ -333,14 +362,24 @@ def test_a_truncated_model_is_refused(tmp_path: Path, tokenizer_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("ids", "shown"),
-    [({"bos_id": -1, "eos_id": 1}, "-1, 1"), ({"bos_id": 1, "eos_id": -1}, "1, -1"), ({"bos_id": -1, "eos_id": -1}, "-1, -1")],
+    [
+        ({"bos_id": -1, "eos_id": 1}, "-1, 1"),
+        ({"bos_id": 1, "eos_id": -1}, "1, -1"),
+        ({"bos_id": -1, "eos_id": -1}, "-1, -1"),
+    ],
 )
 def test_a_model_without_bos_or_eos_is_refused(tmp_path: Path, ids: dict[str, int], shown: str) -> None:
     """LLaMA begins every sequence with the one and ends it with the other."""
     sentences = iter(["the green house and the dog"] * 20)
     prefix = str(tmp_path / "other")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_prefix=prefix, vocab_size=20, model_type="bpe", hard_vocab_limit=False, minloglevel=2, **ids
+        sentence_iterator=sentences,
+        model_prefix=prefix,
+        vocab_size=20,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **ids,
     )
     with pytest.raises(TokenizerError, match="no BOS or no EOS") as caught:
         Tokenizer(f"{prefix}.model")

@@ -1,4 +1,6 @@
-"""Tokenizers of all kinds: the same ids and texts as their own libraries, exact streams, control tokens, damaged files."""
+"""Tokenizers of all kinds: the same ids and texts as their own libraries, exact streams, control tokens, damaged
+files.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def tiktoken_case(path: Path) -> Case:
     def decode(ids: list[int]) -> str:
         return library.decode([i for i in ids if i < len(ranks)])
 
-    return Case(path, Tokenizer(path), library.encode_ordinary, lambda text: library.encode(text, allowed_special="all"), decode)
+    return Case(
+        path, Tokenizer(path), library.encode_ordinary, lambda text: library.encode(text, allowed_special="all"), decode
+    )
 
 
 def tokenizers_case(path: Path) -> Case:
@@ -69,7 +73,10 @@ def tokenizers_case(path: Path) -> Case:
 def cases(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """One of every kind; none of the file names says which."""
     directory = tmp_path_factory.mktemp("tokenizers")
-    made = {"byte-level": files.byte_level(), **{s: files.sentencepiece_like(s) for s in ("legacy", "always", "first", "never")}}
+    made = {
+        "byte-level": files.byte_level(),
+        **{s: files.sentencepiece_like(s) for s in ("legacy", "always", "first", "never")},
+    }
     found = {name: tokenizers_case(files.write_json(library, directory / name)) for name, library in made.items()}
     found["tiktoken"] = tiktoken_case(files.write_ranks(made["byte-level"], directory / "tokenizer.model"))
     found["sentencepiece"] = sentencepiece_case(tokenizer_path)
@@ -95,7 +102,8 @@ def random_ids(chooser: random.Random, ours: Tokenizer) -> list[int]:
     return [chooser.randrange(ours.n_words) for _ in range(chooser.randrange(1, 20))]
 
 
-# ---------------------------------------------------------------------------------------------------- the libraries as oracles
+# ---------------------------------------------------------------------------------------------------- the libraries as
+# oracles
 
 
 def test_encodes_as_its_library(case: Case) -> None:
@@ -117,7 +125,9 @@ def test_decodes_as_its_library(case: Case) -> None:
     """The ids of all strings, and 2,000 sequences of any ids whose bytes are valid."""
     chooser = random.Random(1)
     sequences = [case.encode(text) for text in STRINGS] + [random_ids(chooser, case.ours) for _ in range(6000)]
-    known = set(range(case.ours.n_words)) - {i for i in range(case.ours.n_words) if case.ours.token_bytes(i) == "\ufffd".encode()}
+    known = set(range(case.ours.n_words)) - {
+        i for i in range(case.ours.n_words) if case.ours.token_bytes(i) == "\ufffd".encode()
+    }
     valid = [ids for ids in sequences if is_valid(case.ours, ids) and known.issuperset(ids)]
     assert len(valid) >= len(STRINGS)
     wrong = [ids for ids in valid if case.ours.decode(ids) != case.decode(ids)]
@@ -159,7 +169,9 @@ def test_a_stream_continues_its_context(case: Case) -> None:
 
 
 def test_half_a_character_of_the_context_stays_there(case: Case) -> None:
-    """A context that ends within a character: the stream begins with its own text, without a mark for the other half."""
+    """A context that ends within a character: the stream begins with its own text, without a mark for the other
+    half.
+    """
     ids = {case.ours.token_bytes(i): i for i in range(case.ours.n_words)}
     decoder = StreamDecoder(case.ours, [ids[b"a"], ids[b"\xe2"], ids[b"\x82"]])
     assert decoder.push([ids[b"t"]]) + decoder.finish() == "t"
@@ -171,7 +183,8 @@ def test_ranks_and_json_of_one_vocabulary_agree(cases: dict[str, Case]) -> None:
     assert all(ranks.encode(text, bos=False) == made.encode(text, bos=False) for text in STRINGS)
 
 
-# -------------------------------------------------------------------------------------------------------------- control tokens
+# -------------------------------------------------------------------------------------------------------------- control
+# tokens
 
 
 def test_ends_and_sizes(cases: dict[str, Case]) -> None:
@@ -241,12 +254,24 @@ def test_parts_are_one_text(case: Case) -> None:
 
 
 def test_parts_keep_a_users_control_tokens_as_text(case: Case) -> None:
-    """In one text, those of the trusted parts are control tokens, those of the others are not, not even across a border."""
+    """In one text, those of the trusted parts are control tokens, those of the others are not, not even across a
+    border.
+    """
     ours = case.ours
     bos, eos = (next(n for n, i in ours.special_ids.items() if i == wanted) for wanted in (ours.bos_id, ours.eos_id))
-    parts = [Part(bos, True), Part(f"hi {eos} there {bos}"), Part(eos, True), Part(eos[:3]), Part(eos[3:], True), Part("the end")]
+    parts = [
+        Part(bos, True),
+        Part(f"hi {eos} there {bos}"),
+        Part(eos, True),
+        Part(eos[:3]),
+        Part(eos[3:], True),
+        Part("the end"),
+    ]
     ids = ours.encode_parts(parts)
-    assert [i for i in ids if i in ours.special_ids.values() and i != ours.special_ids.get("<unk>")] == [ours.bos_id, ours.eos_id]
+    assert [i for i in ids if i in ours.special_ids.values() and i != ours.special_ids.get("<unk>")] == [
+        ours.bos_id,
+        ours.eos_id,
+    ]
     if ours.kind != "sentencepiece":
         assert f"{eos} there {bos}" in ours.decode(ids)
         assert eos in ours.decode(ids[ids.index(ours.eos_id) + 1 :])
@@ -261,9 +286,18 @@ def test_mixed_parts_are_encoded_as_the_library_would(cases: dict[str, Case], ki
     eos = next(name for name, i in ours.special_ids.items() if i == ours.eos_id)
     content = json.loads(cases[kind].path.read_text())
     content["post_processor"] = None
-    content["added_tokens"] = [{**token, "content": "\u27e6END\u27e7"} for token in content["added_tokens"] if token["content"] == eos]
+    content["added_tokens"] = [
+        {**token, "content": "\u27e6END\u27e7"} for token in content["added_tokens"] if token["content"] == eos
+    ]
     other = Library.from_str(json.dumps(content))
-    pieces = [(eos, True), (f"the {eos}", False), (f"cat{eos} dog", True), (f"{eos}é", False), (eos, True), (f" ran {eos[:2]}", False)]
+    pieces = [
+        (eos, True),
+        (f"the {eos}", False),
+        (f"cat{eos} dog", True),
+        (f"{eos}é", False),
+        (eos, True),
+        (f" ran {eos[:2]}", False),
+    ]
     written = "".join(text.replace(eos, "\u27e6END\u27e7") if trusted else text for text, trusted in pieces)
     expected = [ours.eos_id if i == other.token_to_id("\u27e6END\u27e7") else i for i in other.encode(written).ids]
     assert expected.count(ours.eos_id) == 3
@@ -298,11 +332,14 @@ def test_ids_beyond_the_vocabulary(case: Case) -> None:
     assert case.ours.decode([n_words, n_words + 1000, -1]) == "\ufffd" * 3
 
 
-# --------------------------------------------------------------------------------------------------------- long texts (tiktoken)
+# --------------------------------------------------------------------------------------------------------- long texts
+# (tiktoken)
 
 
 def cut_as_meta_does(text: str) -> list[str]:
-    """Meta's rule, one character at a time: blocks of 400,000, and a cut where more than 25,000 of a sort follow each other."""
+    """Meta's rule, one character at a time: blocks of 400,000, and a cut where more than 25,000 of a sort follow each
+    other.
+    """
     pieces = []
     for start in range(0, len(text), 400_000):
         block, begin, run = text[start : start + 400_000], 0, 0
@@ -341,7 +378,8 @@ def test_a_million_spaces(cases: dict[str, Case]) -> None:
     assert ours.decode(ours.encode(" " * 1_000_000)) == " " * 1_000_000
 
 
-# ------------------------------------------------------------------------------------------------------------- files and kinds
+# ------------------------------------------------------------------------------------------------------------- files
+# and kinds
 
 
 def test_kinds_are_recognised_by_content(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -372,7 +410,11 @@ def test_find_tokenizer(cases: dict[str, Case], tmp_path: Path) -> None:
 
 
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>"}
-CHAT_ENDS = {"bos_token": {"content": "<|begin_of_text|>", "special": True}, "eos_token": "<|eot_id|>", "model_max_length": 8}
+CHAT_ENDS = {
+    "bos_token": {"content": "<|begin_of_text|>", "special": True},
+    "eos_token": "<|eot_id|>",
+    "model_max_length": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -391,7 +433,9 @@ CHAT_ENDS = {"bos_token": {"content": "<|begin_of_text|>", "special": True}, "eo
     ],
     ids=["config", "map", "config before map", "generation_config"],
 )
-def test_ends_come_from_the_files_beside(tmp_path: Path, beside: dict[str, Any], expected: tuple[str, list[Any]]) -> None:
+def test_ends_come_from_the_files_beside(
+    tmp_path: Path, beside: dict[str, Any], expected: tuple[str, list[Any]]
+) -> None:
     """BOS, EOS and stops as the checkpoint's own files give them, the well-known ends of turns behind."""
     ours = Tokenizer(files.write_json(files.byte_level(), tmp_path, **beside))
     bos, stops = expected
@@ -403,7 +447,13 @@ def test_ends_come_from_the_files_beside(tmp_path: Path, beside: dict[str, Any],
 
 def test_special_names(tmp_path: Path) -> None:
     """Names as text or as objects; anything else that ends in _token is left out."""
-    config = {**BOS_EOS, "pad_token": None, "add_bos_token": True, "unk_token": {"content": "<unk>"}, "chat_template": "x"}
+    config = {
+        **BOS_EOS,
+        "pad_token": None,
+        "add_bos_token": True,
+        "unk_token": {"content": "<unk>"},
+        "chat_template": "x",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert special_names(tmp_path) == {**BOS_EOS, "unk_token": "<unk>"}
     assert special_names(tmp_path / "nowhere") == {}
@@ -415,13 +465,18 @@ def test_a_file_that_truncates_or_pads_does_not_here(tmp_path: Path) -> None:
     made.enable_truncation(max_length=4)
     made.enable_padding(length=64)
     text = "once upon a time there was a cat"
-    assert Tokenizer(files.write_json(made, tmp_path)).decode(Tokenizer(tmp_path / "tokenizer.json").encode(text)) == text
+    assert (
+        Tokenizer(files.write_json(made, tmp_path)).decode(Tokenizer(tmp_path / "tokenizer.json").encode(text)) == text
+    )
 
 
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ({"tokenizer_config": {"eos_token": "<|gone|>"}}, r"name '<\|gone\|>' as eos_token, which is not in tokenizer.json"),
+        (
+            {"tokenizer_config": {"eos_token": "<|gone|>"}},
+            r"name '<\|gone\|>' as eos_token, which is not in tokenizer.json",
+        ),
         ({"generation_config": {"eos_token_id": 5000}}, "of which tokenizer.json has only those below 396"),
         ({"generation_config": {"eos_token_id": "2"}}, "eos_token_id: got '2', expected a token id"),
         ({"generation_config": [1]}, "got a JSON list, expected an object"),
@@ -447,7 +502,9 @@ def test_no_well_known_end(tmp_path: Path) -> None:
 def test_decoders_of_other_families_are_refused_by_name(tmp_path: Path) -> None:
     from tokenizers import decoders
 
-    strip_first = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0), decoders.Fuse()])  # strips every word
+    strip_first = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0), decoders.Fuse()]
+    )  # strips every word
     for number, (decoder, name) in enumerate(
         [
             (decoders.WordPiece(), "WordPiece"),
@@ -495,12 +552,16 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str)
 
 def test_absent_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(TokenizerError, match=r"no tokenizer at .*expected a SentencePiece model, a tiktoken ranks file or"):
+        with pytest.raises(
+            TokenizerError, match=r"no tokenizer at .*expected a SentencePiece model, a tiktoken ranks file or"
+        ):
             Tokenizer(path)
 
 
 def test_another_models_ranks_are_refused(tmp_path: Path) -> None:
-    """Llama 4's file has the same form, and another pattern: reading it with Llama 3's would be wrong without a word."""
+    """Llama 4's file has the same form, and another pattern: reading it with Llama 3's would be wrong without a
+    word.
+    """
     tokens = [bytes([b]) for b in range(256)] + [b"x" + i.to_bytes(3, "big") for i in range(128_000 - 256)]
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer").write_text("\n".join(lines))
@@ -527,8 +588,12 @@ def test_mutated_files_load_or_are_refused(case: Case, tmp_path: Path) -> None:
     assert refused > 20
 
 
-@pytest.mark.parametrize(("kind", "library"), [("legacy", "tokenizers"), ("tiktoken", "tiktoken"), ("sentencepiece", "sentencepiece")])
-def test_a_missing_library_is_named(cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch, kind: str, library: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "library"), [("legacy", "tokenizers"), ("tiktoken", "tiktoken"), ("sentencepiece", "sentencepiece")]
+)
+def test_a_missing_library_is_named(
+    cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch, kind: str, library: str
+) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(TokenizerError, match=f"needs the library {library}: pip install {library}"):
         Tokenizer(cases[kind].path)

@@ -54,13 +54,19 @@ def corpus() -> list[str]:
 
 
 def byte_level() -> Tokenizer:
-    """A byte-level BPE in the manner of Llama 3's tokenizer.json: its pattern, its control tokens behind the vocabulary."""
+    """A byte-level BPE in the manner of Llama 3's tokenizer.json: its pattern, its control tokens behind the
+    vocabulary.
+    """
     made = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    made.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     made.add_special_tokens(LLAMA3_SPECIAL)
     bos = ("<|begin_of_text|>", made.token_to_id("<|begin_of_text|>"))
     made.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
@@ -71,12 +77,15 @@ def sentencepiece_like(scheme: str = "legacy") -> Tokenizer:
     """A BPE with byte fallback in the manner of Llama 2's tokenizer.json.
 
     Args:
-        scheme: ``legacy`` writes spaces by a normalizer, as Llama 2's; ``always``, ``first`` and ``never`` by Metaspace.
+        scheme: ``legacy`` writes spaces by a normalizer, as Llama 2's; ``always``, ``first`` and ``never`` by
+            Metaspace.
     """
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     if scheme == "legacy":
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
     else:
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
         made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
@@ -89,7 +98,9 @@ def sentencepiece_like(scheme: str = "legacy") -> Tokenizer:
 
 
 def write_json(made: Tokenizer, directory: Path, **beside: Any) -> Path:
-    """Save a tokenizer.json, and the JSON files beside it that the keywords name, for instance ``tokenizer_config={...}``."""
+    """Save a tokenizer.json, and the JSON files beside it that the keywords name, for instance
+    ``tokenizer_config={...}``.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     made.save(str(directory / "tokenizer.json"))
     for name, content in beside.items():
@@ -98,7 +109,9 @@ def write_json(made: Tokenizer, directory: Path, **beside: Any) -> Path:
 
 
 def write_ranks(made: Tokenizer, path: Path) -> Path:
-    """Write a byte-level tokenizer's vocabulary as a ranks file; its control tokens, which stand behind it, are left out."""
+    """Write a byte-level tokenizer's vocabulary as a ranks file; its control tokens, which stand behind it, are left
+    out.
+    """
     visible = [b for b in range(256) if chr(b).isprintable() and b not in (0x20, 0xA0, 0xAD)]
     letters = {chr(b): b for b in visible}
     letters |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in visible)}
@@ -109,12 +122,29 @@ def write_ranks(made: Tokenizer, path: Path) -> Path:
 
 
 def strings(count: int, seed: int = 0) -> list[str]:
-    """Texts that tokenizers get wrong: any Unicode, marks, emoji, both directions, white space, look-alikes, code, digits."""
+    """Texts that tokenizers get wrong: any Unicode, marks, emoji, both directions, white space, look-alikes, code,
+    digits.
+    """
     chooser = random.Random(seed)
-    look_alikes = [*LLAMA3_SPECIAL, "<s>", "</s>", "<unk>", "<0x0A>", "<|eot_id", "|>", "▁", "[INST]", "<|reserved_special_token_7|>"]
+    look_alikes = [
+        *LLAMA3_SPECIAL,
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x0A>",
+        "<|eot_id",
+        "|>",
+        "▁",
+        "[INST]",
+        "<|reserved_special_token_7|>",
+    ]
     makers = [
-        lambda: chr(chooser.choice([chooser.randrange(0x80), chooser.randrange(0xD800), chooser.randrange(0xE000, 0x110000)])),
-        lambda: chooser.choice(["e\u0301", "\u0928\u093f", "\u0301", "\u200d", "\ufe0f", "\u200b", "\ufeff", "ﬁ", "İ", "ß"]),
+        lambda: chr(
+            chooser.choice([chooser.randrange(0x80), chooser.randrange(0xD800), chooser.randrange(0xE000, 0x110000)])
+        ),
+        lambda: chooser.choice(
+            ["e\u0301", "\u0928\u093f", "\u0301", "\u200d", "\ufe0f", "\u200b", "\ufeff", "ﬁ", "İ", "ß"]
+        ),
         lambda: chooser.choice(["😀", "👩‍👩‍👧‍👦", "🇨🇭", "👍🏽", "❤️"]),
         lambda: chooser.choice(["日本語", "漢字", "한국어", "مرحبا", "שלום", "\u202eabc\u202c"]),
         lambda: chooser.choice(" \t\n\r\v\f\u00a0\u2028\u3000\x1c\x85") * chooser.randrange(1, 9),
@@ -124,4 +154,9 @@ def strings(count: int, seed: int = 0) -> list[str]:
         lambda: chooser.choice(["if (a[i] != '\\0') {", "\treturn x**2  # y\r\n", "it's we'LL", "a_b.c", "//!?"]),
         lambda: chooser.choice(WORDS) + " ",
     ]
-    return ["", " ", "\n", *("".join(chooser.choice(makers)() for _ in range(chooser.randrange(1, 24))) for _ in range(count - 3))]
+    return [
+        "",
+        " ",
+        "\n",
+        *("".join(chooser.choice(makers)() for _ in range(chooser.randrange(1, 24))) for _ in range(count - 3)),
+    ]

@@ -1,6 +1,7 @@
 """A Runner in a process of its own: ``Child`` is the parent's handle, ``python -m llama.bench.child`` the process.
 
-One JSON object a line, through pipes: the process says its facts once it is warm, answers ``run`` with the times of a run, and ends
+One JSON object a line, through pipes: the process says its facts once it is warm, answers ``run`` with the times of a
+    run, and ends
 when its stdin does. Whatever the runner itself prints goes to stderr.
 """
 
@@ -34,7 +35,9 @@ class Child:
     def __init__(self, runner: str, work: Workload) -> None:
         self.runner = runner
         command = [sys.executable, "-m", "llama.bench.child", runner, work.to_json()]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.facts: dict[str, Any] = self._answer()
 
     def run(self) -> Times:
@@ -56,7 +59,9 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             _, errors = self._process.communicate()
-            raise ConfigError(f"the benchmark of {self.runner} ended with code {self._process.returncode}: {errors.strip()[-500:]}")
+            raise ConfigError(
+                f"the benchmark of {self.runner} ended with code {self._process.returncode}: {errors.strip()[-500:]}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             self.close()

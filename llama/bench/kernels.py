@@ -1,6 +1,7 @@
 """The kernel table: every lowering of a linear layer and of attention, timed on the shapes of a model.
 
-A chain of layers that depend on each other, as in a model, so that neither XLA nor the caches can take a short cut: their weights
+A chain of layers that depend on each other, as in a model, so that neither XLA nor the caches can take a short cut:
+    their weights
 together are larger than the caches.
 """
 
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from llama import ops, runtime
+from llama.checkpoint.quantize import quantize
 from llama.config import ModelArgs
-from llama.quantize import quantize
+from llama.xla import backend, linear, programs, transfers
 
 CHAIN_BYTES = 160 * 2**20
 MOST_LAYERS = 24  # each is a few kernels to compile
@@ -31,7 +32,7 @@ def measure(program: Callable[..., list[torch.Tensor]], args: Sequence[torch.Ten
     spent = []
     for _ in range(RUNS + 1):
         began = time.perf_counter()
-        runtime.fetch(program(*args)[0])
+        transfers.fetch(program(*args)[0])
         spent.append(time.perf_counter() - began)
     return statistics.median(spent[1:])
 
@@ -40,15 +41,16 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Every lowering x rows x dtype for a feed-forward layer of the shape.
 
     Returns:
-        Per line: lowering, rows, dtype, milliseconds a layer, GB/s of weights, GFLOP/s, and whether the engine picks it.
+        Per line: lowering, rows, dtype, milliseconds a layer, GB/s of weights, GFLOP/s, and whether the engine picks
+            it.
     """
-    device = runtime.init()
+    device = backend.init()
     found = []
     for dtype_name, dtype in DTYPES.items():
         weights = _weights(args, dtype, device)
         for count in rows:
-            x = runtime.upload(torch.randn(count, args.dim), device)
-            for name, lowering in ops.LOWERINGS.items():
+            x = transfers.upload(torch.randn(count, args.dim), device)
+            for name, lowering in linear.LOWERINGS.items():
                 if count > TOO_SLOW.get(name, count):
                     continue
                 seconds = _chain(f"{name} {count} {dtype_name}", lowering, weights, x) / len(weights)
@@ -61,7 +63,7 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
                         "ms": 1e3 * seconds,
                         "gb_s": size * dtype.itemsize / seconds / 1e9,
                         "gflop_s": 2 * size * count / seconds / 1e9,
-                        "picked": ops.choose_lowering(count, args.dim, dtype, device) == name,
+                        "picked": linear.choose_lowering(count, args.dim, dtype, device) == name,
                     }
                 )
     return found
@@ -72,7 +74,7 @@ def _weights(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> list[
     made = []
     for _ in range(layers):
         weight = torch.randn(args.hidden_dim, args.dim) * 0.02
-        made.append(runtime.adopt(quantize(weight)[0] if dtype == torch.int8 else weight.to(dtype), device))
+        made.append(transfers.adopt(quantize(weight)[0] if dtype == torch.int8 else weight.to(dtype), device))
     return made
 
 
@@ -83,7 +85,7 @@ def _chain(name: str, lowering: Callable[..., torch.Tensor], weights: list[torch
             total = total + lowering(x + total * 1e-9, weight).sum(-1, keepdim=True)
         return (total,)
 
-    return measure(runtime.compile_program(name, run, (x,)), (x,))
+    return measure(programs.compile_program(name, run, (x,)), (x,))
 
 
 def attend_einsum(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -99,13 +101,15 @@ def attend_matmul(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
 
 def attend_sums(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """With products and sums, which XLA can fuse with the reading of the cache."""
-    probs = torch.softmax(ops.scores_by_sums(q, keys), dim=-1)
+    probs = torch.softmax(linear.scores_by_sums(q, keys), dim=-1)
     return (probs.unsqueeze(-1) * values.unsqueeze(2)).sum(3)
 
 
 def attend_mixed(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """As model.py writes it for few queries: scores as sums, which read the keys where they are, and values by einsum."""
-    probs = torch.softmax(ops.scores_by_sums(q, keys), dim=-1)
+    """As model.py writes it for few queries: scores as sums, which read the keys where they are, and values by
+    einsum.
+    """
+    probs = torch.softmax(linear.scores_by_sums(q, keys), dim=-1)
     return torch.einsum("bkts,bksd->bktd", probs, values)
 
 
@@ -113,29 +117,41 @@ ATTENTION = {"einsum": attend_einsum, "matmul": attend_matmul, "sums": attend_su
 
 
 def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Every formulation of attention over ``KEYS`` of twice as many cached positions, x rows; lines as ``linear_table``'s."""
-    device = runtime.init()
+    """Every formulation of attention over ``KEYS`` of twice as many cached positions, x rows; lines as
+    ``linear_table``'s.
+    """
+    device = backend.init()
     layers = min(args.n_layers, MOST_LAYERS)
-    cache = runtime.upload(torch.randn(2 * layers, 1, args.kv_heads, 2 * KEYS, args.head_dim), device)
+    cache = transfers.upload(torch.randn(2 * layers, 1, args.kv_heads, 2 * KEYS, args.head_dim), device)
     group = args.n_heads // args.kv_heads
     size = 2 * args.kv_heads * KEYS * args.head_dim * cache.element_size()
     found = []
     for count in rows:
-        q = runtime.upload(torch.randn(1, args.kv_heads, group * count, args.head_dim), device)
+        q = transfers.upload(torch.randn(1, args.kv_heads, group * count, args.head_dim), device)
         for name, attend in ATTENTION.items():
             if name in ("sums", "mixed") and count > MOST_SUMS:
                 continue
 
-            def run(q: torch.Tensor, cache: torch.Tensor, attend: Callable[..., torch.Tensor] = attend) -> tuple[torch.Tensor, ...]:
+            def run(
+                q: torch.Tensor, cache: torch.Tensor, attend: Callable[..., torch.Tensor] = attend
+            ) -> tuple[torch.Tensor, ...]:
                 for layer in range(layers):
                     q = q + attend(q, cache[2 * layer, :, :, :KEYS], cache[2 * layer + 1, :, :, :KEYS])
                 return (q,)
 
-            seconds = measure(runtime.compile_program(name, run, (q, cache)), (q, cache)) / layers
+            seconds = measure(programs.compile_program(name, run, (q, cache)), (q, cache)) / layers
             flops = 4 * args.n_heads * count * KEYS * args.head_dim
             numbers = {"ms": 1e3 * seconds, "gb_s": size / seconds / 1e9, "gflop_s": flops / seconds / 1e9}
-            picked = "mixed" if ops.scored_by_sums(group * count, device) else "einsum"
-            found.append({"lowering": f"attention: {name}", "rows": count, "dtype": "float32", **numbers, "picked": name == picked})
+            picked = "mixed" if linear.scored_by_sums(group * count, device) else "einsum"
+            found.append(
+                {
+                    "lowering": f"attention: {name}",
+                    "rows": count,
+                    "dtype": "float32",
+                    **numbers,
+                    "picked": name == picked,
+                }
+            )
     return found
 
 

@@ -9,23 +9,31 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from llama import runtime
-from llama.batch import BatchClock
 from llama.bench.workload import WEIGHTS_SEED, Times, Workload
+from llama.compiled.cache import cache_shape
+from llama.compiled.model import Linear
+from llama.compiled.steps import Head
 from llama.config import DEFAULT_BUCKETS, EngineConfig
+from llama.engine.batch import BatchClock
+from llama.engine.programs import keys_for
+from llama.engine.request import Request
 from llama.generation import LLaMA
-from llama.kv_cache import cache_shape
-from llama.model import Linear
-from llama.programs import keys_for
-from llama.request import Request
 from llama.sampling_params import SamplingParams
-from llama.steps import Head
+from llama.xla import backend
+from llama.xla.counters import counters
 
 HOST_STEPS = 20
 GREEDY = SamplingParams(1, 0.0)
 SAMPLED = SamplingParams(1, 0.8, 0.95, top_k=50, min_p=0.02)
-FULL = replace(SAMPLED, typical_p=0.9, repetition_penalty=1.1, presence_penalty=0.5, logit_bias={5: 1.0}, bad_words=((6, 7),))
-HEAD_PARAMS: dict[Head, SamplingParams] = {"greedy": GREEDY, "sample": SAMPLED, "full": FULL, "logprobs": replace(FULL, logprobs=20)}
+FULL = replace(
+    SAMPLED, typical_p=0.9, repetition_penalty=1.1, presence_penalty=0.5, logit_bias={5: 1.0}, bad_words=((6, 7),)
+)
+HEAD_PARAMS: dict[Head, SamplingParams] = {
+    "greedy": GREEDY,
+    "sample": SAMPLED,
+    "full": FULL,
+    "logprobs": replace(FULL, logprobs=20),
+}
 HEAD_ROUNDS, HEAD_STEPS = 10, 8
 
 
@@ -55,7 +63,7 @@ class OursRunner:
         self.facts: dict[str, Any] = {
             "load_s": llm.load_s,
             "compile_s": compile_s,
-            "programs": runtime.counters.compiled,
+            "programs": counters.compiled,
             "read_bytes": self._read_bytes(),
             "weight_bytes": sum(p.numel() * p.element_size() for p in llm.engine.model.parameters()),
             "host_ms": self._host_ms(),
@@ -74,7 +82,9 @@ class OursRunner:
         return Times(clock.prefill_s, clock.decode_s, points)
 
     def _read_bytes(self) -> int:
-        """What a decode step must read: the linear layers once, and half way through the run the keys and values of every row."""
+        """What a decode step must read: the linear layers once, and half way through the run the keys and values of
+        every row.
+        """
         model = self._engine.model
         tables = [m for m in model.modules() if isinstance(m, Linear)]
         weights = sum(p.numel() * p.element_size() for m in tables for p in m.parameters())
@@ -88,11 +98,11 @@ class OursRunner:
         """Milliseconds that the host spends on handing one step to an idle device."""
         steps, spent = self._steps(GREEDY), []
         for _ in range(HOST_STEPS):
-            runtime.wait()
+            backend.wait()
             began = time.perf_counter()
             next(steps)
             spent.append(time.perf_counter() - began)
-        runtime.wait()
+        backend.wait()
         steps.close()
         return 1e3 * statistics.median(spent)
 
@@ -102,17 +112,19 @@ class OursRunner:
         return self._engine.bare_steps(requests, self._engine.config.key_buckets[-1])
 
     def _heads_ms(self) -> dict[Head, float]:
-        """Milliseconds of a decode step with each of the heads that are wanted, the rounds of one alternating with the others'."""
+        """Milliseconds of a decode step with each of the heads that are wanted, the rounds of one alternating with the
+        others'.
+        """
         spent: dict[Head, list[float]] = {head: [] for head in self._work.heads}
         for _ in range(HEAD_ROUNDS):
             for head, times in spent.items():
                 steps = self._steps(HEAD_PARAMS[head])
                 next(steps)
-                runtime.wait()
+                backend.wait()
                 began = time.perf_counter()
                 for _ in range(HEAD_STEPS):
                     next(steps)
-                runtime.wait()
+                backend.wait()
                 times.append((time.perf_counter() - began) / HEAD_STEPS)
                 steps.close()
         return {head: 1e3 * statistics.median(times) for head, times in spent.items()}

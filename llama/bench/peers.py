@@ -1,6 +1,7 @@
 """Other programs as Runners, on the same random weights, shape, dtype and number of threads.
 
-transformers runs eagerly with its own cache; llama.cpp runs through llama-cpp-python on a GGUF file that is written for the occasion.
+transformers runs eagerly with its own cache; llama.cpp runs through llama-cpp-python on a GGUF file that is written for
+the occasion.
 Both decode greedily by their lowest calls, which flatters them a little: no text is made and no token is checked.
 """
 
@@ -18,9 +19,9 @@ import torch
 from llama.bench.workload import WEIGHTS_SEED, Times, Workload
 from llama.checkpoint import open_checkpoint, random_tensors
 from llama.checkpoint.names import to_hugging_face
+from llama.compiled.model import Transformer
 from llama.config import ModelArgs
 from llama.errors import ConfigError
-from llama.model import Transformer
 
 
 def weights_of(work: Workload) -> tuple[ModelArgs, Iterator[tuple[str, torch.Tensor]]]:
@@ -44,7 +45,9 @@ class HuggingFaceRunner:
 
     def __init__(self, work: Workload) -> None:
         if work.dtype == "int8":
-            raise ConfigError("--compare hf: transformers has no weight-only int8 on the CPU to compare with; take bfloat16 or float32")
+            raise ConfigError(
+                "--compare hf: transformers has no weight-only int8 on the CPU to compare with; take bfloat16 or float32"
+            )
         try:
             import transformers
         except ImportError as error:
@@ -71,7 +74,10 @@ class HuggingFaceRunner:
         self._model.eval()
         self._work = work
         self._ids = torch.tensor([work.prompt(row, args.vocab_size) for row in range(work.batch)])
-        self.facts: dict[str, Any] = {"load_s": time.perf_counter() - began, "version": f"transformers {transformers.__version__}"}
+        self.facts: dict[str, Any] = {
+            "load_s": time.perf_counter() - began,
+            "version": f"transformers {transformers.__version__}",
+        }
         self.run()
 
     def run(self) -> Times:
@@ -100,7 +106,9 @@ class LlamaCppRunner:
         try:
             import llama_cpp
         except ImportError as error:
-            raise ConfigError("--compare llama.cpp needs llama-cpp-python and gguf: pip install 'llama-xla[bench]'") from error
+            raise ConfigError(
+                "--compare llama.cpp needs llama-cpp-python and gguf: pip install 'llama-xla[bench]'"
+            ) from error
         self._work = work
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.gguf"
@@ -108,7 +116,13 @@ class LlamaCppRunner:
             began = time.perf_counter()
             threads = len(os.sched_getaffinity(0))
             self._model = llama_cpp.Llama(
-                str(path), n_ctx=work.positions, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=False
+                str(path),
+                n_ctx=work.positions,
+                n_batch=512,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+                use_mmap=False,
             )
         self._ids = work.prompt(0, vocab_size)
         self.facts: dict[str, Any] = {
@@ -147,12 +161,18 @@ GGUF_NAMES = {
 
 
 def write_gguf(work: Workload, path: Path) -> int:
-    """Write a workload's weights for llama.cpp, with a vocabulary of placeholders; returns its size. int8 becomes Q8_0."""
+    """Write a workload's weights for llama.cpp, with a vocabulary of placeholders; returns its size. int8 becomes
+    Q8_0.
+    """
     import gguf
 
     args, tensors = weights_of(work)
     writer = gguf.GGUFWriter(str(path), "llama")
-    kinds = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizationType.Q8_0}
+    kinds = {
+        "float32": gguf.GGMLQuantizationType.F32,
+        "bfloat16": gguf.GGMLQuantizationType.BF16,
+        "int8": gguf.GGMLQuantizationType.Q8_0,
+    }
     writer.add_context_length(work.positions)
     writer.add_embedding_length(args.dim)
     writer.add_block_count(args.n_layers)
@@ -164,7 +184,13 @@ def write_gguf(work: Workload, path: Path) -> int:
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_vocab_size(args.vocab_size)
     writer.add_tokenizer_model("llama")
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(f"t{i}" for i in range(259, args.vocab_size))]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *(f"t{i}" for i in range(259, args.vocab_size)),
+    ]
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * args.vocab_size)
     writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (args.vocab_size - 259)])

@@ -34,7 +34,9 @@ COLUMNS = {
 }
 
 
-def summarise(work: Workload, runner: str, facts: dict[str, Any], runs: Sequence[Times], ceiling: float) -> dict[str, Any]:
+def summarise(
+    work: Workload, runner: str, facts: dict[str, Any], runs: Sequence[Times], ceiling: float
+) -> dict[str, Any]:
     """One row: medians of the runs, and the spread of the two speeds as standard deviations.
 
     Args:
@@ -64,7 +66,11 @@ def summarise(work: Workload, runner: str, facts: dict[str, Any], runs: Sequence
     }
     if "read_bytes" in facts:
         row["bandwidth_share"] = facts["read_bytes"] / step_s / ceiling
-    return row | {name: value for name, value in facts.items() if name != "read_bytes"} | {"points": runs[len(runs) // 2].points}
+    return (
+        row
+        | {name: value for name, value in facts.items() if name != "read_bytes"}
+        | {"points": runs[len(runs) // 2].points}
+    )
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,7 +80,14 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for peer in rows:
             if peer["runner"] != "ours" and peer["batch"] == ours["batch"]:
                 speeds = {name: ours[f"{name}_tok_s"] / peer[f"{name}_tok_s"] for name in ("decode", "prefill")}
-                found.append({"against": peer["runner"], "batch": ours["batch"], **speeds, "job_time": ours["job_s"] / peer["job_s"]})
+                found.append(
+                    {
+                        "against": peer["runner"],
+                        "batch": ours["batch"],
+                        **speeds,
+                        "job_time": ours["job_s"] / peer["job_s"],
+                    }
+                )
     return found
 
 
@@ -116,12 +129,16 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def heads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each way to choose a token that was timed: what a decode step takes, and how many times the first of its run."""
+    """A row for each way to choose a token that was timed: what a decode step takes, and how many times the first of
+    its run.
+    """
     found = []
     for row in rows:
         times: dict[str, float] = row.get("heads_ms", {})
         first = next(iter(times), "")
-        found += [{**row, "head": head, "ms": ms, "first": first, "ratio": ms / times[first]} for head, ms in times.items()]
+        found += [
+            {**row, "head": head, "ms": ms, "first": first, "ratio": ms / times[first]} for head, ms in times.items()
+        ]
     return found
 
 
@@ -152,7 +169,11 @@ def plot(rows: Sequence[dict[str, Any]], ceiling: float, path: Path) -> None:
     figure, (speed, cost) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for row in (r for r in rows if len(r["points"]) > 2):
         label = f"{row['model']}, {row['dtype']}, batch {row['batch']}"
-        steps = [(b, (t - s) / (b - a)) for (a, s), (b, t) in zip(row["points"][1:], row["points"][2:], strict=False) if b > a]
+        steps = [
+            (b, (t - s) / (b - a))
+            for (a, s), (b, t) in zip(row["points"][1:], row["points"][2:], strict=False)
+            if b > a
+        ]
         positions = [position for position, _ in steps]
         (line,) = speed.plot(positions, [row["batch"] / seconds for _, seconds in steps], label=label)
         cost.plot(positions, [1e3 * seconds for _, seconds in steps], label=label)

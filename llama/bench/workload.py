@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from llama.compiled.steps import Head
 from llama.config import DEMO_DIR, ModelArgs
 from llama.errors import ConfigError
-from llama.steps import Head
 
 SHAPES: dict[str, ModelArgs] = {
     "tiny": ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=1024, multiple_of=32),
@@ -35,7 +35,8 @@ class Workload:
         buckets: chunk lengths; None means the engine's.
         bucket_policy: ``greedy`` or ``pad``.
         vocab_size: of the random weights; None means the shape's own.
-        heads: ways to choose a token (``steps.CHOOSING``) whose decode steps are timed side by side, every control in use.
+        heads: ways to choose a token (``steps.CHOOSING``) whose decode steps are timed side by side, every control in
+            use.
 
     Raises:
         ConfigError: a value out of its range.
@@ -62,7 +63,9 @@ class Workload:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
         if self.positions < self.prompt_len + self.gen_len:
-            raise ConfigError(f"max_seq_len: got {self.positions}, expected at least prompt_len {self.prompt_len} + gen_len {self.gen_len}")
+            raise ConfigError(
+                f"max_seq_len: got {self.positions}, expected at least prompt_len {self.prompt_len} + gen_len {self.gen_len}"
+            )
 
     @property
     def positions(self) -> int:

@@ -4,7 +4,8 @@
     template.py  a checkpoint's own chat template, with a user's control tokens kept as text
     render.py    the process that renders templates, within limits of time, memory and size
 
-Whatever the format, control tokens come from the format alone: ``<|eot_id|>`` typed into a message is text to the model.
+Whatever the format, control tokens come from the format alone: ``<|eot_id|>`` typed into a message is text to the
+    model.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def choose_format(tokenizer: Tokenizer, directory: Path, name: str | None = None
     Args:
         tokenizer: the checkpoint's.
         directory: the checkpoint's; its own template is looked for there.
-        name: ``llama2``, ``llama3`` or ``template``. None means the checkpoint's own template where it has one, or else what its
-            tokenizer was made for.
+        name: ``llama2``, ``llama3`` or ``template``. None means the checkpoint's own template where it has one, or else
+            what its tokenizer was made for.
 
     Raises:
         ChatError: a name that is not known, a format that the tokenizer has no tokens for, or nothing to choose by.
@@ -51,9 +52,13 @@ def choose_format(tokenizer: Tokenizer, directory: Path, name: str | None = None
     if found is not None:
         return TemplateFormat(tokenizer, found.text, special_names(directory), source=str(found.path))
     if name == "template":
-        raise ChatError(f"{directory} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+        raise ChatError(
+            f"{directory} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+        )
     if name == "llama3" or (name is None and Llama3Format.fits(tokenizer)):
         return Llama3Format(tokenizer)
     if name == "llama2" or Llama2Format.fits(tokenizer):
         return Llama2Format(tokenizer)
-    raise ChatError(f"{directory} has no chat template, and its tokenizer is neither Llama 2's nor Llama 3's: choose a format, {choices}")
+    raise ChatError(
+        f"{directory} has no chat template, and its tokenizer is neither Llama 2's nor Llama 3's: choose a format, {choices}"
+    )

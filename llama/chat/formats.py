@@ -64,11 +64,15 @@ def check_dialog(dialog: Dialog) -> None:
     for index, message in enumerate(dialog):
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise ChatError(f"message {index}: got {message!r:.200}, expected a dict with a role and a content, both text")
+            raise ChatError(
+                f"message {index}: got {message!r:.200}, expected a dict with a role and a content, both text"
+            )
         try:
             content.encode()
         except UnicodeEncodeError as error:
-            raise ChatError(f"message {index} is not valid Unicode: character {error.start} cannot be written as UTF-8") from error
+            raise ChatError(
+                f"message {index} is not valid Unicode: character {error.start} cannot be written as UTF-8"
+            ) from error
     turns = list(dialog)[1:] if dialog and dialog[0]["role"] == "system" else list(dialog)
     offset = len(dialog) - len(turns)
     for index, message in enumerate(turns):
@@ -95,12 +99,16 @@ class Llama2Format(ChatFormat):
         return tokenizer.kind == "sentencepiece" or tokenizer.special_ids.get("<s>") == tokenizer.bos_id
 
     def encode(self, dialog: Dialog, add_generation_prompt: bool = True) -> list[int]:
-        """See ChatFormat. The tags are ordinary text to the tokenizer, so a message that holds one is refused, as Meta's code does."""
+        """See ChatFormat. The tags are ordinary text to the tokenizer, so a message that holds one is refused, as
+        Meta's code does.
+        """
         check_dialog(dialog)
         for index, message in enumerate(dialog):
             written = [tag for tag in self._TAGS if tag in message["content"]]
             if written:
-                raise ChatError(f"message {index} holds {', '.join(written)}: Llama 2's format cannot tell these tags from its own")
+                raise ChatError(
+                    f"message {index} holds {', '.join(written)}: Llama 2's format cannot tell these tags from its own"
+                )
         contents = [message["content"] for message in dialog]
         if dialog[0]["role"] == "system":
             system, first, *others = contents
@@ -126,7 +134,9 @@ class Llama3Format(ChatFormat):
         super().__init__(tokenizer)
         absent = [name for name in (self._HEADER, self._END_HEADER, self._EOT) if name not in tokenizer.special_ids]
         if absent:
-            raise ChatError(f"the tokenizer has no {', '.join(absent)}, which Llama 3's format is made of; choose another chat format")
+            raise ChatError(
+                f"the tokenizer has no {', '.join(absent)}, which Llama 3's format is made of; choose another chat format"
+            )
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer) -> bool:
@@ -150,4 +160,9 @@ class Llama3Format(ChatFormat):
 
     def _header(self, role: Role) -> list[int]:
         name, newlines = (self.tokenizer.encode(text, bos=False) for text in (role, "\n\n"))
-        return [self.tokenizer.special_ids[self._HEADER], *name, self.tokenizer.special_ids[self._END_HEADER], *newlines]
+        return [
+            self.tokenizer.special_ids[self._HEADER],
+            *name,
+            self.tokenizer.special_ids[self._END_HEADER],
+            *newlines,
+        ]

@@ -1,12 +1,14 @@
-"""The process that renders chat templates: ``python -I -S render.py`` with a request on stdin and the results on stdout.
+"""The process that renders chat templates: ``python -I -S render.py`` with a request on stdin and the results on
+stdout.
 
-A template is somebody else's program. jinja2's sandbox keeps it from Python's objects, but not from looping for ever or from
-``"a" * 10**12``, and a single operation of that sort cannot be interrupted within the process that runs it. So templates run here:
-the system limits this process's memory and computing time, and the caller stops it at a deadline.
+A template is somebody else's program. jinja2's sandbox keeps it from Python's objects, but not from looping for ever or
+from ``"a" * 10**12``, and a single operation of that sort cannot be interrupted within the process that runs it. So
+templates run here: the system limits this process's memory and computing time, and the caller stops it at a deadline.
 
-Standard input holds a JSON object: ``template``, ``variables``, ``dialogs``, the limits ``seconds``, ``memory`` and ``characters``,
-and ``path``, where jinja2 is installed. Standard output gets a JSON list with ``{"text": ...}`` or ``{"problem": ...}`` for each
-dialog. Nothing else of the package is imported.
+Standard input holds a JSON object: ``template``, ``variables``, ``dialogs``, the limits ``seconds``, ``memory`` and
+    ``characters``,
+and ``path``, where jinja2 is installed. Standard output gets a JSON list with ``{"text": ...}`` or ``{"problem": ...}``
+for each dialog. Nothing else of the package is imported.
 """
 
 from __future__ import annotations
@@ -50,10 +52,14 @@ def compile_template(text: str) -> Template:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = to_json  # jinja2's own writes < and > as escapes, for HTML
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -100,7 +106,10 @@ def answer(request: dict[str, Any]) -> list[dict[str, str]]:
         template = compile_template(request["template"])
     except Exception as error:
         return [{"problem": describe(error)}] * len(request["dialogs"])
-    return [render(template, {**request["variables"], "messages": dialog}, request["characters"]) for dialog in request["dialogs"]]
+    return [
+        render(template, {**request["variables"], "messages": dialog}, request["characters"])
+        for dialog in request["dialogs"]
+    ]
 
 
 def render(template: Template, variables: dict[str, Any], characters: int) -> dict[str, str]:
@@ -120,7 +129,10 @@ def main() -> None:
 
     for limit, value in (
         (resource.RLIMIT_AS, request["memory"]),
-        (resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1),  # where the caller is gone, and stops nothing any more
+        (
+            resource.RLIMIT_CPU,
+            math.ceil(request["seconds"]) + 1,
+        ),  # where the caller is gone, and stops nothing any more
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):

@@ -1,10 +1,13 @@
-"""A checkpoint's own chat template: found, rendered in a process of its own, and encoded with users' control tokens kept as text.
+"""A checkpoint's own chat template: found, rendered in a process of its own, and encoded with users' control tokens
+kept as text.
 
-A rendered template is one text, in which the template's ``<|eot_id|>`` and one that a user typed look the same. So a dialog is
-rendered twice: as it is, and with a mark, which nobody can foresee, within every control token that a message holds. Cut at the
-marks, the second text has only the template's own control tokens whole; joined again, it must be the first. Further marks stand
-before and behind each message's words, so that no control token grows together out of two messages; the white space around the
-words stays outside, so that templates which trim it, as most do, find it.
+A rendered template is one text, in which the template's ``<|eot_id|>`` and one that a user typed look the same. So a
+dialog is
+rendered twice: as it is, and with a mark, which nobody can foresee, within every control token that a message holds.
+    Cut at the
+marks, the second text has only the template's own control tokens whole; joined again, it must be the first. Further
+marks stand before and behind each message's words, so that no control token grows together out of two messages; the
+white space around the words stays outside, so that templates which trim it, as most do, find it.
 """
 
 from __future__ import annotations
@@ -76,10 +79,14 @@ def find_template(directory: Path) -> Found | None:
     if isinstance(value, list):
         named = {str(t.get("name")): t.get("template") for t in value if isinstance(t, dict)}
         if "default" not in named:
-            raise ChatError(f"{path} has the chat templates {', '.join(named) or 'none'}, expected one with the name default")
+            raise ChatError(
+                f"{path} has the chat templates {', '.join(named) or 'none'}, expected one with the name default"
+            )
         value = named["default"]
     if value is not None and not isinstance(value, str):
-        raise ChatError(f"{path}: chat_template: got a JSON {type(value).__name__}, expected a text, or a list of named ones")
+        raise ChatError(
+            f"{path}: chat_template: got a JSON {type(value).__name__}, expected a text, or a list of named ones"
+        )
     return None if value is None else Found(value, path)
 
 
@@ -100,12 +107,19 @@ class TemplateFormat(ChatFormat):
     name = "template"
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str, names: Mapping[str, str], source: str = "chat template", limits: Limits = DEFAULT_LIMITS
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        names: Mapping[str, str],
+        source: str = "chat template",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         super().__init__(tokenizer)
         self._template, self._source, self._limits = template, source, limits
         if len(template) > limits.template:
-            raise ChatError(f"{source}: the chat template has {len(template)} characters, expected at most {limits.template}")
+            raise ChatError(
+                f"{source}: the chat template has {len(template)} characters, expected at most {limits.template}"
+            )
         written = {i: name for name, i in tokenizer.special_ids.items()}
         own = {"bos_token": written.get(tokenizer.bos_id, ""), "eos_token": written.get(tokenizer.eos_id, "")}
         self._names = {**own, **names}
@@ -130,7 +144,9 @@ class TemplateFormat(ChatFormat):
         return self.tokenizer.encode_parts([Part(piece, True) for piece in pieces])
 
     def _mark(self, dialog: Dialog, mark: str) -> list[Message]:
-        """The dialog with marks around each message's words and behind the first character of each control token in them."""
+        """The dialog with marks around each message's words and behind the first character of each control token in
+        them.
+        """
         token = re.compile(f"(?={self.tokenizer.special_pattern.pattern})")
         marked: list[Message] = []
         for message in dialog:
@@ -160,7 +176,12 @@ class TemplateFormat(ChatFormat):
             "memory": self._limits.memory,
             "characters": self._limits.characters,
             "template": self._template,
-            "variables": {**self._names, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt},
+            "variables": {
+                **self._names,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            },
             "dialogs": [[{"role": m["role"], "content": m["content"]} for m in dialog] for dialog in dialogs],
         }
         try:
@@ -173,11 +194,17 @@ class TemplateFormat(ChatFormat):
                 start_new_session=True,  # Ctrl-C is for the answer, not for this
             )
         except subprocess.TimeoutExpired as error:
-            raise ChatError(f"{self._source}: the chat template took more than {self._limits.seconds} seconds and was stopped") from error
+            raise ChatError(
+                f"{self._source}: the chat template took more than {self._limits.seconds} seconds and was stopped"
+            ) from error
         except OSError as error:
-            raise ChatError(f"{self._source}: the process that renders chat templates cannot be started: {error}") from error
+            raise ChatError(
+                f"{self._source}: the process that renders chat templates cannot be started: {error}"
+            ) from error
         try:
-            return [_Rendered(result.get("text"), _visible(result.get("problem", ""))) for result in json.loads(done.stdout)]
+            return [
+                _Rendered(result.get("text"), _visible(result.get("problem", ""))) for result in json.loads(done.stdout)
+            ]
         except ValueError as error:
             last_words = _visible(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
             raise ChatError(

@@ -1,9 +1,10 @@
-"""Where weights come from: `open_checkpoint` recognises a format, `checked` reads weight by weight, `place` puts them on the device.
+"""Where weights come from: `open_checkpoint` recognises a format, `checked` reads weight by weight, `place` puts them
+on the device.
 
 In here:
 
-    files.py       one file: JSON, or tensors mapped from it     names.py       one table: names, shapes, axes of a split
-    source.py      an opened checkpoint, whatever its format     partition.py   fairscale's arithmetic of a split
+    files.py       one file: JSON, or tensors mapped from it     names.py       one table: names, shapes, axes of a
+    split source.py      an opened checkpoint, whatever its format     partition.py   fairscale's arithmetic of a split
     meta_pth.py, hf_safetensors.py, native.py: the formats       recognise.py   which of them a directory holds
     reshard.py     writing whole checkpoints                     writing.py     writing files
 """
@@ -15,20 +16,23 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from llama import runtime
 from llama.checkpoint.names import is_scale
+from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
-from llama.model import Linear, Transformer
-from llama.quantize import quantize
+from llama.compiled.model import Linear, Transformer
+from llama.xla import backend, transfers
 
 __all__ = ["Source", "TensorInfo", "checked", "is_finite", "is_scale", "open_checkpoint", "place", "random_tensors"]
 
 WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
 
 
-def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device) -> Iterator[int]:
-    """Move tensors into a model built on the meta device, one at a time, so that no second copy of the weights is ever held.
+def place(
+    model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
+) -> Iterator[int]:
+    """Move tensors into a model built on the meta device, one at a time, so that no second copy of the weights is ever
+    held.
 
     Args:
         model: its parameters are replaced.
@@ -45,19 +49,20 @@ def place(model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype
         parts = stored_as(tensor, leaf, dtype, isinstance(owner, Linear))
         del tensor  # or it would stay in memory while the next one is read
         for part, host in parts.items():
-            setattr(owner, part, nn.Parameter(runtime.adopt(host, device), requires_grad=False))
+            setattr(owner, part, nn.Parameter(transfers.adopt(host, device), requires_grad=False))
         size = sum(host.numel() * host.element_size() for host in parts.values())
         del parts, host
         on_the_way += size
         if on_the_way > WAIT_AFTER and device.type == "xla":
-            runtime.wait()  # a transfer keeps its host tensor until it is done
+            backend.wait()  # a transfer keeps its host tensor until it is done
             on_the_way = 0
         yield size
-    model.rotary = runtime.upload(model.rotary, device)
+    model.rotary = transfers.upload(model.rotary, device)
 
 
 def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensor as the model keeps it: by the name of its parameter, and under int8 a linear layer's scale beside it.
+    """A checkpoint's tensor as the model keeps it: by the name of its parameter, and under int8 a linear layer's scale
+    beside it.
 
     Args:
         tensor: a weight, or the scale of one that is int8 already.
@@ -72,7 +77,9 @@ def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bo
 
 
 def random_tensors(model: Transformer, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Seeded random weights for every parameter of ``model``: normal with deviation 0.02, norms all one. For tests and timings."""
+    """Seeded random weights for every parameter of ``model``: normal with deviation 0.02, norms all one. For tests and
+    timings.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in list(model.named_parameters()):
         if parameter.dim() == 1:

@@ -1,11 +1,11 @@
 """One file of a checkpoint: JSON, or tensors that are mapped into memory and touched one at a time.
 
-Only headers are read when a file is opened. A tensor that is read is a view of the mapping: its bytes come from the disk when somebody
-computes with them. Touched pages of a mapping count as resident memory until it is closed, so a file is mapped anew after every
-thirty-second part of it; a view keeps the mapping that it belongs to.
+Only headers are read when a file is opened. A tensor that is read is a view of the mapping: its bytes come from the
+disk when somebody computes with them. Touched pages of a mapping count as resident memory until it is closed, so a file
+is mapped anew after every thirty-second part of it; a view keeps the mapping that it belongs to.
 
-``weights_only`` keeps pickled code out; what it does not guard against on torch 2.9 is said in the README (CVE-2026-24747): load a
-stranger's .pth or .bin file in a sandbox only.
+``weights_only`` keeps pickled code out; what it does not guard against on torch 2.9 is said in the README
+(CVE-2026-24747): load a stranger's .pth or .bin file in a sandbox only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from safetensors import SafetensorError, safe_open
 from llama.errors import CheckpointError
 
 SMALLEST_REMAP = 4 * 2**20  # bytes
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # by safetensors' names
 KNOWN = {**FLOATING, "I8": torch.int8}
 GIT_LFS = b"version https://git-lfs"
 
@@ -84,12 +89,16 @@ class TensorFile(ABC):
         except (KeyError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: tensor {name} cannot be read: {_reason(error)}") from error
         if (tuple(tensor.shape), tensor.dtype) != self.headers[name]:
-            raise CheckpointError(f"{self.path} was changed while it was being read: tensor {name} has another shape or dtype now")
+            raise CheckpointError(
+                f"{self.path} was changed while it was being read: tensor {name} has another shape or dtype now"
+            )
         self._touched += tensor.numel() * tensor.element_size()
         return tensor
 
     def let_go(self) -> None:
-        """Close the mapping if enough of it was touched; views that somebody holds keep it, the next ``read`` maps the file anew."""
+        """Close the mapping if enough of it was touched; views that somebody holds keep it, the next ``read`` maps the
+        file anew.
+        """
         if self._touched > self._remap_after:
             self._get = None
             self._close()
@@ -108,7 +117,9 @@ class SafetensorsFile(TensorFile):
             self._handle = cast(Any, safe_open(self.path, framework="pt"))
             self.metadata = self._handle.metadata() or {}
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{self.path} is not a safetensors file, or a damaged one: {_reason(error)}{_hint(self.path)}") from error
+            raise CheckpointError(
+                f"{self.path} is not a safetensors file, or a damaged one: {_reason(error)}{_hint(self.path)}"
+            ) from error
         get: Callable[[str], torch.Tensor] = self._handle.get_tensor
         return get
 
@@ -142,15 +153,21 @@ class PickleFile(TensorFile):
             loaded: Any = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # the restricted unpickler fails in many ways on damaged input, all of them harmless
             found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", str(error))
-            reason = f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else _reason(error)
+            reason = (
+                f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else _reason(error)
+            )
             raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {reason}") from error
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{self.path}: got a {type(loaded).__name__}, expected a dict of tensors by name")
         for name, tensor in loaded.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise CheckpointError(f"{self.path}: got a {type(tensor).__name__} under {name!r}, expected a dict of tensors by name")
+                raise CheckpointError(
+                    f"{self.path}: got a {type(tensor).__name__} under {name!r}, expected a dict of tensors by name"
+                )
             if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-                raise CheckpointError(f"{self.path}: tensor {name} is not a plain one (sparse, quantised, or without data)")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is not a plain one (sparse, quantised, or without data)"
+                )
         self._loaded: dict[str, torch.Tensor] = loaded
         return lambda name: loaded[name].detach()
 
@@ -160,16 +177,22 @@ class PickleFile(TensorFile):
     def _headers(self) -> dict[str, Header]:
         self._check_records()
         known = set(FLOATING.values())
-        return {n: Header(tuple(t.shape), t.dtype if t.dtype in known else str(t.dtype)) for n, t in self._loaded.items()}
+        return {
+            n: Header(tuple(t.shape), t.dtype if t.dtype in known else str(t.dtype)) for n, t in self._loaded.items()
+        }
 
     def _check_records(self) -> None:
-        """Every tensor's bytes are in the archive: from a record that is too short, mapping would read its neighbour's without a word."""
+        """Every tensor's bytes are in the archive: from a record that is too short, mapping would read its neighbour's
+        without a word.
+        """
         storages = [tensor.untyped_storage() for tensor in self._loaded.values()]
         wanted = Counter({s.data_ptr(): s.nbytes() for s in storages}.values())
         with zipfile.ZipFile(self.path) as archive:
             short = wanted - Counter(info.file_size for info in archive.infolist() if "/data/" in info.filename)
         if short:
-            missing = f"{short.total()} tensors have no record of their size in it, for instance one of {min(short)} bytes"
+            missing = (
+                f"{short.total()} tensors have no record of their size in it, for instance one of {min(short)} bytes"
+            )
             raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {missing}")
 
 

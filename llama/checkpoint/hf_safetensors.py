@@ -1,11 +1,11 @@
 """Hugging Face's format: config.json with model.safetensors, or several files and model.safetensors.index.json.
 
-LlamaForCausalLM, and MistralForCausalLM where its mathematics is LLaMA's. Settings that would change what is computed in a way that
-this package does not compute are refused by name; settings that change nothing (dropout, caches, token ids) are passed over. Older
-checkpoints in pytorch_model.bin are read, too, with a warning.
+LlamaForCausalLM, and MistralForCausalLM where its mathematics is LLaMA's. Settings that would change what is computed
+in a way that this package does not compute are refused by name; settings that change nothing (dropout, caches, token
+ids) are passed over. Older checkpoints in pytorch_model.bin are read, too, with a warning.
 
-transformers turns the two halves of a head's columns where Meta turns neighbouring pairs, and stores the rows of wq and wk in its order:
-``read`` turns them back.
+transformers turns the two halves of a head's columns where Meta turns neighbouring pairs, and stores the rows of wq and
+wk in its order: ``read`` turns them back.
 """
 
 from __future__ import annotations
@@ -68,7 +68,16 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 # What transformers' and other exporters' files hold besides; nothing here is mistaken for a misspelt setting
 HARMLESS = {
-    *("model_type", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "torch_dtype", "dtype"),
+    *(
+        "model_type",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+        "torch_dtype",
+        "dtype",
+    ),
     *("use_sliding_window", "max_window_layers", "is_decoder"),
 }
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -93,7 +102,8 @@ class HFSource(Source):
         directory: with config.json and the weights.
 
     Raises:
-        CheckpointError: a missing or damaged file, an index that does not tell the truth, a setting that is not computed, or see Source.
+        CheckpointError: a missing or damaged file, an index that does not tell the truth, a setting that is not
+            computed, or see Source.
     """
 
     format = "huggingface"
@@ -138,32 +148,51 @@ def open_weights(directory: Path) -> list[TensorFile]:
     Raises:
         CheckpointError: none of them, or a whole file beside an index, or see the index.
     """
-    kinds: tuple[tuple[type[TensorFile], str], ...] = ((SafetensorsFile, "model.safetensors"), (PickleFile, "pytorch_model.bin"))
+    kinds: tuple[tuple[type[TensorFile], str], ...] = (
+        (SafetensorsFile, "model.safetensors"),
+        (PickleFile, "pytorch_model.bin"),
+    )
     for kind, whole in kinds:
         path, index = directory / whole, directory / f"{whole}.index.json"
         if index.exists() and path.exists():
-            raise CheckpointError(f"{directory} has both {whole} and {index.name}, expected one of them: which is meant is not clear")
+            raise CheckpointError(
+                f"{directory} has both {whole} and {index.name}, expected one of them: which is meant is not clear"
+            )
         if not index.exists() and not path.exists():
             continue
         if kind is PickleFile:
-            log.warning("%s: pytorch_model.bin is a pickle; load it from people you trust only, or convert it in a sandbox", directory)
+            log.warning(
+                "%s: pytorch_model.bin is a pickle; load it from people you trust only, or convert it in a sandbox",
+                directory,
+            )
         return [kind(path)] if path.exists() else open_indexed(index, kind)
-    raise CheckpointError(f"{directory} has neither model.safetensors nor model.safetensors.index.json nor pytorch_model.bin")
+    raise CheckpointError(
+        f"{directory} has neither model.safetensors nor model.safetensors.index.json nor pytorch_model.bin"
+    )
 
 
 def open_indexed(index: Path, kind: type[TensorFile]) -> list[TensorFile]:
     """Open all files that an index names, and compare what it says of them with their headers.
 
     Raises:
-        CheckpointError: a file that is not there, a tensor that is in no file, in two, or in another one than the index says.
+        CheckpointError: a file that is not there, a tensor that is in no file, in two, or in another one than the index
+            says.
     """
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index}: got no usable weight_map, expected an object from tensors' names to files' names")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise CheckpointError(
+            f"{index}: got no usable weight_map, expected an object from tensors' names to files' names"
+        )
     there = {path.name for path in index.parent.iterdir()}
     for name, file in weight_map.items():
         if file not in there:
-            raise CheckpointError(f"{index.parent / Path(file).name} is missing: {index.name} says that it holds {name}")
+            raise CheckpointError(
+                f"{index.parent / Path(file).name} is missing: {index.name} says that it holds {name}"
+            )
     files = [kind(index.parent / file) for file in sorted(set(weight_map.values()))]
     _check_index(index, weight_map, files)
     return files
@@ -186,7 +215,8 @@ def read_config(path: Path) -> Settings:
     """The shape that a config.json declares.
 
     Raises:
-        CheckpointError: damaged, of another architecture, without a setting that is needed, or with one that is not computed.
+        CheckpointError: damaged, of another architecture, without a setting that is needed, or with one that is not
+            computed.
     """
     config = read_json(path)
     _check_settings(path, config)
@@ -204,7 +234,9 @@ def read_config(path: Path) -> Settings:
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error} (in Meta's names)") from error
     if config.get("head_dim") not in (None, args.head_dim):
-        raise CheckpointError(f"{path}: head_dim is {config['head_dim']}, expected hidden_size / num_attention_heads = {args.head_dim}")
+        raise CheckpointError(
+            f"{path}: head_dim is {config['head_dim']}, expected hidden_size / num_attention_heads = {args.head_dim}"
+        )
     window = config.get("sliding_window")
     if window is not None and (type(window) is not int or window < 1):
         raise CheckpointError(f"{path}: sliding_window is {str(window)[:40]}, expected a positive whole number or null")
@@ -215,13 +247,17 @@ def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse what would compute something else, and keys that look like misspelt ones of those that are read."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: architectures is {str(architectures)[:100]}, expected one of {', '.join(ARCHITECTURES)}")
+        raise CheckpointError(
+            f"{path}: architectures is {str(architectures)[:100]}, expected one of {', '.join(ARCHITECTURES)}"
+        )
     mathematical = sorted(READ | NEUTRAL.keys())
     for key, value in config.items():
         if key in NEUTRAL and value is not None and not _is_neutral(key, value):
             raise CheckpointError(f"{path}: {key} is {str(value)[:100]}, which is not computed here; {_allowed(key)}")
         if key == "auto_map" and value:
-            raise CheckpointError(f"{path}: auto_map names code of the checkpoint's own, which is never run; its mathematics is unknown")
+            raise CheckpointError(
+                f"{path}: auto_map names code of the checkpoint's own, which is never run; its mathematics is unknown"
+            )
         known = key in mathematical or key in HARMLESS
         if not known and (near := difflib.get_close_matches(key, mathematical, n=1, cutoff=LIKENESS)):
             raise CheckpointError(f"{path}: unknown key {key!r}; if {near[0]} is meant, mend it, else remove the key")
@@ -239,18 +275,28 @@ def _allowed(key: str) -> str:
 
 
 def _feed_forward(dim: object, width: object) -> dict[str, Any]:
-    """Meta's settings for a feed-forward width, for which params.json has no key: its rule rounds two thirds of 4 dim up to a multiple."""
+    """Meta's settings for a feed-forward width, for which params.json has no key: its rule rounds two thirds of 4 dim
+    up to a multiple.
+    """
     if not isinstance(dim, int) or not isinstance(width, int) or not 0 < dim <= LARGEST_SIZE:
         return {"multiple_of": width}
     by_rule = int(2 * (4 * dim) / 3)
-    return {"multiple_of": width} if by_rule <= width else {"multiple_of": width, "ffn_dim_multiplier": (width + 0.25) / by_rule}
+    return (
+        {"multiple_of": width}
+        if by_rule <= width
+        else {"multiple_of": width, "ffn_dim_multiplier": (width + 0.25) / by_rule}
+    )
 
 
 def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling out of either spelling: rope_theta and rope_scaling, or transformers 5's rope_parameters."""
+    """rope_theta and rope_scaling out of either spelling: rope_theta and rope_scaling, or transformers 5's
+    rope_parameters.
+    """
     spelled = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
     if not all(isinstance(each, dict) for each in spelled) or any(each != spelled[0] for each in spelled[1:]):
-        raise CheckpointError(f"{path}: rope_scaling and rope_parameters, got {str(spelled)[:200]}, expected one object, or two equal ones")
+        raise CheckpointError(
+            f"{path}: rope_scaling and rope_parameters, got {str(spelled)[:200]}, expected one object, or two equal ones"
+        )
     rope = spelled[0] if spelled else {}
     thetas = [theta for theta in (rope.get("rope_theta"), config.get("rope_theta")) if theta is not None]
     kinds = {str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None} or {"default"}
@@ -258,7 +304,9 @@ def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if kinds or any(theta != thetas[0] for theta in thetas):
         raise CheckpointError(f"{path}: two different values of rope_theta or of the rope type, expected one")
     if kind not in ROPE_FIELDS:
-        raise CheckpointError(f"{path}: rope type {kind[:40]!r} is not computed here, expected one of {', '.join(ROPE_FIELDS)}")
+        raise CheckpointError(
+            f"{path}: rope type {kind[:40]!r} is not computed here, expected one of {', '.join(ROPE_FIELDS)}"
+        )
     fields = ROPE_FIELDS[kind]
     wrong = sorted((rope.keys() - ROPE_KEYS) ^ fields.keys())
     if wrong or rope.get("partial_rotary_factor") not in (None, 1.0):

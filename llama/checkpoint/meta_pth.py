@@ -1,7 +1,8 @@
 """Meta's own format: params.json and consolidated.00.pth to consolidated.NN.pth, one file a model-parallel rank.
 
-How the files' parts make up a weight is fairscale's convention (names.py, partition.py). An unsplit weight stays a view of the mapped
-file; a split one is put together when it is read. Nothing about a split is guessed: sizes that do not fit are refused.
+How the files' parts make up a weight is fairscale's convention (names.py, partition.py). An unsplit weight stays a view
+of the mapped file; a split one is put together when it is read. Nothing about a split is guessed: sizes that do not fit
+are refused.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class MetaSource(Source):
         _check_alike(self._shards)
         _check_count(self._shards, args)
         self._axes = dict(_axes(self._shards[0], args, len(self._shards)))
-        self._found = {name: self._info(name, args) for name in self._shards[0].headers if not names.DERIVED.fullmatch(name)}
+        self._found = {
+            name: self._info(name, args) for name in self._shards[0].headers if not names.DERIVED.fullmatch(name)
+        }
         sliding_window, noted_axis = _read_notes(directory)
         axis = noted_axis if len(self._shards) == 1 else self._axes.get(names.EMBEDDING)
         settings = Settings(args, directory / "params.json", sliding_window, axis)
@@ -77,7 +80,11 @@ class MetaSource(Source):
 
     def _shards_of_head(self, head: int) -> list[PickleFile]:
         count = len(self._shards)
-        return [shard for rank, shard in enumerate(self._shards) if partition.head_of(rank, self.args.kv_heads, count) == head]
+        return [
+            shard
+            for rank, shard in enumerate(self._shards)
+            if partition.head_of(rank, self.args.kv_heads, count) == head
+        ]
 
     def _same(self, name: str, shards: Sequence[PickleFile]) -> torch.Tensor:
         """The tensor that all of ``shards`` hold."""
@@ -110,7 +117,8 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The .pth files of a checkpoint in the order of their ranks: consolidated.00.pth and on, or the only one of any name.
+    """The .pth files of a checkpoint in the order of their ranks: consolidated.00.pth and on, or the only one of any
+    name.
 
     Raises:
         CheckpointError: none, several that are not numbered, or a number that is missing.
@@ -126,7 +134,9 @@ def shard_files(directory: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{directory}: consolidated.{missing[0]:02}.pth is missing (found: {listed})")
     if len(ranks) != len(every):
-        raise CheckpointError(f"{directory} has several .pth files ({listed}), expected consolidated.00.pth and on, each number once")
+        raise CheckpointError(
+            f"{directory} has several .pth files ({listed}), expected consolidated.00.pth and on, each number once"
+        )
     return [ranks[rank] for rank in sorted(ranks)]
 
 
@@ -136,7 +146,9 @@ def _check_alike(shards: Sequence[PickleFile]) -> None:
     for other in shards[1:]:
         for name in sorted(first.headers.keys() ^ other.headers.keys()):
             has, lacks = (first, other) if name in first.headers else (other, first)
-            raise CheckpointError(f"{lacks.path} has no tensor {name}, which is in {has.path.name}: a shard of another model, or damaged")
+            raise CheckpointError(
+                f"{lacks.path} has no tensor {name}, which is in {has.path.name}: a shard of another model, or damaged"
+            )
         for name, header in first.headers.items():
             if other.headers[name] != header:
                 raise CheckpointError(
@@ -182,7 +194,9 @@ def _axes(shard: PickleFile, args: ModelArgs, count: int) -> Iterator[tuple[str,
 
 
 def _embedding_axis(path: Path, shape: tuple[int, ...], args: ModelArgs, count: int) -> int:
-    """1 where each shard has a part of every vector (LLaMA 1 and 2), 0 where it has a part of the vocabulary (Llama 3)."""
+    """1 where each shard has a part of every vector (LLaMA 1 and 2), 0 where it has a part of the vocabulary (Llama
+    3).
+    """
     rows, width = shape if len(shape) == 2 else (0, 0)
     if width * count == args.dim and args.vocab_size in (-1, rows):
         return 1
@@ -203,5 +217,7 @@ def _read_notes(directory: Path) -> tuple[int | None, int | None]:
     window, axis = notes.get("sliding_window"), notes.get("embedding_axis")
     valid = (window is None or (type(window) is int and window > 0)) and axis in (None, 0, 1) and type(axis) is not bool
     if not valid or set(notes) - {"sliding_window", "embedding_axis"}:
-        raise CheckpointError(f"{path}: got {str(notes)[:100]}, expected sliding_window (a positive number) and embedding_axis (0 or 1)")
+        raise CheckpointError(
+            f"{path}: got {str(notes)[:100]}, expected sliding_window (a positive number) and embedding_axis (0 or 1)"
+        )
     return window, axis

@@ -1,10 +1,12 @@
-"""One table: a weight's name in Meta's and in Hugging Face's checkpoints, its shape, and the axis that fairscale splits it along.
+"""One table: a weight's name in Meta's and in Hugging Face's checkpoints, its shape, and the axis that fairscale splits
+it along.
 
-    axis 0   ColumnParallelLinear: its output features are split          axis 1   RowParallelLinear: its input features are
+    axis 0   ColumnParallelLinear: its output features are split          axis 1   RowParallelLinear: its input features
+        are
     None     replicated: every shard holds the whole, and all are equal
 
-The embedding's axis is that of LLaMA 1 and 2 (fairscale's ParallelEmbedding, which splits the vectors); Llama 3 splits the vocabulary
-(VocabParallelEmbedding, axis 0). Which of them a checkpoint has, its shapes say.
+The embedding's axis is that of LLaMA 1 and 2 (fairscale's ParallelEmbedding, which splits the vectors); Llama 3 splits
+the vocabulary (VocabParallelEmbedding, axis 0). Which of them a checkpoint has, its shapes say.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     model.safetensors   or   model-00001-of-0000N.safetensors and on, with model.safetensors.index.json
 
-The files' metadata say what they are: format and its version, the format that they were converted from, the dtype, what params.json
-says, and a digest of all that with the table of tensors. So a header that was changed is refused even where it still makes sense.
+The files' metadata say what they are: format and its version, the format that they were converted from, the dtype, what
+params.json says, and a digest of all that with the table of tensors. So a header that was changed is refused even where
+it still makes sense.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class NativeSource(Source):
         self._home = {name: file for file in files for name in file.headers}
         found = {name: Found(*file.headers[name], file.path) for name, file in self._home.items()}
         window, axis = notes[0].get("sliding_window"), notes[0].get("embedding_axis")
-        settings = Settings(args, directory / "params.json", int(window) if window else None, int(axis) if axis else None)
+        settings = Settings(
+            args, directory / "params.json", int(window) if window else None, int(axis) if axis else None
+        )
         super().__init__(directory, settings, found, tuple(file.path for file in files))
 
     def _let_go(self, name: str) -> None:
@@ -86,12 +89,18 @@ def _checked_metadata(file: TensorFile, args: ModelArgs, directory: Path) -> dic
         raise CheckpointError(f"{file.path} was not written by llama-xla convert, other files of {directory} were")
     metadata = dict(file.metadata)
     if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{file.path}: got format version {metadata.get('version')}, expected {VERSION}: update llama-xla")
+        raise CheckpointError(
+            f"{file.path}: got format version {metadata.get('version')}, expected {VERSION}: update llama-xla"
+        )
     digest = metadata.pop("digest", None)
     if digest != _digest(metadata, file.table()):
-        raise CheckpointError(f"{file.path}: the header does not have the digest that it says: it was changed after it had been written")
+        raise CheckpointError(
+            f"{file.path}: the header does not have the digest that it says: it was changed after it had been written"
+        )
     if metadata["params"] != json.dumps(args.to_params(), sort_keys=True):
-        raise CheckpointError(f"{file.path} belongs to another params.json than {directory / 'params.json'}, which was changed or mistaken")
+        raise CheckpointError(
+            f"{file.path} belongs to another params.json than {directory / 'params.json'}, which was changed or mistaken"
+        )
     return metadata
 
 
@@ -101,7 +110,9 @@ def dtype_label(dtypes: set[torch.dtype]) -> str:
 
 
 def shards_of(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:
-    """Group weights in their order into files of at most ``most`` bytes; a weight that is larger gets a file of its own."""
+    """Group weights in their order into files of at most ``most`` bytes; a weight that is larger gets a file of its
+    own.
+    """
     groups: list[list[str]] = [[]]
     room = most
     for name, size in sizes.items():
@@ -115,9 +126,16 @@ def shards_of(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:
 
 def file_names(count: int) -> list[str]:
     """The names of so many files."""
-    return ["model.safetensors"] if count == 1 else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    )
 
 
 def index_of(groups: Mapping[str, list[str]], total_size: int) -> dict[str, Any]:
     """The index of several files: which weight is in which, as Hugging Face's index has it."""
-    return {"metadata": {"total_size": total_size}, "weight_map": {weight: file for file, group in groups.items() for weight in group}}
+    return {
+        "metadata": {"total_size": total_size},
+        "weight_map": {weight: file for file, group in groups.items() for weight in group},
+    }

@@ -1,4 +1,6 @@
-"""How a weight is cut into model-parallel shards and put together again: fairscale's arithmetic, in one place for both directions."""
+"""How a weight is cut into model-parallel shards and put together again: fairscale's arithmetic, in one place for both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from llama.errors import CheckpointError
 
 def piece(size: int, rank: int, parts: int) -> tuple[int, int]:
     """Where the part of one rank begins and how long it is, of ``size`` rows or columns that ``parts`` divides."""
-    first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(divide_and_check_no_remainder(size, parts), rank, parts)
+    first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(
+        divide_and_check_no_remainder(size, parts), rank, parts
+    )
     return first, last - first
 
 
@@ -35,16 +39,25 @@ def check_divisible(args: ModelArgs, parts: int, embedding_axis: int) -> None:
     Raises:
         CheckpointError: the sizes that cannot.
     """
-    sizes = {"n_heads": args.n_heads, "the feed-forward width": args.hidden_dim, "vocab_size": args.vocab_size, "dim": args.dim}
+    sizes = {
+        "n_heads": args.n_heads,
+        "the feed-forward width": args.hidden_dim,
+        "vocab_size": args.vocab_size,
+        "dim": args.dim,
+    }
     if args.tie_word_embeddings and embedding_axis == 1:
         del sizes["vocab_size"]
     remainders = [f"{name} {size}" for name, size in sizes.items() if size % parts]
     if args.kv_heads % parts and parts % args.kv_heads:
         remainders.append(f"n_kv_heads {args.kv_heads}")
     if remainders:
-        raise CheckpointError(f"cannot be split into {parts}: {', '.join(remainders)} cannot be divided; expected a divisor of them all")
+        raise CheckpointError(
+            f"cannot be split into {parts}: {', '.join(remainders)} cannot be divided; expected a divisor of them all"
+        )
 
 
 def replicates_heads(weight: names.Weight, args: ModelArgs, parts: int) -> bool:
-    """Whether shards hold one key/value head each and neighbours the same one, because there are more shards than heads."""
+    """Whether shards hold one key/value head each and neighbours the same one, because there are more shards than
+    heads.
+    """
     return names.is_key_or_value(weight) and parts > args.kv_heads and parts % args.kv_heads == 0

@@ -11,7 +11,9 @@ from llama.checkpoint.native import NativeSource, is_native
 from llama.checkpoint.source import Source
 from llama.errors import CheckpointError
 
-SOURCES: dict[str, type[MetaSource | HFSource | NativeSource]] = {each.format: each for each in (MetaSource, HFSource, NativeSource)}
+SOURCES: dict[str, type[MetaSource | HFSource | NativeSource]] = {
+    each.format: each for each in (MetaSource, HFSource, NativeSource)
+}
 EXPECTED = (
     "params.json with consolidated.00.pth (Meta), config.json with model.safetensors (Hugging Face), "
     "or params.json with model.safetensors (llama-xla convert)"
@@ -53,14 +55,17 @@ def recognise(directory: Path) -> dict[str, list[str]]:
         if kind is not None:
             found.setdefault(kind, []).append(name)
     if not found and "config.json" in names and any(name.endswith(".index.json") for name in names):
-        found[HFSource.format] = [name for name in names if name.endswith(".index.json")]  # it will say which files are missing
+        found[HFSource.format] = [
+            name for name in names if name.endswith(".index.json")
+        ]  # it will say which files are missing
     return found
 
 
 def _format_of(path: Path, beside_params: bool) -> str | None:
     """The format that a file of weights belongs to, or None for any other file.
 
-    A .pth file of any name counts beside a params.json; transformers' trainer leaves some of its own beside its weights.
+    A .pth file of any name counts beside a params.json; transformers' trainer leaves some of its own beside its
+    weights.
     """
     if SHARD.fullmatch(path.name) or (beside_params and path.suffix == ".pth"):
         return MetaSource.format

@@ -1,8 +1,9 @@
-"""Rewriting checkpoints: ``reshard`` into Meta's format with any number of shards, ``convert`` into our own safetensors.
+"""Rewriting checkpoints: ``reshard`` into Meta's format with any number of shards, ``convert`` into our own
+safetensors.
 
-Any source will do. Weights are read one at a time and leave memory before the next one comes; see writing.py for what happens to a run
-that does not end. Beside the weights stand params.json, the tokenizer's files and generation_config.json of the source, and
-checksums.json with the sha256 of every file.
+Any source will do. Weights are read one at a time and leave memory before the next one comes; see writing.py for what
+happens to a run that does not end. Beside the weights stand params.json, the tokenizer's files and
+generation_config.json of the source, and checksums.json with the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from tqdm import tqdm
 
 from llama.checkpoint import names, native, partition, writing
 from llama.checkpoint.meta_pth import NOTES
+from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, is_finite
 from llama.errors import CheckpointError, ConfigError
-from llama.quantize import quantize
 
 log = logging.getLogger("llama")
 
@@ -34,7 +35,17 @@ COMPANIONS = (
 )
 CONVERTED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 LLAMA_3_THETA = 500000.0
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def reshard(
@@ -46,22 +57,27 @@ def reshard(
         src: a checkpoint of any format.
         dst: a directory that does not exist yet.
         model_parallel: number of shards; 1 joins all.
-        embedding_axis: 1 splits the embedding's vectors (LLaMA 1 and 2), 0 its vocabulary (Llama 3). Without it: as the source is, or
-            was, split; else as Meta's code does that goes with the model.
+        embedding_axis: 1 splits the embedding's vectors (LLaMA 1 and 2), 0 its vocabulary (Llama 3). Without it: as the
+            source is, or was, split; else as Meta's code does that goes with the model.
         progress: a bar on stderr.
 
     Returns:
         The shards.
 
     Raises:
-        CheckpointError: see open_checkpoint; sizes that cannot be divided; ``dst`` is there; too little room on the disk.
+        CheckpointError: see open_checkpoint; sizes that cannot be divided; ``dst`` is there; too little room on the
+            disk.
         ConfigError: model_parallel or embedding_axis out of their range.
     """
     if model_parallel < 1 or embedding_axis not in (None, 0, 1):
-        raise ConfigError(f"got model_parallel {model_parallel} and embedding_axis {embedding_axis}, expected 1 or more, and 0 or 1")
+        raise ConfigError(
+            f"got model_parallel {model_parallel} and embedding_axis {embedding_axis}, expected 1 or more, and 0 or 1"
+        )
     source, target = open_checkpoint(Path(src)), Path(dst)
     if source.is_int8:
-        raise CheckpointError(f"{source.directory} holds int8 weights, for which Meta's format has no place; reshard the original")
+        raise CheckpointError(
+            f"{source.directory} holds int8 weights, for which Meta's format has no place; reshard the original"
+        )
     known_axis = source.embedding_axis if embedding_axis is None else embedding_axis
     axis = _usual_axis(source) if known_axis is None else known_axis
     partition.check_divisible(source.args, model_parallel, axis)
@@ -74,30 +90,41 @@ def reshard(
         if notes:
             sums[NOTES] = writing.write_bytes(directory / NOTES, writing.json_bytes(notes))
         in_metas_words = source.format == "meta"  # then the file itself, so that a vocab_size of -1 stays
-        params = (source.directory / "params.json").read_bytes() if in_metas_words else writing.json_bytes(source.args.to_params())
+        params = (
+            (source.directory / "params.json").read_bytes()
+            if in_metas_words
+            else writing.json_bytes(source.args.to_params())
+        )
         _write_companions(source, directory, sums, params)
     log.info("Wrote %s: %d shards, %d bytes of weights", target, model_parallel, size)
     return shards
 
 
 def convert(
-    src: str | Path, dst: str | Path, dtype: str | None = None, max_shard_size: int | str | None = None, *, progress: bool = False
+    src: str | Path,
+    dst: str | Path,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    *,
+    progress: bool = False,
 ) -> tuple[Path, ...]:
     """Write a checkpoint in our own format: safetensors with Meta's names.
 
     Args:
         src: a checkpoint of any format.
         dst: a directory that does not exist yet.
-        dtype: float32, bfloat16, float16, or int8 for the linear layers with their scales beside them (quantize.py); None keeps every
-            weight as it is, bit by bit.
-        max_shard_size: most bytes of weights in a file, a number or one with a unit such as ``5GB``; None writes one file.
+        dtype: float32, bfloat16, float16, or int8 for the linear layers with their scales beside them (quantize.py);
+            None keeps every weight as it is, bit by bit.
+        max_shard_size: most bytes of weights in a file, a number or one with a unit such as ``5GB``; None writes one
+            file.
         progress: a bar on stderr.
 
     Returns:
         The files with weights.
 
     Raises:
-        CheckpointError: see open_checkpoint; a number that the dtype cannot hold; ``dst`` is there; too little room on the disk.
+        CheckpointError: see open_checkpoint; a number that the dtype cannot hold; ``dst`` is there; too little room on
+            the disk.
         ConfigError: a dtype or a size that is none.
     """
     if dtype is not None and dtype not in CONVERTED_DTYPES:
@@ -128,7 +155,9 @@ def parse_size(text: int | str) -> int:
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
     size = math.floor(float(found.group(1)) * UNITS.get(found.group(2).upper(), 0)) if found else 0
     if size < 1:
-        raise ConfigError(f"max_shard_size: got {text!r}, expected a number of bytes, or one with a unit such as 5GB or 500MiB")
+        raise ConfigError(
+            f"max_shard_size: got {text!r}, expected a number of bytes, or one with a unit such as 5GB or 500MiB"
+        )
     return size
 
 
@@ -168,12 +197,16 @@ def _write_native(
 
 
 def _converted_infos(source: Source, dtype: str | None) -> dict[str, TensorInfo]:
-    """What is to be written, by name: the source's weights in another dtype, with scales beside those that become int8."""
+    """What is to be written, by name: the source's weights in another dtype, with scales beside those that become
+    int8.
+    """
     infos = source.infos()
     if dtype is None or (source.is_int8 and dtype == "int8"):
         return infos
     if source.is_int8:
-        raise CheckpointError(f"{source.directory} holds int8 weights, which cannot become {dtype} again; convert the original")
+        raise CheckpointError(
+            f"{source.directory} holds int8 weights, which cannot become {dtype} again; convert the original"
+        )
     if dtype != "int8":
         return {name: info._replace(dtype=CONVERTED_DTYPES[dtype]) for name, info in infos.items()}
     made = {}
@@ -186,7 +219,9 @@ def _converted_infos(source: Source, dtype: str | None) -> dict[str, TensorInfo]
 
 
 def _converted(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> torch.Tensor:
-    """A weight, or the scales of one, as it is to be written. A weight is read twice for int8: its file has the scales first."""
+    """A weight, or the scales of one, as it is to be written. A weight is read twice for int8: its file has the scales
+    first.
+    """
     if names.is_scale(name) and not source.is_int8:
         return quantize(source.read(name.removesuffix("scale") + "weight"))[1]
     if dtype == torch.int8 and not source.is_int8:
@@ -202,12 +237,16 @@ def _cast(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> tor
     bar.update(tensor.numel() * tensor.element_size())
     made = tensor.to(dtype)
     if made is not tensor and not is_finite(made) and is_finite(tensor):
-        raise CheckpointError(f"{source.infos()[name].file}: tensor {source.label(name)} holds numbers that {dtype} cannot")
+        raise CheckpointError(
+            f"{source.infos()[name].file}: tensor {source.label(name)} holds numbers that {dtype} cannot"
+        )
     return made
 
 
 def _write_companions(source: Source, directory: Path, sums: dict[str, str], params: bytes) -> None:
-    """Copy the tokenizer and the defaults, write the checksums and params.json; that last, since nothing loads without it."""
+    """Copy the tokenizer and the defaults, write the checksums and params.json; that last, since nothing loads without
+    it.
+    """
     for path in companions(source.directory):
         sums[path.name] = writing.write_bytes(directory / path.name, path.read_bytes())
     sums["params.json"] = hashlib.sha256(params).hexdigest()
@@ -216,7 +255,9 @@ def _write_companions(source: Source, directory: Path, sums: dict[str, str], par
 
 
 def companions(directory: Path) -> list[Path]:
-    """The files of a checkpoint that travel with its weights; LLaMA 1 and 2 keep the tokenizer in the parent directory."""
+    """The files of a checkpoint that travel with its weights; LLaMA 1 and 2 keep the tokenizer in the parent
+    directory.
+    """
     found = [path for pattern in COMPANIONS for path in sorted(directory.glob(pattern)) if path.is_file()]
     if not any(path.name.startswith("tokenizer") or path.suffix == ".model" for path in found):
         above = sorted(directory.resolve().parent.glob("*.model"))

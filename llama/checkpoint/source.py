@@ -1,8 +1,8 @@
 """A source of weights: an opened checkpoint, whatever its format, of which only headers have been read.
 
-Every source speaks Meta's names, shapes and layout: shards are merged, Hugging Face's rotary order is turned back. When a source is
-there, its tensors are exactly those of the model that its settings describe; what can only be seen in the weights themselves
-(replicated norms that differ, NaN) is found when they are read.
+Every source speaks Meta's names, shapes and layout: shards are merged, Hugging Face's rotary order is turned back. When
+a source is there, its tensors are exactly those of the model that its settings describe; what can only be seen in the
+weights themselves (replicated norms that differ, NaN) is found when they are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ CHUNK = 2**22  # numbers compared in one go
 
 
 class Found(NamedTuple):
-    """What a file's header says of a tensor, the shape that of the whole; the dtype is a string where it is not computed with."""
+    """What a file's header says of a tensor, the shape that of the whole; the dtype is a string where it is not
+    computed with.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -87,7 +89,9 @@ class Source(ABC):
     format: str
     may_be_int8: ClassVar[bool] = False
 
-    def __init__(self, directory: Path, settings: Settings, found: Mapping[str, Found], files: tuple[Path, ...]) -> None:
+    def __init__(
+        self, directory: Path, settings: Settings, found: Mapping[str, Found], files: tuple[Path, ...]
+    ) -> None:
         self.directory = directory
         self.files = files
         self.args = settle_vocab_size(settings, found)
@@ -108,7 +112,8 @@ class Source(ABC):
         return dict(self._infos)
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole weight in Meta's layout, a host tensor in the dtype it is stored in. Do not write to it: it may be the mapped file.
+        """One whole weight in Meta's layout, a host tensor in the dtype it is stored in. Do not write to it: it may be
+        the mapped file.
 
         Raises:
             CheckpointError: replicated parts that differ, or a file that was changed since it was opened.
@@ -156,7 +161,9 @@ def checked(source: Source, allow_nan: bool = False) -> Iterator[tuple[str, torc
         if not is_finite(tensor):
             where = f"{source.infos()[name].file}: tensor {source.label(name)} holds NaN or infinity"
             if not allow_nan:
-                raise CheckpointError(f"{where}: the checkpoint is damaged, or its training went wrong; --allow_nan goes on all the same")
+                raise CheckpointError(
+                    f"{where}: the checkpoint is damaged, or its training went wrong; --allow_nan goes on all the same"
+                )
             log.warning("%s", where)
         yield name, tensor
         del tensor  # or it would stay in memory while the next one is read
@@ -184,12 +191,18 @@ def settle_vocab_size(settings: Settings, found: Mapping[str, Found]) -> ModelAr
     if settings.args.vocab_size != -1:
         return settings.args
     if names.EMBEDDING not in found or len(found[names.EMBEDDING].shape) != 2:
-        raise CheckpointError(f"{settings.file}: vocab_size is -1 and the checkpoint has no {names.EMBEDDING} to take it from")
+        raise CheckpointError(
+            f"{settings.file}: vocab_size is -1 and the checkpoint has no {names.EMBEDDING} to take it from"
+        )
     return settings.args.with_vocab_size(found[names.EMBEDDING].shape[0])
 
 
 def match(
-    args: ModelArgs, found: Mapping[str, Found], settings_file: Path, label: Callable[[str], str] = str, may_be_int8: bool = False
+    args: ModelArgs,
+    found: Mapping[str, Found],
+    settings_file: Path,
+    label: Callable[[str], str] = str,
+    may_be_int8: bool = False,
 ) -> dict[str, TensorInfo]:
     """Compare the tensors that were found with those of the model.
 
@@ -204,18 +217,23 @@ def match(
         ``found`` in the model's order.
 
     Raises:
-        CheckpointError: missing, extra or misshapen tensors, or dtypes that are not computed with; the first ten of each are named.
+        CheckpointError: missing, extra or misshapen tensors, or dtypes that are not computed with; the first ten of
+            each are named.
     """
     if args.n_layers > len(found):  # a damaged number could name billions of layers
         last = names.IN_LAYER[0].meta.format(args.n_layers - 1)
-        raise CheckpointError(f"{settings_file}: n_layers is {args.n_layers}, but {last} and others are missing from {len(found)} tensors")
+        raise CheckpointError(
+            f"{settings_file}: n_layers is {args.n_layers}, but {last} and others are missing from {len(found)} tensors"
+        )
     files = sorted({info.file.name for info in found.values()})
     shapes: dict[str, tuple[int, ...]] = {}
     for name, weight in names.expected_weights(args):
         shapes[name] = names.shape_of(weight, args)
         if may_be_int8 and name in found and found[name].dtype == torch.int8 and names.is_quantised(name):
             shapes[names.scale_of(name)] = shapes[name][:1]
-    found = {name: info._replace(dtype=_allowed(info.dtype, names.scale_of(name) in shapes)) for name, info in found.items()}
+    found = {
+        name: info._replace(dtype=_allowed(info.dtype, names.scale_of(name) in shapes)) for name, info in found.items()
+    }
 
     def described(name: str) -> str:
         return f"{label(name)} in {found[name].file.name}" if len(files) > 1 else label(name)
@@ -254,7 +272,9 @@ def _first_of(items: Sequence[str]) -> str:
 
 
 def _mixed_halves(found: Mapping[str, Found]) -> list[str]:
-    """The fewer of float16 and bfloat16 tensors where both are there: no checkpoint has both, but a damaged header can say so."""
+    """The fewer of float16 and bfloat16 tensors where both are there: no checkpoint has both, but a damaged header can
+    say so.
+    """
     halves = [[n for n, info in found.items() if info.dtype == dtype] for dtype in (torch.float16, torch.bfloat16)]
     return min(halves, key=len)
 

@@ -1,8 +1,9 @@
 """Writing checkpoint files so that they are whole or not there, are what was meant, and never stand in memory.
 
-A directory is written under a temporary name beside its own and renamed at the end. Every file's bytes are hashed on their way to the
-disk, then read back from it and hashed again. Of the tensors, only those that are being moved are in memory: torch.save, which wants
-all of a file's tensors at once, gets them as a mapped scratch file whose pages are let go of as they are written.
+A directory is written under a temporary name beside its own and renamed at the end. Every file's bytes are hashed on
+their way to the disk, then read back from it and hashed again. Of the tensors, only those that are being moved are in
+memory: torch.save, which wants all of a file's tensors at once, gets them as a mapped scratch file whose pages are let
+    go of as they are written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 from llama.checkpoint.files import KNOWN, read_json
 from llama.errors import CheckpointError
-from llama.runtime import ALIGNMENT
+from llama.xla.transfers import ALIGNMENT
 
 CHECKSUMS = "checksums.json"
 RELEASE_AFTER = 16 * 2**20  # bytes
@@ -116,9 +117,13 @@ class HashedFile:
         """
         self._file.flush()
         os.fsync(self._file.fileno())
-        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read and not the page cache
+        os.posix_fadvise(
+            self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+        )  # so that the disk is read and not the page cache
         if sha256_of(self.path) != self._hash.hexdigest():
-            raise CheckpointError(f"{self.path}: what was read back is not what was written: the disk or the file system is at fault")
+            raise CheckpointError(
+                f"{self.path}: what was read back is not what was written: the disk or the file system is at fault"
+            )
         return self._hash.hexdigest()
 
 
@@ -173,7 +178,9 @@ class Scratch:
         self._file.write(raw_bytes(tensor))
 
     def pack(self, path: Path, wrote: Callable[[int], None]) -> str:
-        """Write all tensors as a .pth file, remove this one, and return the new one's sha256; ``wrote`` as for HashedFile."""
+        """Write all tensors as a .pth file, remove this one, and return the new one's sha256; ``wrote`` as for
+        HashedFile.
+        """
         self._file.close()
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -205,8 +212,9 @@ def write_safetensors(
 ) -> str:
     """Write a .safetensors file tensor by tensor; returns its sha256.
 
-    Not by the library, whose writer wants all tensors of the file at once. The file is 8 bytes with the header's length, the header
-    in JSON padded with spaces, and the tensors, which begin where the CPU device can use them without a copy.
+    Not by the library, whose writer wants all tensors of the file at once. The file is 8 bytes with the header's
+    length, the header in JSON padded with spaces, and the tensors, which begin where the CPU device can use them
+    without a copy.
 
     Args:
         path: must not exist.
@@ -225,7 +233,9 @@ def write_safetensors(
 
 
 def safetensors_table(infos: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, dict[str, Any]]:
-    """The header's entries for tensors of these shapes and dtypes; the widest dtypes stand first, so that all are aligned."""
+    """The header's entries for tensors of these shapes and dtypes; the widest dtypes stand first, so that all are
+    aligned.
+    """
     table: dict[str, dict[str, Any]] = {}
     end = 0
     for name, (shape, dtype) in sorted(infos.items(), key=lambda item: -item[1][1].itemsize):
@@ -250,5 +260,7 @@ def verify_checksums(directory: Path) -> list[str]:
             raise CheckpointError(f"{path} is missing: {CHECKSUMS} names it")
         found = sha256_of(path)
         if found != expected:
-            raise CheckpointError(f"{path} was changed after it had been written: its sha256 is {found}, {CHECKSUMS} says {expected}")
+            raise CheckpointError(
+                f"{path} was changed after it had been written: its sha256 is {found}, {CHECKSUMS} says {expected}"
+            )
     return list(sums)

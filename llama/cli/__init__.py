@@ -1,6 +1,7 @@
 """The command line, `llama-xla`: one module a command, and what all of them share in flags.py and output.py.
 
-A command is a function whose signature declares its flags, once: name, type, default; its docstring is their help. stdout is the
+A command is a function whose signature declares its flags, once: name, type, default; its docstring is their help.
+    stdout is the
 result, stderr is the log. Errors of errors.py are shown without a traceback and set the exit code; 130 is Ctrl-C.
 """
 
@@ -62,7 +63,9 @@ def run(arguments: Sequence[str]) -> None:
     command = COMMANDS[name]
     parameters = inspect.signature(command).parameters
     flags = normalise(command, flags)
-    missing = [k for k, p in parameters.items() if p.default is p.empty and not any(f.startswith(f"--{k}=") for f in flags)]
+    missing = [
+        k for k, p in parameters.items() if p.default is p.empty and not any(f.startswith(f"--{k}=") for f in flags)
+    ]
     if missing:
         raise FlagError(f"--{missing[0]} is needed; llama-xla {name} --help lists the flags")
     parsers = {key: parser_for(key, str(p.annotation)) for key, p in parameters.items()}
@@ -77,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _exit_code(arguments: Sequence[str]) -> int:
     """Run the command line and say how it ended."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark, and the run goes on
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that lacks a character shows a question mark, and the run goes on
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, where a closed pipe is expected
@@ -89,7 +94,9 @@ def _exit_code(arguments: Sequence[str]) -> int:
         print("llama-xla: interrupted", file=sys.stderr)
         return InterruptedRunError.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more at exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the interpreter flushes stdout once more at exit
         return EXIT_CLOSED_PIPE
 
 

@@ -45,7 +45,8 @@ def bench(
         buckets: Chunk lengths. Without it: the engine's.
         bucket_policy: greedy, or pad.
         vocab_size: Tokens of the random model's vocabulary. Without it: the shape's own.
-        heads: Also time a decode step with each of these heads: greedy, sample, full, logprobs; may be given several times.
+        heads: Also time a decode step with each of these heads: greedy, sample, full, logprobs; may be given several
+            times.
         compare: hf (transformers) or llama.cpp, on the same weights, alternating with ours; may be given several times.
 
     Output:
@@ -55,7 +56,7 @@ def bench(
     from llama.bench import child, report
     from llama.bench.ceiling import read_ceiling
     from llama.bench.workload import RUNNERS, Workload
-    from llama.steps import CHOOSING
+    from llama.compiled.steps import CHOOSING
 
     log_to_stderr(quiet=True)
     one_of("output", output, report.FORMATS)
@@ -91,7 +92,9 @@ def bench(
             ceiling = max(ceiling, read_ceiling())
             runs = [[each.run() for each in children] for _ in range(repetitions)]  # alternating
             ceiling = max(ceiling, read_ceiling())
-            rows += [report.summarise(work, c.runner, c.facts, [r[i] for r in runs], ceiling) for i, c in enumerate(children)]
+            rows += [
+                report.summarise(work, c.runner, c.facts, [r[i] for r in runs], ceiling) for i, c in enumerate(children)
+            ]
         finally:
             for each in children:
                 each.close()

@@ -55,8 +55,10 @@ def chat(
     Model:
         ckpt_dir: A chat model's directory, in any format that is read.
         tokenizer_path: Its tokenizer. Without it: the one beside the weights.
-        chat_format: llama2, llama3 or template (the checkpoint's own). Without it: the checkpoint's own, or what its tokenizer says.
-        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else bfloat16.
+        chat_format: llama2, llama3 or template (the checkpoint's own). Without it: the checkpoint's own, or what its
+            tokenizer says.
+        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else
+            bfloat16.
 
     Dialog:
         system_prompt: What the model is told first.
@@ -76,13 +78,21 @@ def chat(
     given = sampling.given(max_gen_len=max_gen_len)
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
-        raise PromptError("stdin: got nothing, expected a question; for a conversation run llama-xla chat at a terminal")
+        raise PromptError(
+            "stdin: got nothing, expected a question; for a conversation run llama-xla chat at a terminal"
+        )
     tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
-    chosen = choose_format(tokenizer, Path(ckpt_dir), chat_format) if tokenizer is not None and Path(ckpt_dir).is_dir() else None
+    chosen = (
+        choose_format(tokenizer, Path(ckpt_dir), chat_format)
+        if tokenizer is not None and Path(ckpt_dir).is_dir()
+        else None
+    )
     from llama.conversation import Conversation
     from llama.generation import LLaMA
 
-    llm = LLaMA.build(ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty())
+    llm = LLaMA.build(
+        ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty()
+    )
     params = llm.sampling(DEFAULTS, **given)
     assert chosen is not None  # a model without a tokenizer has been refused by now
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)
@@ -164,7 +174,9 @@ def _command(line: str, conversation: Conversation) -> bool:
         "/help": lambda: write(HELP + "\n"),
         "/reset": told(conversation.reset, "All turns are forgotten."),
         "/undo": lambda: write("Taken back.\n" if conversation.undo() else "There is nothing to take back.\n"),
-        "/system": told(lambda: conversation.set_system(rest.strip() or None), "Set." if rest.strip() else "Taken away."),
+        "/system": told(
+            lambda: conversation.set_system(rest.strip() or None), "Set." if rest.strip() else "Taken away."
+        ),
         "/save": told(lambda: conversation.save(path), f"Saved to {path}."),
     }
     if name in ("/exit", "/quit", "/bye"):

@@ -1,4 +1,6 @@
-"""The commands `llama-xla inspect`, `convert` and `reshard`: what a checkpoint holds, and writing it in another layout."""
+"""The commands `llama-xla inspect`, `convert` and `reshard`: what a checkpoint holds, and writing it in another
+layout.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def inspect(
         raise ProblemsFoundError(f"{directory}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)} found")
 
 
-def convert(src: str, dst: str, *, dtype: str | None = None, max_shard_size: str | None = None, quiet: bool = False) -> None:
+def convert(
+    src: str, dst: str, *, dtype: str | None = None, max_shard_size: str | None = None, quiet: bool = False
+) -> None:
     """Write a checkpoint of any format as safetensors with Meta's names, which load fastest and safest.
 
     llama-xla convert path/to/checkpoint path/to/new --dtype bfloat16 --max_shard_size 5GB
@@ -55,7 +59,8 @@ def convert(src: str, dst: str, *, dtype: str | None = None, max_shard_size: str
     Flags:
         src: The checkpoint; the name of the flag may be left out.
         dst: A directory that does not exist yet; likewise.
-        dtype: float32, bfloat16, float16, or int8 (linear layers, with a scale for each output). Without it: as every weight is stored.
+        dtype: float32, bfloat16, float16, or int8 (linear layers, with a scale for each output). Without it: as every
+            weight is stored.
         max_shard_size: Most bytes in a file, with a unit such as 5GB. Without it: one file.
         quiet: No log on stderr.
     """

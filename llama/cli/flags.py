@@ -1,7 +1,8 @@
 """Flags: what is typed, checked against a command's signature; and the help, made from its docstring.
 
-fire dispatches, but would read ``--prompt "1, 2"`` as a tuple, keep the last of a repeated flag only, and answer a misspelt one with a
-trace. So arguments are checked and written out before it sees them, and each value is parsed as its parameter is annotated.
+fire dispatches, but would read ``--prompt "1, 2"`` as a tuple, keep the last of a repeated flag only, and answer a
+misspelt one with a trace. So arguments are checked and written out before it sees them, and each value is parsed as its
+parameter is annotated.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ NOT_YET = {"mp": "splitting a model over several devices is not supported yet; r
 
 
 def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
-    """Check raw arguments against a command's signature and write each as ``--name=value``, as fire takes it without guessing.
+    """Check raw arguments against a command's signature and write each as ``--name=value``, as fire takes it without
+    guessing.
 
     Args:
-        arguments: what follows the command's name. A flag is ``--name value``, ``--name=value``, or ``--name`` for a boolean;
-            dashes and underscores within a name are the same. Parameters that are not keyword-only may come without their names,
-            in order. ``command.short`` may name one-letter forms of some.
+        arguments: what follows the command's name. A flag is ``--name value``, ``--name=value``, or ``--name`` for a
+            boolean; dashes and underscores within a name are the same. Parameters that are not keyword-only may come
+            without their names, in order. ``command.short`` may name one-letter forms of some.
 
     Returns:
         One string a flag; a repeatable flag's values are joined into one JSON list.
 
     Raises:
-        FlagError: an unknown flag (the nearest right one is named), a missing or repeated value, or an argument that is no flag.
+        FlagError: an unknown flag (the nearest right one is named), a missing or repeated value, or an argument that is
+            no flag.
     """
     parameters = inspect.signature(command).parameters
     kinds = {name: str(p.annotation) for name, p in parameters.items()}
@@ -51,7 +54,9 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
             values.setdefault(places.pop(0), []).append(argument)
             continue
         if not argument.startswith("--") or argument == "--":
-            raise FlagError(f"unexpected argument {argument!r}: every value belongs to a flag, for instance --prompt {argument!r}")
+            raise FlagError(
+                f"unexpected argument {argument!r}: every value belongs to a flag, for instance --prompt {argument!r}"
+            )
         written, has_value, value = argument[2:].partition("=")
         name = written.replace("-", "_")
         name = ALIASES[name] if name not in kinds and ALIASES.get(name) in kinds else name
@@ -138,7 +143,9 @@ EXPECTED = {
 
 
 def help_text(name: str, command: Command) -> str:
-    """A command's docstring with its flags as they are typed: the one source of ``--help``, and of the README's table."""
+    """A command's docstring with its flags as they are typed: the one source of ``--help``, and of the README's
+    table.
+    """
     parameters = inspect.signature(command).parameters
     text = f"llama-xla {name}: {inspect.getdoc(command)}"
     return "\n".join(_help_line(line, parameters) for line in text.split("\n"))

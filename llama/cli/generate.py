@@ -16,13 +16,13 @@ from llama.cli.output import Printer, interruptible, log_to_stderr
 from llama.cli.sampling import SamplingFlags, takes_sampling_flags
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs
 from llama.errors import FlagError, InterruptedRunError, PromptError
-from llama.prompts import check_fit, encode_prompt
+from llama.inputs import check_fit, encode_prompt
 from llama.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from llama.generation import LLaMA
-    from llama.prompts import Prompt
-    from llama.results import Generation
+    from llama.inputs import Prompt
+    from llama.outputs import Generation
 
 log = logging.getLogger("llama")
 
@@ -81,9 +81,11 @@ def generate(
 
     Model:
         ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format. Without it: the demo model.
-        tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Without it: the one in ckpt_dir or its parent.
+        tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Without it: the one in ckpt_dir or its
+            parent.
         allow_nan: Go on where a weight holds NaN or infinity.
-        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else bfloat16.
+        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else
+            bfloat16.
 
     How much:
         max_gen_len: Most tokens to generate for a prompt (also --max_tokens).
@@ -93,12 +95,15 @@ def generate(
     {sampling}
 
     What is known of each token:
-        logprobs: Log-probabilities of the chosen tokens and of so many likeliest ones, 0 to 20; with --echo of the prompt's tokens, too.
-        hidden_states: A directory for the last layer's hidden states, one .npy file a generation; with --echo of the prompt, too.
+        logprobs: Log-probabilities of the chosen tokens and of so many likeliest ones, 0 to 20; with --echo of the
+            prompt's tokens, too.
+        hidden_states: A directory for the last layer's hidden states, one .npy file a generation; with --echo of the
+            prompt, too.
         logits: A directory for the raw logits, likewise.
 
     Shapes, fixed when the programs are compiled:
-        max_seq_len: Positions of the cache, prompt and generated tokens together. Without it: 2048, or 512 for the demo model.
+        max_seq_len: Positions of the cache, prompt and generated tokens together. Without it: 2048, or 512 for the demo
+            model.
         max_batch_size: Prompts that run together. Without it: as many as there are, at most 32.
         buckets: Chunk lengths that prompts are cut into. Without it: 512,64,8,1.
         bucket_policy: greedy covers a prompt exactly; pad may fill up its last chunk to run fewer programs.
@@ -120,7 +125,8 @@ def generate(
         verbose: A longer log: the memory plan, and every program that is compiled.
         repeat: Timed passes over all prompts.
         profile: A directory for a trace of a few steps, run behind the last pass, that TensorBoard and Perfetto open.
-        dump_hlo: A directory for the compiled programs as XLA writes them; what they hold is summed up in its summary.txt.
+        dump_hlo: A directory for the compiled programs as XLA writes them; what they hold is summed up in its
+            summary.txt.
     """
     log_to_stderr(quiet, verbose)
     if repeat < 1:
@@ -137,13 +143,17 @@ def generate(
     )
     wish = SamplingParams(**given)
     if stream and wish.is_ranked:
-        raise FlagError(f"--stream with --best_of {best_of}: which {n} of them are the best is known at the end; leave one of them out")
+        raise FlagError(
+            f"--stream with --best_of {best_of}: which {n} of them are the best is known at the end; leave one of them out"
+        )
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
     random_args = _random_shape(random_weights, ckpt_dir, shape)
     is_demo = ckpt_dir is None and random_args is None
     texts = _texts(prompt, prompts_file, prompt_len, is_demo)
     config = EngineConfig(
-        max_batch_size=max_batch_size if max_batch_size is not None else min(max(len(texts), 1) * wish.samples, LARGEST_DEFAULT_BATCH),
+        max_batch_size=max_batch_size
+        if max_batch_size is not None
+        else min(max(len(texts), 1) * wish.samples, LARGEST_DEFAULT_BATCH),
         max_seq_len=max_seq_len if max_seq_len is not None else (DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len),
         buckets=tuple(buckets or DEFAULT_BUCKETS),
         bucket_policy=one_of("bucket_policy", bucket_policy, BUCKET_POLICIES),
@@ -153,11 +163,13 @@ def generate(
     tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
     if tokenizer is not None:
         for index, text in enumerate(texts):  # weights can take minutes: what does not fit is told before
-            check_fit(index, len(encode_prompt(tokenizer, index, text, tokenizer.n_words)), max_gen_len, config.max_seq_len)
+            check_fit(
+                index, len(encode_prompt(tokenizer, index, text, tokenizer.n_words)), max_gen_len, config.max_seq_len
+            )
     if dump_hlo is not None:
-        from llama import runtime
+        from llama.xla import backend
 
-        runtime.dump_programs(_made_directory("dump_hlo", dump_hlo))
+        backend.dump_programs(_made_directory("dump_hlo", dump_hlo))
     for flag, name in (("profile", profile), ("hidden_states", hidden_states), ("logits", logits)):
         if name is not None:
             _made_directory(flag, name)
@@ -165,7 +177,13 @@ def generate(
 
     progress = not quiet and sys.stderr.isatty()
     llm = LLaMA.build(
-        ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, random_weights=random_args, allow_nan=allow_nan, progress=progress
+        ckpt_dir,
+        tokenizer_path,
+        tokenizer=tokenizer,
+        config=config,
+        random_weights=random_args,
+        allow_nan=allow_nan,
+        progress=progress,
     )
     params = llm.sampling(**given)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
@@ -187,7 +205,7 @@ def generate(
     if profile is not None:
         _trace(llm, prompts, params, Path(profile))
     if dump_hlo is not None:
-        from llama import hlo
+        from llama.xla import reports as hlo
 
         (Path(dump_hlo) / "summary.txt").write_text("\n".join(hlo.report(Path(dump_hlo))) + "\n", encoding="utf-8")
         log.info("Wrote the programs to %s; summary.txt tells what they hold", dump_hlo)
@@ -226,13 +244,17 @@ def _made_directory(flag: str, name: str) -> Path:
 
 def _trace(llm: LLaMA, prompts: Sequence[Prompt], params: SamplingParams, directory: Path) -> None:
     """Run the first batch again for a few tokens, with everything compiled, under the profiler."""
-    from llama import runtime
+    from llama.xla import backend
 
-    few = replace(params, max_gen_len=(count := min(params.max_gen_len, TRACED_TOKENS)), min_tokens=min(params.min_tokens, count))
+    few = replace(
+        params, max_gen_len=(count := min(params.max_gen_len, TRACED_TOKENS)), min_tokens=min(params.min_tokens, count)
+    )
     batch = prompts[: max(llm.config.max_batch_size // params.samples, 1)]
-    with runtime.profiled(directory):
+    with backend.profiled(directory):
         llm.generate(batch, params=[few] * len(batch))
-    log.info("Wrote a trace to %s: tensorboard --logdir %s, or its *.trace.json.gz in ui.perfetto.dev", directory, directory)
+    log.info(
+        "Wrote a trace to %s: tensorboard --logdir %s, or its *.trace.json.gz in ui.perfetto.dev", directory, directory
+    )
 
 
 def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, int | None]) -> ModelArgs | None:
@@ -243,13 +265,17 @@ def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, i
         if given and ckpt_dir is not None:
             raise FlagError(f"{flags}: the shape of a checkpoint is what its params.json says; leave them out")
         if given:
-            raise FlagError(f"{flags}: there is no checkpoint of this shape; give --ckpt_dir, or --random_weights to run random ones")
+            raise FlagError(
+                f"{flags}: there is no checkpoint of this shape; give --ckpt_dir, or --random_weights to run random ones"
+            )
         return None
     if ckpt_dir is not None:
         raise FlagError("--random_weights with --ckpt_dir: got both, expected one of them")
     missing = [f"--{name}" for name in ("dim", "n_layers", "n_heads") if name not in given]
     if missing:
-        raise FlagError(f"--random_weights needs {', '.join(missing)} too, for instance --dim 768 --n_layers 12 --n_heads 12")
+        raise FlagError(
+            f"--random_weights needs {', '.join(missing)} too, for instance --dim 768 --n_layers 12 --n_heads 12"
+        )
     return ModelArgs(**given)  # type: ignore[arg-type]  # the five are whole numbers
 
 
@@ -257,7 +283,9 @@ def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int |
     """All prompts that the flags give as text, in order; none where a synthetic one is wanted."""
     texts = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
     if texts and prompt_len is not None:
-        raise FlagError("--prompt_len makes a synthetic prompt: got it beside --prompt or --prompts_file, expected one of them")
+        raise FlagError(
+            "--prompt_len makes a synthetic prompt: got it beside --prompt or --prompts_file, expected one of them"
+        )
     if prompt_len is not None and prompt_len < 1:
         raise FlagError(f"--prompt_len: got {prompt_len}, expected at least 1")
     return [DEMO_PROMPT] if not texts and prompt_len is None and is_demo else texts
@@ -289,7 +317,10 @@ def _log_summary(results: Sequence[Generation]) -> None:
     """What the pass took: the times of each batch added up, once a batch (its rows share them)."""
     batches = list({id(r.timing): r for r in results}.values())
     prefill_s, decode_s = sum(r.timing.prefill_s for r in batches), sum(r.timing.decode_s for r in batches)
-    prompt_tokens, generated = sum(r.timing.prefill_tok_s * r.timing.prefill_s for r in batches), sum(len(r.token_ids) for r in results)
+    prompt_tokens, generated = (
+        sum(r.timing.prefill_tok_s * r.timing.prefill_s for r in batches),
+        sum(len(r.token_ids) for r in results),
+    )
     decoded = sum(r.timing.decode_tok_s * r.timing.decode_s for r in batches)
     first = batches[0]
     log.info(

@@ -10,7 +10,9 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 
 
 def readable_tokenizer(ckpt_dir: str | None, tokenizer_path: str | None) -> Tokenizer | None:
-    """The tokenizer, or None where it cannot be read: ``LLaMA.build`` tells why, after what is wrong with the checkpoint."""
+    """The tokenizer, or None where it cannot be read: ``LLaMA.build`` tells why, after what is wrong with the
+    checkpoint.
+    """
     try:
         return Tokenizer(tokenizer_path or find_tokenizer(DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)))
     except TokenizerError:

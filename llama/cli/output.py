@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama.generation import LLaMA
-    from llama.results import Generation, Piece
+    from llama.outputs import Generation, Piece
 
 log = logging.getLogger("llama")
 
@@ -96,7 +96,9 @@ def json_line(value: dict[str, Any]) -> str:
 
 
 def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
-    """Send the package's log to stderr as plain lines, above any progress bar; ``quiet`` leaves errors only, ``verbose`` adds details."""
+    """Send the package's log to stderr as plain lines, above any progress bar; ``quiet`` leaves errors only,
+    ``verbose`` adds details.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json as json_lib
 
-from llama import buckets as bucket_plan
 from llama.cli.flags import one_of
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, EngineConfig
+from llama.engine import chunks as bucket_plan
 
 
 def plan(
@@ -36,9 +36,12 @@ def plan(
             print(json_lib.dumps(chunk._asdict()))
         else:
             padding = f", {chunk.length - chunk.valid} of it padding" if chunk.valid < chunk.length else ""
-            print(f"prompt pos [{chunk.start}, {chunk.end}), section length {chunk.length}{padding}, reads keys [0, {chunk.key_len})")
+            print(
+                f"prompt pos [{chunk.start}, {chunk.end}), section length {chunk.length}{padding}, reads keys [0, {chunk.key_len})"
+            )
     if not json:
-        # the token behind a last chunk of one token is chosen in its program, that behind a longer one in a program of its own
+        # the token behind a last chunk of one token is chosen in its program, that behind a longer one in a program of
+        # its own
         headless = chunks[:-1] if chunks[-1].length == 1 else chunks
         programs = len({(c.length, c.key_len) for c in headless}) + 1
         print(f"{len(chunks)} sections, {programs} programs, {prompt_len} of {max_seq_len} positions")

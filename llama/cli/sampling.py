@@ -17,15 +17,20 @@ from llama.sampling_params import SamplingParams
 @dataclass(frozen=True)
 class SamplingFlags:
     """Sampling:
-        temperature: 0 takes the likeliest token; higher is more random. Without it: the checkpoint's own wish, or {temperature}.
+        temperature: 0 takes the likeliest token; higher is more random. Without it: the checkpoint's own wish, or
+            {temperature}.
         top_k: Sample from so many of the likeliest tokens; 0 for all. Without it: the checkpoint's own wish, or 0.
-        top_p: Sample from the likeliest tokens that together have this probability, above 0, at most 1. Without it: likewise, or {top_p}.
-        min_p: Sample from tokens of at least this share of the likeliest one's probability, 0 to 1. Without it: likewise, or 0.
-        typical_p: Sample from the tokens nearest to the entropy that together have this probability. Without it: likewise, or 1.
+        top_p: Sample from the likeliest tokens that together have this probability, above 0, at most 1. Without it:
+            likewise, or {top_p}.
+        min_p: Sample from tokens of at least this share of the likeliest one's probability, 0 to 1. Without it:
+            likewise, or 0.
+        typical_p: Sample from the tokens nearest to the entropy that together have this probability. Without it:
+            likewise, or 1.
         seed: Same seed, same text. Without it: a new one for each {result}.
 
     What may come:
-        repetition_penalty: Above 1, tokens of prompt and output become less likely (also --repeat_penalty). Without it: likewise, or 1.
+        repetition_penalty: Above 1, tokens of prompt and output become less likely (also --repeat_penalty). Without it:
+            likewise, or 1.
         presence_penalty: Subtracted from the logit of every token in the output, -2 to 2.
         frequency_penalty: Subtracted for each time that the token is in the output, -2 to 2.
         logit_bias: Added to tokens' logits, -100 to 100: ID:X,ID:X,... or a JSON object; up to 300.
@@ -78,7 +83,9 @@ class SamplingFlags:
             try:
                 chosen["json_schema"] = Path(self.json_schema).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise FlagError(f"--json_schema {self.json_schema}: {getattr(error, 'strerror', None) or error}") from error
+                raise FlagError(
+                    f"--json_schema {self.json_schema}: {getattr(error, 'strerror', None) or error}"
+                ) from error
         params = SamplingParams(**chosen)
         if params.is_constrained:
             from llama.grammar import compile_grammar
@@ -104,7 +111,8 @@ def takes_sampling_flags(**words: object) -> Callable[[Callable[..., None]], Com
 
         signature = inspect.signature(command)
         added = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(SamplingFlags)
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(SamplingFlags)
         ]
         kept = [p for name, p in signature.parameters.items() if name != "sampling"]
         with_flags.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]

@@ -6,9 +6,10 @@
     tokenizers_kind.py     Hugging Face's tokenizer.json
     files.py               which file, and of which kind: by what it holds, not by its name
 
-``Tokenizer(path)`` returns the right kind. Decoding goes through bytes: each id stands for some bytes (``token_bytes``), and text
-is their UTF-8 decoding. That makes a stream exact by construction: an incremental UTF-8 decoder yields the same text as decoding
-the whole, and a character whose bytes are spread over several tokens is held back until its last byte is there.
+``Tokenizer(path)`` returns the right kind. Decoding goes through bytes: each id stands for some bytes
+(``token_bytes``), and text is their UTF-8 decoding. That makes a stream exact by construction: an incremental UTF-8
+decoder yields the same text as decoding the whole, and a character whose bytes are spread over several tokens is held
+back until its last byte is there.
 
 Control tokens written out in a text (``</s>``) stay text unless ``allow_special`` asks for them.
 """

@@ -26,8 +26,8 @@ class Part(NamedTuple):
 class Tokenizer:
     """A tokenizer file of any kind; the object is of the class that reads its kind.
 
-    What the kinds differ in are the methods that raise NotImplementedError here. They are not marked abstract, because type
-    checkers refuse calls of abstract classes, and calling this one is how a tokenizer is made.
+    What the kinds differ in are the methods that raise NotImplementedError here. They are not marked abstract, because
+    type checkers refuse calls of abstract classes, and calling this one is how a tokenizer is made.
 
     Args:
         model_path: a SentencePiece model, a tiktoken ranks file, or a tokenizer.json; recognised by content.
@@ -69,7 +69,8 @@ class Tokenizer:
             text: any string of valid Unicode; the empty one gives BOS alone.
             bos: begin with BOS.
             eos: end with EOS.
-            allow_special: read control tokens written in the text as those tokens. Off, they are encoded like any other text.
+            allow_special: read control tokens written in the text as those tokens. Off, they are encoded like any other
+                text.
 
         Raises:
             PromptError: the text holds half of a surrogate pair, which is no character.
@@ -78,7 +79,8 @@ class Tokenizer:
         return [*([self.bos_id] if bos else []), *ids, *([self.eos_id] if eos else [])]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that goes on in the middle of another: without the space that some kinds put before a beginning.
+        """Token ids of a text that goes on in the middle of another: without the space that some kinds put before a
+        beginning.
 
         Encoded behind a character that takes no part in its tokens: the line break, or another where it does.
         """
@@ -94,7 +96,8 @@ class Tokenizer:
         """Token ids of the parts joined to one text: words and merges run across their borders, control tokens do not.
 
         Args:
-            parts: in order. Where ``allow_special`` is off, nothing that is written becomes a control token, whatever its neighbours.
+            parts: in order. Where ``allow_special`` is off, nothing that is written becomes a control token, whatever
+                its neighbours.
 
         Raises:
             PromptError: the text holds half of a surrogate pair, or a control token that this file cannot keep as text.
@@ -118,7 +121,9 @@ class Tokenizer:
         return ids + self._encode_text("".join(stretch))
 
     def _split(self, parts: Sequence[Part]) -> Iterator[tuple[str, int | None]]:
-        """Cut the parts behind every control token that is meant: (the text before it, its id), and (the rest, None)."""
+        """Cut the parts behind every control token that is meant: (the text before it, its id), and (the rest,
+        None).
+        """
         for part in parts:
             end = 0
             for match in self.special_pattern.finditer(part.text) if part.allow_special else ():
@@ -135,15 +140,21 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that an id stands for; none for a control token, U+FFFD for an id beyond the vocabulary."""
         if not 0 <= token_id < self.n_words:
-            return REPLACEMENT  # embeddings are often padded past the tokenizer, and random weights choose from all of it
+            return (
+                REPLACEMENT  # embeddings are often padded past the tokenizer, and random weights choose from all of it
+            )
         return self._bytes_of(token_id)
 
     def first_bytes(self, token_id: int) -> bytes:
-        """The bytes that an id stands for at the very beginning of a text, where some kinds drop the space before a word."""
+        """The bytes that an id stands for at the very beginning of a text, where some kinds drop the space before a
+        word.
+        """
         return self.token_bytes(token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a whole sequence; a space that the tokenizer itself puts before the first word is taken off again."""
+        """The text of a whole sequence; a space that the tokenizer itself puts before the first word is taken off
+        again.
+        """
         decoder = StreamDecoder(self)
         return decoder.push(ids) + decoder.finish()
 
@@ -161,8 +172,8 @@ class StreamDecoder:
 
     Args:
         tokenizer: what the ids mean.
-        context: ids that stand before the stream, whose text has been shown already. A continuation keeps the space before its
-            first word; a text that begins the sequence does not.
+        context: ids that stand before the stream, whose text has been shown already. A continuation keeps the space
+            before its first word; a text that begins the sequence does not.
         at_start: False keeps that space also where the context has no text.
     """
 

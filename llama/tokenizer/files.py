@@ -44,7 +44,9 @@ def class_for(path: Path) -> type[Tokenizer]:
             "give its path with --tokenizer_path"
         ) from error
     if head.startswith(_LFS_POINTER):
-        raise TokenizerError(f"{path} is a Git LFS pointer, expected the file that it stands for; run git lfs pull in its repository")
+        raise TokenizerError(
+            f"{path} is a Git LFS pointer, expected the file that it stands for; run git lfs pull in its repository"
+        )
     if head.lstrip().startswith(b"{"):
         return JSONTokenizer
     if _RANKS_LINE.fullmatch(head.partition(b"\n")[0]):
@@ -55,8 +57,8 @@ def class_for(path: Path) -> type[Tokenizer]:
 def find_tokenizer(ckpt_dir: Path) -> Path:
     """A checkpoint's tokenizer file, in its directory, or else in its parent, where LLaMA 1 keeps it.
 
-    That is tokenizer.json where there is one, because it also has the tokens that were added to a model later on; or else the only
-    ``*.model`` file.
+    That is tokenizer.json where there is one, because it also has the tokens that were added to a model later on; or
+    else the only ``*.model`` file.
 
     Raises:
         TokenizerError: there is none, or there are several.
@@ -69,12 +71,17 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
             return found[0]
         if found:
             names = ", ".join(p.name for p in found)
-            raise TokenizerError(f"{directory} has {len(found)} tokenizers ({names}), expected one; choose with --tokenizer_path")
-    raise TokenizerError(f"no tokenizer (tokenizer.json or *.model) in {ckpt_dir} or its parent; give its path with --tokenizer_path")
+            raise TokenizerError(
+                f"{directory} has {len(found)} tokenizers ({names}), expected one; choose with --tokenizer_path"
+            )
+    raise TokenizerError(
+        f"no tokenizer (tokenizer.json or *.model) in {ckpt_dir} or its parent; give its path with --tokenizer_path"
+    )
 
 
 def special_names(directory: Path) -> dict[str, str]:
-    """The control tokens that a Hugging Face directory names, for instance ``{"bos_token": "<s>"}``; none without its files.
+    """The control tokens that a Hugging Face directory names, for instance ``{"bos_token": "<s>"}``; none without its
+    files.
 
     Raises:
         TokenizerError: tokenizer_config.json or special_tokens_map.json is damaged.
@@ -97,7 +104,9 @@ def generation_ids(directory: Path, key: str) -> tuple[int, ...]:
     value = read_object(directory / "generation_config.json").get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise TokenizerError(f"{directory / 'generation_config.json'}: {key}: got {value!r}, expected a token id or a list of them")
+        raise TokenizerError(
+            f"{directory / 'generation_config.json'}: {key}: got {value!r}, expected a token id or a list of them"
+        )
     return tuple(ids)
 
 

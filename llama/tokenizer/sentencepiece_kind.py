@@ -29,14 +29,20 @@ class SentencePieceTokenizer(Tokenizer):
             self.n_words: int = self._sp.vocab_size()
             self._pieces: list[str] = [self._sp.id_to_piece(i) for i in range(self.n_words)]
             self._table = [self._read_bytes(i, piece) for i, piece in enumerate(self._pieces)]
-        except (RuntimeError, OSError, ValueError) as error:  # ValueError: a piece, or the library's own message, is not UTF-8
+        except (
+            RuntimeError,
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: a piece, or the library's own message, is not UTF-8
             raise TokenizerError(
                 f"{model_path} is not a SentencePiece model (nor a tiktoken ranks file or a tokenizer.json): {error}"
             ) from error
         self.bos_id: int = self._sp.bos_id()
         self.eos_id: int = self._sp.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise TokenizerError(f"{model_path} has no BOS or no EOS token (ids {self.bos_id}, {self.eos_id}): LLaMA needs both")
+            raise TokenizerError(
+                f"{model_path} has no BOS or no EOS token (ids {self.bos_id}, {self.eos_id}): LLaMA needs both"
+            )
         self.stop_ids = (self.eos_id,)
         self.special_ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.is_control(i)}
 

@@ -1,7 +1,8 @@
 """Llama 3's tokenizer file: lines of ``base64 rank``, read with tiktoken.
 
-The file holds the ranks alone. The pattern that cuts texts into words and the 256 control tokens behind the ranks belong to the
-format; both are as Meta's llama-models publishes them. Llama 3.0 calls some of the control tokens reserved that 3.1 gave a name to.
+The file holds the ranks alone. The pattern that cuts texts into words and the 256 control tokens behind the ranks
+belong to the format; both are as Meta's llama-models publishes them. Llama 3.0 calls some of the control tokens
+reserved that 3.1 gave a name to.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ NAMED = (
 )
 SPECIAL = (*NAMED, *(f"<|reserved_special_token_{i + 2}|>" for i in range(N_SPECIAL - len(NAMED))))
 
-# tiktoken gives up on texts and runs much longer than these; Meta's tokenizer cuts at the same places, so that ids are the same
+# tiktoken gives up on texts and runs much longer than these; Meta's tokenizer cuts at the same places, so that ids are
+# the same
 LONGEST_TEXT = 400_000
 LONGEST_RUN = 25_000
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})\s*")
@@ -42,7 +44,9 @@ _RUN = re.compile(r"\s+|\S+")
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A ranks file; see Tokenizer. Smaller ones than Llama 3's have their control tokens right behind their own ranks."""
+    """A ranks file; see Tokenizer. Smaller ones than Llama 3's have their control tokens right behind their own
+    ranks.
+    """
 
     kind = "tiktoken"
 
@@ -57,7 +61,9 @@ class TiktokenTokenizer(Tokenizer):
         self.special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
         self.bos_id, self.eos_id = self.special_ids[BOS], self.special_ids[EOS]
         self.stop_ids = tuple(self.special_ids[name] for name in (EOS, EOM, EOT))
-        self._encoding = tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids)
+        self._encoding = tiktoken.Encoding(
+            "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
+        )
 
     def _encode_text(self, text: str) -> list[int]:
         return [i for piece in _digestible(text) for i in self._encoding.encode_ordinary(piece)]
@@ -67,7 +73,8 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes by rank from a ranks file, checked: every rank from 0 once, every token once, and all single bytes among them.
+    """Token bytes by rank from a ranks file, checked: every rank from 0 once, every token once, and all single bytes
+    among them.
 
     Raises:
         TokenizerError: the file is not that, or larger than Llama 3's (another model's, with another pattern).
@@ -84,20 +91,30 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except ValueError:
             token = b""
         if match is None or not token or token in ranks:
-            raise TokenizerError(f"{path}, line {number}: got {line[:60]!r}, expected 'base64 rank' with a token that was not there before")
+            raise TokenizerError(
+                f"{path}, line {number}: got {line[:60]!r}, expected 'base64 rank' with a token that was not there before"
+            )
         ranks[token] = int(match.group(2))
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise TokenizerError(f"{path}: its {len(ranks)} ranks are not 0 to {len(ranks) - 1}, each once: lines are missing or doubled")
+        raise TokenizerError(
+            f"{path}: its {len(ranks)} ranks are not 0 to {len(ranks) - 1}, each once: lines are missing or doubled"
+        )
     absent = [b for b in range(256) if bytes([b]) not in ranks]
     if absent:
-        raise TokenizerError(f"{path}: {len(absent)} of the 256 single bytes are missing, the first is {absent[0]}: it is cut short")
+        raise TokenizerError(
+            f"{path}: {len(absent)} of the 256 single bytes are missing, the first is {absent[0]}: it is cut short"
+        )
     if len(ranks) > LLAMA3_RANKS:
-        raise TokenizerError(f"{path}: got {len(ranks)} ranks, expected at most Llama 3's {LLAMA3_RANKS}: it is another model's")
+        raise TokenizerError(
+            f"{path}: got {len(ranks)} ranks, expected at most Llama 3's {LLAMA3_RANKS}: it is another model's"
+        )
     return ranks
 
 
 def _digestible(text: str) -> Iterator[str]:
-    """The text in pieces of at most ``LONGEST_TEXT`` characters and ``LONGEST_RUN`` of white space, or of none, in a row."""
+    """The text in pieces of at most ``LONGEST_TEXT`` characters and ``LONGEST_RUN`` of white space, or of none, in a
+    row.
+    """
     for start in range(0, len(text), LONGEST_TEXT):
         block = text[start : start + LONGEST_TEXT]
         runs = _RUN.finditer(block) if len(block) > LONGEST_RUN else ()

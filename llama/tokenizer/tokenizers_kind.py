@@ -1,8 +1,9 @@
 """Hugging Face's tokenizer.json, read with the library tokenizers.
 
-The library encodes; decoding goes through bytes as with the other kinds, so the bytes of each id are worked out here, for the two
-sorts of decoder that LLaMA-family models have: byte-level (Llama 3) and SentencePiece's manner (Llama 2, Mistral). What ends a
-sequence does not stand in tokenizer.json but in the files beside it, or follows from the well-known names.
+The library encodes; decoding goes through bytes as with the other kinds, so the bytes of each id are worked out here,
+for the two sorts of decoder that LLaMA-family models have: byte-level (Llama 3) and SentencePiece's manner (Llama 2,
+Mistral). What ends a sequence does not stand in tokenizer.json but in the files beside it, or follows from the
+well-known names.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class JSONTokenizer(Tokenizer):
         directory = self._path.parent
         name = special_names(directory).get(f"{which}_token")
         if name is not None and name not in self._vocabulary:
-            raise TokenizerError(f"{directory}: its files name {name!r} as {which}_token, which is not in {self._path.name}")
+            raise TokenizerError(
+                f"{directory}: its files name {name!r} as {which}_token, which is not in {self._path.name}"
+            )
         if name is not None:
             return self._vocabulary[name]
         known = [self._vocabulary[n] for n in _WELL_KNOWN[which] if n in self._vocabulary]
@@ -80,7 +83,8 @@ class JSONTokenizer(Tokenizer):
     def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
         """Encode the joined text in one go, as the library does, with exactly those control tokens that are meant.
 
-        The library knows two ways only: every control token in a text, or none. Where a text holds both sorts, a second tokenizer
+        The library knows two ways only: every control token in a text, or none. Where a text holds both sorts, a second
+            tokenizer
         encodes it in which the control tokens have other names, which nobody can guess.
         """
         text = "".join(part.text for part in parts)
@@ -91,7 +95,9 @@ class JSONTokenizer(Tokenizer):
             ids = self._renamed.encode(parts, self.special_pattern)
         if sum(i in controls - self._unknown for i in ids) > meant:
             written = ", ".join(sorted({found for part in parts for found in self.special_pattern.findall(part.text)}))
-            raise PromptError(f"the text holds {written or 'a control token'}, which {self._path.name} cannot encode as plain text")
+            raise PromptError(
+                f"the text holds {written or 'a control token'}, which {self._path.name} cannot encode as plain text"
+            )
         return ids
 
     def _run(self, text: str, allow_special: bool) -> list[int]:
@@ -147,7 +153,9 @@ class _RenamedTokenizer:
             self._ids[own_id] = i
 
     def encode(self, parts: Sequence[Part], pattern: re.Pattern[str]) -> list[int]:
-        """Ids of the joined text, in which ``pattern`` finds control tokens in the parts that allow them, and nowhere else."""
+        """Ids of the joined text, in which ``pattern`` finds control tokens in the parts that allow them, and nowhere
+        else.
+        """
         texts = [pattern.sub(lambda m: self._names[m.group()], p.text) if p.allow_special else p.text for p in parts]
         return [self._ids.get(i, i) for i in _encode(self._library, "".join(texts), self._path)]
 
@@ -169,11 +177,16 @@ class _PieceBytes:
         self._byte_level = names == ["ByteLevel"]
         if self._byte_level:
             return
-        # how many of three leading spaces are left: Strip takes one off, Metaspace all of the first piece, without both none goes
+        # how many of three leading spaces are left: Strip takes one off, Metaspace all of the first piece, without both
+        # none goes
         first = library.decoder.decode([f"{_SPACE * 3}a", f"{_SPACE}b{_SPACE}", f"{_SPACE}b{_SPACE}"]) if names else ""
         self._first_spaces = len(first) - len(first.lstrip(" "))
         self._byte_fallback = "ByteFallback" in names
-        if not set(names) <= _SENTENCEPIECE_LIKE or first.lstrip(" ") != "a b  b " or self._first_spaces not in (0, 2, 3):
+        if (
+            not set(names) <= _SENTENCEPIECE_LIKE
+            or first.lstrip(" ") != "a b  b "
+            or self._first_spaces not in (0, 2, 3)
+        ):
             raise TokenizerError(
                 f"{path}: its decoder is {' + '.join(names) or 'absent'}, expected ByteLevel or SentencePiece's manner (Replace or "
                 "Metaspace, ByteFallback, Fuse, Strip); where a SentencePiece *.model lies beside it, give that with --tokenizer_path"
@@ -197,9 +210,15 @@ class _PieceBytes:
 
 def _check_model(model: Any, path: Path) -> None:
     """Refuse vocabularies that mark where in a word a piece stands: their bytes are not those of the piece."""
-    marks = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")] if isinstance(model, dict) else []
+    marks = (
+        [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")]
+        if isinstance(model, dict)
+        else []
+    )
     if any(marks):
-        raise TokenizerError(f"{path}: its model marks pieces within words (by {marks}), expected a model of the LLaMA family, without")
+        raise TokenizerError(
+            f"{path}: its model marks pieces within words (by {marks}), expected a model of the LLaMA family, without"
+        )
 
 
 def _decoder_names(decoder: Any) -> list[str]:
@@ -237,7 +256,9 @@ def _encode(library: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
 
 
 def _byte_level_table() -> dict[str, int]:
-    """GPT-2's way to write bytes as visible characters: those that are visible as themselves, the others from U+0100 on."""
+    """GPT-2's way to write bytes as visible characters: those that are visible as themselves, the others from U+0100
+    on.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}

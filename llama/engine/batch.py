@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from llama import runtime
-from llama.request import Controls, Kinds, Request, Shaping
-from llama.steps import REPORT_WINDOW, Head, Known, State
+from llama.compiled.steps import REPORT_WINDOW, Head, Known, State
+from llama.engine.request import Controls, Kinds, Request, Shaping
+from llama.xla import transfers
+from llama.xla.counters import counters
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -36,7 +37,9 @@ class Details(NamedTuple):
     @classmethod
     def fetched(cls, known: Known, kinds: Kinds) -> Details:
         """Some kinds of a program's findings, each [B, T, ...]. Host sync: yes."""
-        return cls(*(runtime.fetch(t).float().numpy() if wanted else None for t, wanted in zip(known, kinds, strict=True)))
+        return cls(
+            *(transfers.fetch(t).float().numpy() if wanted else None for t, wanted in zip(known, kinds, strict=True))
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Details]) -> Details:
@@ -71,7 +74,8 @@ class Progress(NamedTuple):
         finish_reason: why it ended, if it did.
         stop_id: the stop token that ended it.
         details: of the new tokens and the stop token, where the request wants them.
-        prompt_details: of the prompt's tokens from the second on; on the row's first progress only, where the request wants them.
+        prompt_details: of the prompt's tokens from the second on; on the row's first progress only, where the request
+            wants them.
     """
 
     row: int
@@ -117,7 +121,7 @@ class BatchClock:
 
     def start(self) -> None:
         """The batch begins."""
-        self._began, self._runs_before = time.perf_counter(), runtime.counters.runs
+        self._began, self._runs_before = time.perf_counter(), counters.runs
 
     def start_prefill(self) -> None:
         """The batch is on the device."""
@@ -134,7 +138,7 @@ class BatchClock:
         new = sum(len(p.new_ids) for p in progress)
         self.decoded += new if self.generated else 0
         self.generated += new
-        self.runs = runtime.counters.runs - self._runs_before
+        self.runs = counters.runs - self._runs_before
         if self._prefill_ended:
             self.decode_s = time.perf_counter() - self._prefill_ended
 
@@ -185,13 +189,16 @@ class Batch:
         self._known.append(known)
 
     def tell_prompts(self, scores: Sequence[Details], rows: Sequence[int]) -> None:
-        """Give each of the rows that share a prompt what it asks of the chunks' findings, one part a chunk; no parts, nothing.
+        """Give each of the rows that share a prompt what it asks of the chunks' findings, one part a chunk; no parts,
+        nothing.
 
         From the prompt's second token on: the last position tells the token behind the prompt.
         """
         for row in (self.rows[i] for i in rows if scores):
             if row.request.params.prompt_logprobs:
-                row.prompt_details = Details.joined(scores).of_kinds(row.request.kinds).first(len(row.request.prompt_ids) - 1)
+                row.prompt_details = (
+                    Details.joined(scores).of_kinds(row.request.kinds).first(len(row.request.prompt_ids) - 1)
+                )
 
     def snapshot(self) -> Snapshot:
         """What there is to read now; it can be read while later steps run."""
@@ -200,16 +207,24 @@ class Batch:
 
     def read(self, snapshot: Snapshot) -> list[Progress]:
         """Fetch a report and tell what is new in it. Host sync: yes."""
-        reports = runtime.fetch(snapshot.report).tolist()
-        counts = [report[-2] - len(row.ids) if row.active else 0 for row, report in zip(self.rows, reports, strict=False)]
+        reports = transfers.fetch(snapshot.report).tolist()
+        counts = [
+            report[-2] - len(row.ids) if row.active else 0 for row, report in zip(self.rows, reports, strict=False)
+        ]
         kinds = wanted_kinds(self.active)
         steps = [Details.fetched(known, kinds) for known in snapshot.known[: max(counts, default=0)]]
         progress = []
         for i, (row, report, count) in enumerate(zip(self.rows, reports, counts, strict=False)):
             if row.active:
                 own = row.request.kinds
-                told = Details.joined([step.of_row(i).of_kinds(own) for step in steps[:count]]) if any(own) and count else None
-                progress.append(self._news(i, row, report[REPORT_WINDOW - count : REPORT_WINDOW], bool(report[-1]), told))
+                told = (
+                    Details.joined([step.of_row(i).of_kinds(own) for step in steps[:count]])
+                    if any(own) and count
+                    else None
+                )
+                progress.append(
+                    self._news(i, row, report[REPORT_WINDOW - count : REPORT_WINDOW], bool(report[-1]), told)
+                )
         return progress
 
     def _news(self, index: int, row: Row, new_ids: list[int], done: bool, details: Details | None) -> Progress:
@@ -229,7 +244,9 @@ class Batch:
         self.rows[row].active = False
 
     def forget_from(self, position: int) -> None:
-        """Drop what the prefill has not reached from the rows' ids; one more id stays, as one that was chosen but not run."""
+        """Drop what the prefill has not reached from the rows' ids; one more id stays, as one that was chosen but not
+        run.
+        """
         for row in self.rows:
             del row.ids[position + 1 :]
 

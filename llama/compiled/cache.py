@@ -2,17 +2,18 @@
 
     [2 x n_layers, batch, kv_heads, max_seq_len, head_dim]
 
-One tensor and not one per layer, because XLA matches donated inputs to outputs by size alone: with several of the same size it
-crosses them and copies whole caches every step. Positions before heads' columns, because a step reads a prefix of positions of
-every head, and that order reads memory in a line.
+One tensor and not one per layer, because XLA matches donated inputs to outputs by size alone: with several of the same
+    size it
+crosses them and copies whole caches every step. Positions before heads' columns, because a step reads a prefix of
+positions of every head, and that order reads memory in a line.
 """
 
 from __future__ import annotations
 
 import torch
 
-from llama import ops, runtime
 from llama.config import EngineConfig, ModelArgs
+from llama.xla import ops, transfers
 
 
 def cache_shape(args: ModelArgs, config: EngineConfig) -> tuple[int, int, int, int, int]:
@@ -21,12 +22,15 @@ def cache_shape(args: ModelArgs, config: EngineConfig) -> tuple[int, int, int, i
 
 
 def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked, not skipped."""
-    return runtime.upload(torch.zeros(cache_shape(args, config), dtype=dtype), device)
+    """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked, not
+    skipped.
+    """
+    return transfers.upload(torch.zeros(cache_shape(args, config), dtype=dtype), device)
 
 
 class CacheView:
-    """One program's hold on the cache while its layers run: each writes its chunk and reads back a prefix of the positions.
+    """One program's hold on the cache while its layers run: each writes its chunk and reads back a prefix of the
+    positions.
 
     Args:
         kv_cache: the stacked cache.
@@ -40,7 +44,9 @@ class CacheView:
         self._key_len = key_len
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write ``keys`` and ``values`` [B, K, T, D] of a layer; return its first ``key_len`` keys and values [B, K, key_len, D]."""
+        """Write ``keys`` and ``values`` [B, K, T, D] of a layer; return its first ``key_len`` keys and values [B, K,
+        key_len, D].
+        """
         dtype = self.kv_cache.dtype
         self.kv_cache = ops.write_cache(self.kv_cache, keys.to(dtype), values.to(dtype), self._starts, layer)
         pair = self.kv_cache[2 * layer : 2 * layer + 2, :, :, : self._key_len]

@@ -7,9 +7,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from llama.batch import FinishReason
 from llama.chat import Message
-from llama.logprobs import TokenLogprob, finite
+from llama.compiled.token_info import TokenLogprob, finite
+from llama.engine.batch import FinishReason
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class Timing:
         ttft_s: from the start of the batch to its first tokens on the host; compiling is not part of it.
         prefill_s: the prompt chunks alone, up to the first tokens on the host.
         decode_s: from there to the last token on the host.
-        prefill_tok_s: prompt tokens a second: of the batch's rows, less those in the cache, and of several samples' prompt once.
-        decode_tok_s: tokens a second that decode steps really produced, over all rows: stop tokens and padding do not count.
+        prefill_tok_s: prompt tokens a second: of the batch's rows, less those in the cache, and of several samples'
+            prompt once.
+        decode_tok_s: tokens a second that decode steps really produced, over all rows: stop tokens and padding do not
+            count.
     """
 
     load_s: float
@@ -51,9 +53,11 @@ class Generation:
         index: the prompt's place in the call.
         sample: which of its ``n`` samples, from 0; the best first where they were chosen from more.
         prompt: its text.
-        generation: the text that follows it; the prompt is not repeated, and a space between the two belongs to the generation.
+        generation: the text that follows it; the prompt is not repeated, and a space between the two belongs to the
+            generation.
         token_ids: the generated ids, without the stop token, but with the tokens of a stop string.
-        finish_reason: ``stop`` at a stop token or a stop string, ``length`` at max_gen_len, ``interrupted`` at LLaMA.interrupt().
+        finish_reason: ``stop`` at a stop token or a stop string, ``length`` at max_gen_len, ``interrupted`` at
+            LLaMA.interrupt().
         stop_reason: the id of that stop token, or that stop string; None otherwise.
         prompt_tokens: tokens of the prompt, BOS included.
         cached_tokens: how many of them the cache still held, so that they were not run again.
@@ -61,8 +65,9 @@ class Generation:
         timing, programs: of the batch.
         logprobs: of each of ``token_ids``; None where they were not asked for.
         prompt_logprobs: of the prompt's tokens; the first is None, because nothing stands before it.
-        hidden_states: [n, dim] float32, of the last layer, behind its norm: those from which the n tokens of ``token_ids`` were chosen,
-            and before them, with prompt_logprobs, those from which the prompt's tokens from the second on are told.
+        hidden_states: [n, dim] float32, of the last layer, behind its norm: those from which the n tokens of
+            ``token_ids`` were chosen, and before them, with prompt_logprobs, those from which the prompt's tokens from
+            the second on are told.
         logits: [n, vocab] float32, raw, of the same positions.
     """
 

@@ -1,8 +1,9 @@
 """The few compiled functions. One step serves prefill and decode: run a chunk, and where it has a head, choose a token.
 
-All that differs between requests is in tensors: a step reads its tokens out of the state, writes what it chose back into it, and
-the host has nothing to send from the first chunk to the last token. What a program is compiled for is its ``ProgramKey`` and the
-engine's shapes, nothing else.
+All that differs between requests is in tensors: a step reads its tokens out of the state, writes what it chose back
+    into it, and
+the host has nothing to send from the first chunk to the last token. What a program is compiled for is its
+``ProgramKey`` and the engine's shapes, nothing else.
 
 Shapes: B batch rows, T chunk length, S max_seq_len, V vocabulary, W report window.
 
@@ -21,15 +22,18 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from llama import logprobs, sampling
-from llama.kv_cache import CacheView
-from llama.model import Transformer
-from llama.request import Controls, Shaping
-from llama.shaping import shaped
+from llama.compiled import sampling, token_info as logprobs
+from llama.compiled.cache import CacheView
+from llama.compiled.logits_processors import shaped
+from llama.compiled.model import Transformer
+from llama.engine.request import Controls, Shaping
 
 Head = Literal["none", "score", "greedy", "sample", "full", "logprobs", "fan_out"]
 CHOOSING: tuple[Head, ...] = ("greedy", "sample", "full", "logprobs")  # each does all that the ones before it do
-IN_DECODE_STEP: tuple[Head, ...] = ("greedy", "sample")  # compiled together with a chunk of one token; the others are programs of their own
+IN_DECODE_STEP: tuple[Head, ...] = (
+    "greedy",
+    "sample",
+)  # compiled together with a chunk of one token; the others are programs of their own
 SHAPING: tuple[Head, ...] = ("full", "logprobs")
 
 REPORT_WINDOW = 16  # tokens a row that a report holds: at most so many steps may lie between two reads
@@ -85,10 +89,12 @@ class State(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What programs of the heads ``score`` and ``logprobs`` return behind the state; the host fetches what was asked for.
+    """What programs of the heads ``score`` and ``logprobs`` return behind the state; the host fetches what was asked
+    for.
 
     Attributes:
-        logprobs: [B, T, logprobs.WIDTH] float32, of the token behind each of the chunk's positions, or of the one that was chosen.
+        logprobs: [B, T, logprobs.WIDTH] float32, of the token behind each of the chunk's positions, or of the one that
+            was chosen.
         hidden: [B, T, dim], the last layer's hidden state, behind its norm, that tells that token.
         logits: [B, T, V] float32, raw.
     """
@@ -104,8 +110,10 @@ CACHE_ARGUMENT = State._fields.index("kv_cache")
 def make_step(model: Transformer, key: ProgramKey) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The function to compile for ``key``.
 
-    It takes the tensors of a State in order and returns those of the next, and of Known where the head has it. Behind the state it
-    takes: for a head that chooses, those of Controls; for ``full`` and ``logprobs``, those of Shaping, too; for ``fan_out`` what that
+    It takes the tensors of a State in order and returns those of the next, and of Known where the head has it. Behind
+    the state it
+    takes: for a head that chooses, those of Controls; for ``full`` and ``logprobs``, those of Shaping, too; for
+        ``fan_out`` what that
     function takes.
     """
 
@@ -128,7 +136,8 @@ def make_step(model: Transformer, key: ProgramKey) -> Callable[..., tuple[torch.
 
 
 def run_chunk(model: Transformer, state: State, length: int, key_len: int) -> tuple[State, torch.Tensor]:
-    """Run ``length`` tokens of every row from its ``start`` on; keep the stream behind a row's last known token where it is among them.
+    """Run ``length`` tokens of every row from its ``start`` on; keep the stream behind a row's last known token where
+    it is among them.
 
     Returns:
         The next state, and the residual stream [B, T, dim].
@@ -163,7 +172,8 @@ def score(model: Transformer, state: State, stream: torch.Tensor) -> Known:
 def choose_token(
     model: Transformer, state: State, controls: Controls, shaping: Shaping | None, head: Head
 ) -> tuple[State, tuple[torch.Tensor, ...]]:
-    """Put one position a row through the vocabulary head, choose its next token and append it to the rows that have not ended.
+    """Put one position a row through the vocabulary head, choose its next token and append it to the rows that have not
+    ended.
 
     Returns:
         The next state, and Known for the head ``logprobs``.
@@ -184,7 +194,9 @@ def choose_token(
 
 
 def append(state: State, controls: Controls, chosen: torch.Tensor) -> State:
-    """Append ``chosen`` [B] int32 to the rows that have not ended, and end those that reach a stop token or their limit."""
+    """Append ``chosen`` [B] int32 to the rows that have not ended, and end those that reach a stop token or their
+    limit.
+    """
     active = ~state.done
     places = torch.arange(state.tokens.shape[1], dtype=torch.int32, device=chosen.device)
     here = (places == state.length.unsqueeze(-1)) & active.unsqueeze(-1)  # [B, S]
@@ -210,5 +222,6 @@ def fan_out(state: State, kv_cache: torch.Tensor, hidden: torch.Tensor, rows: to
     """
     chosen = rows.view(1, -1, 1, 1, 1)
     return state._replace(
-        kv_cache=torch.where(chosen, kv_cache, state.kv_cache), hidden=torch.where(rows.unsqueeze(-1), hidden, state.hidden)
+        kv_cache=torch.where(chosen, kv_cache, state.kv_cache),
+        hidden=torch.where(rows.unsqueeze(-1), hidden, state.hidden),
     )

@@ -1,8 +1,9 @@
 """How a prompt is cut into chunks of a few fixed lengths: pure integers, no tensor, no device.
 
-XLA compiles a program for each shape it meets, so a prompt of any length is sent as chunks whose lengths come from a short list.
-``greedy`` always takes the longest chunk that still fits into the rest of the prompt; ``pad`` may fill the tail up with padding
-where one longer program costs less than several shorter ones. (Source of the idea: pytorch-tpu/llama, pull request 13.)
+XLA compiles a program for each shape it meets, so a prompt of any length is sent as chunks whose lengths come from a
+short list. ``greedy`` always takes the longest chunk that still fits into the rest of the prompt; ``pad`` may fill the
+tail up with padding where one longer program costs less than several shorter ones. (Source of the idea:
+pytorch-tpu/llama, pull request 13.)
 
     1501 tokens, buckets 512, 64, 8, 1:   [0, 512) [512, 1024)   7 x 64   3 x 8   5 x 1   = 17 chunks
 """
@@ -15,7 +16,8 @@ from llama.config import EngineConfig
 from llama.errors import ConfigError
 
 # The pad policy's price of starting one program, in prompt tokens: a chunk of n tokens costs n + this.
-# A short chunk reads all weights however few tokens it holds; about 32 tokens' arithmetic takes that long on the CPU device.
+# A short chunk reads all weights however few tokens it holds; about 32 tokens' arithmetic takes that long on the CPU
+# device.
 RUN_COST = 32
 
 
@@ -45,12 +47,14 @@ def plan(prompt_len: int, config: EngineConfig, cached: int = 0, longest: int | 
 
     Args:
         prompt_len: tokens of the longest prompt of a batch, 1 to ``config.max_seq_len``.
-        cached: how many of them are in the cache already, fewer than ``prompt_len``; the first chunk begins behind them.
+        cached: how many of them are in the cache already, fewer than ``prompt_len``; the first chunk begins behind
+            them.
         longest: no chunk is longer; None for as long as there are.
 
     Returns:
-        Chunks in order; each begins where the one before ends, the last one ends at ``prompt_len``, and none reaches past
-        ``config.max_seq_len``, because XLA clamps a write that does not fit and would overwrite the last positions silently.
+        Chunks in order; each begins where the one before ends, the last one ends at ``prompt_len``, and none reaches
+        past ``config.max_seq_len``, because XLA clamps a write that does not fit and would overwrite the last positions
+        silently.
 
     Raises:
         ConfigError: ``prompt_len`` or ``cached`` is out of its range.

@@ -1,7 +1,9 @@
 """What requests do to the logits before a token is drawn: penalties, bias, and tokens that may not come.
 
-Compiled into the step, row by row, like ``sampling``, and read by the programs of the head ``full`` only. What has occurred is
-counted anew in each step from the tokens on the device, a scatter of one addition a position: no counts are carried along.
+Compiled into the step, row by row, like ``sampling``, and read by the programs of the head ``full`` only. What has
+occurred is
+counted anew in each step from the tokens on the device, a scatter of one addition a position: no counts are carried
+    along.
 
 Shapes: B batch rows, S max_seq_len, V vocabulary, W = ceil(V / 32) words of 32 bits each.
 """
@@ -10,13 +12,15 @@ from __future__ import annotations
 
 import torch
 
-from llama.request import Shaping
-from llama.sampling import LARGEST
+from llama.compiled.sampling import LARGEST
+from llama.engine.request import Shaping
 
 INF = float("inf")
 
 
-def shaped(logits: torch.Tensor, shaping: Shaping, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+def shaped(
+    logits: torch.Tensor, shaping: Shaping, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
+) -> torch.Tensor:
     """Logits as the rows' requests want them; those of a row that asks nothing are returned as they are, bit for bit.
 
     Args:
@@ -36,15 +40,18 @@ def shaped(logits: torch.Tensor, shaping: Shaping, stop_ids: torch.Tensor, token
     logits = logits + torch.zeros_like(logits).scatter_add(1, ids.long(), added)
     logits = penalised(logits, in_prompt, counts, shaping)
     candidates = torch.where(allowed, logits, -INF)
-    nothing_left = candidates.amax(dim=-1, keepdim=True) < -LARGEST  # torch_xla's amax begins at float32's lowest number, not at -inf
+    nothing_left = (
+        candidates.amax(dim=-1, keepdim=True) < -LARGEST
+    )  # torch_xla's amax begins at float32's lowest number, not at -inf
     return torch.where(nothing_left & allowed, 0.0, candidates)
 
 
 def penalised(logits: torch.Tensor, in_prompt: torch.Tensor, counts: torch.Tensor, shaping: Shaping) -> torch.Tensor:
     """Logits with the penalties for what has occurred.
 
-    ``repetition`` divides positive logits of tokens in the prompt or the output and multiplies others (Keskar et al. 2019, CTRL; as
-    transformers and vLLM). ``presence`` is subtracted once and ``frequency`` for each time that a token is in the output (OpenAI, vLLM).
+    ``repetition`` divides positive logits of tokens in the prompt or the output and multiplies others (Keskar et al.
+    2019, CTRL; as transformers and vLLM). ``presence`` is subtracted once and ``frequency`` for each time that a token
+    is in the output (OpenAI, vLLM).
 
     Args:
         logits: [B, V] float32.
@@ -54,14 +61,18 @@ def penalised(logits: torch.Tensor, in_prompt: torch.Tensor, counts: torch.Tenso
     Returns:
         [B, V] float32.
     """
-    repetition, presence, frequency = (each.unsqueeze(-1) for each in (shaping.repetition, shaping.presence, shaping.frequency))
+    repetition, presence, frequency = (
+        each.unsqueeze(-1) for each in (shaping.repetition, shaping.presence, shaping.frequency)
+    )
     in_output = counts > 0
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(in_prompt | in_output, repeated, logits)
     return logits - torch.where(in_output, presence + frequency * counts, 0.0)
 
 
-def output_counts(tokens: torch.Tensor, prompt_len: torch.Tensor, length: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def output_counts(
+    tokens: torch.Tensor, prompt_len: torch.Tensor, length: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
     """How often each token is among those at positions ``prompt_len`` to ``length``: [B, V] float32."""
     places = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
     generated = (places >= prompt_len.unsqueeze(-1)) & (places < length.unsqueeze(-1))
@@ -75,8 +86,11 @@ def members(words: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return ((words.unsqueeze(-1) & bit) != 0).flatten(1)[:, :vocab_size]
 
 
-def _additions(shaping: Shaping, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is added to single tokens' logits: the bias, and -inf for a bad word's last token and for a stop that comes too early.
+def _additions(
+    shaping: Shaping, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is added to single tokens' logits: the bias, and -inf for a bad word's last token and for a stop that comes
+    too early.
 
     Returns:
         [B, n] int32 token ids and [B, n] float32; what does not apply adds 0 to token 0.
@@ -91,7 +105,9 @@ def _additions(shaping: Shaping, stop_ids: torch.Tensor, tokens: torch.Tensor, l
 
 def completes_bad_word(bad_words: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """Whether the last token of each bad word would complete it now: [B, n, m] int32 to [B, n] bool."""
-    back = torch.arange(1 - bad_words.shape[-1], 0, dtype=torch.int32, device=tokens.device)  # positions before the next one
+    back = torch.arange(
+        1 - bad_words.shape[-1], 0, dtype=torch.int32, device=tokens.device
+    )  # positions before the next one
     places = length.unsqueeze(-1) + back  # [B, m - 1]
     recent = torch.where(places >= 0, tokens.gather(1, places.clamp(min=0).long()), -2).unsqueeze(1)
     before = bad_words[:, :, :-1]

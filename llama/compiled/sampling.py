@@ -1,17 +1,20 @@
 """Choosing the next token inside the compiled step, row by row, from per-row parameter tensors.
 
-A temperature of 0 is a row's value and not another program, so greedy and sampled rows mix, and a control that a row does not use
-has the value that changes nothing. Two decisions keep the step static and cheap:
+A temperature of 0 is a row's value and not another program, so greedy and sampled rows mix, and a control that a row
+does not use has the value that changes nothing. Two decisions keep the step static and cheap:
 
-- **No sort of the vocabulary.** top-k, top-p and typical-p each keep the first tokens of an order until they hold a share of
-  something. Floats that are not negative order like their bit patterns read as integers, so the place where to cut is built
-  exactly, bit by bit, in 31 sums (``ops.first_holding``), which are left out where no row asks for the filter.
-- **A counter-based generator.** The noise of a token is a pure function of (seed, position, token id): Threefry-2x32-20 (Salmon
-  et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). No state is carried, so the same seed draws the same text in any
-  row of any batch. The token is the winner of an exponential race, argmax(w / E) with E ~ Exp(1), which is an exact draw.
+- **No sort of the vocabulary.** top-k, top-p and typical-p each keep the first tokens of an order until they hold a
+  share of something. Floats that are not negative order like their bit patterns read as integers, so the place where to
+  cut is built exactly, bit by bit, in 31 sums (``ops.first_holding``), which are left out where no row asks for the
+  filter.
+- **A counter-based generator.** The noise of a token is a pure function of (seed, position, token id): Threefry-2x32-20
+  (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). No state is carried, so the same seed draws the
+  same text in any row of any batch. The token is the winner of an exponential race, argmax(w / E) with E ~ Exp(1),
+  which is an exact draw.
 
-The order is that of Hugging Face's generation: penalties, bias and bans (``shaping``), then temperature, top-k, top-p, min-p and
-typical-p, each of what the ones before have left, with the probabilities renormalised. Equal tokens are kept or left together.
+The order is that of Hugging Face's generation: penalties, bias and bans (``shaping``), then temperature, top-k, top-p,
+min-p and typical-p, each of what the ones before have left, with the probabilities renormalised. Equal tokens are kept
+or left together.
 
 Shapes: B batch rows, V vocabulary.
 """
@@ -22,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama import ops
+from llama.xla import ops
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
@@ -38,10 +41,11 @@ class Filters(NamedTuple):
     Attributes:
         temperature: [B] float32, 0 for the likeliest token (the lowest id among equals) whatever the others say.
         top_k: [B] int32, keep so many of the likeliest tokens (0).
-        top_p: [B] float32 in (0, 1], keep the smallest set of the likeliest that holds this share of the probability (1).
+        top_p: [B] float32 in (0, 1], keep the smallest set of the likeliest that holds this share of the probability
+            (1).
         min_p: [B] float32 in [0, 1], keep what has at least this share of the likeliest token's probability (0).
-        typical_p: [B] float32 in (0, 1], locally typical sampling (Meister et al. 2022): keep the smallest set of the tokens whose
-            surprise is nearest to the entropy that holds this share (1). None where no row asks for it.
+        typical_p: [B] float32 in (0, 1], locally typical sampling (Meister et al. 2022): keep the smallest set of the
+            tokens whose surprise is nearest to the entropy that holds this share (1). None where no row asks for it.
     """
 
     temperature: torch.Tensor
@@ -77,28 +81,34 @@ def filtered(distance: torch.Tensor, filters: Filters) -> torch.Tensor:
     """What a row's filters leave of its tokens' weights.
 
     Args:
-        distance: [B, V] float32, how far each token's logit, divided by the temperature, lies below the row's likeliest; at least 0.
+        distance: [B, V] float32, how far each token's logit, divided by the temperature, lies below the row's
+            likeliest; at least 0.
         filters: of each row; those of a greedy row may be left out.
 
     Returns:
-        [B, V] float32, proportional to the probabilities, 1 for the likeliest token and 0 for what is left out. The likeliest token
-        stays, except for ``typical_p``, which may prefer others.
+        [B, V] float32, proportional to the probabilities, 1 for the likeliest token and 0 for what is left out. The
+        likeliest token stays, except for ``typical_p``, which may prefer others.
     """
     sampled = filters.temperature > 0
     weights = torch.where(top_k_mask(distance, filters.top_k, sampled), (-distance).exp(), 0.0)
-    weights = torch.where(top_p_mask(weights, filters.top_p, sampled) & (weights >= filters.min_p.unsqueeze(-1)), weights, 0.0)
+    weights = torch.where(
+        top_p_mask(weights, filters.top_p, sampled) & (weights >= filters.min_p.unsqueeze(-1)), weights, 0.0
+    )
     if filters.typical_p is not None:
         weights = torch.where(typical_p_mask(distance, weights, filters.typical_p, sampled), weights, 0.0)
     return weights
 
 
 def top_k_mask(distance: torch.Tensor, top_k: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Which tokens are among the ``top_k`` [B] int32 nearest, [B, V] bool; 0 keeps all, and so does a row that is not ``sampled``."""
+    """Which tokens are among the ``top_k`` [B] int32 nearest, [B, V] bool; 0 keeps all, and so does a row that is not
+    ``sampled``.
+    """
     return ops.first_holding(ops.float_bits(distance), torch.ones_like(distance), top_k.float(), sampled & (top_k > 0))
 
 
 def top_p_mask(weights: torch.Tensor, top_p: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Which tokens belong to the nucleus: the smallest set of the heaviest tokens that holds a share ``top_p`` of the weight.
+    """Which tokens belong to the nucleus: the smallest set of the heaviest tokens that holds a share ``top_p`` of the
+    weight.
 
     Args:
         weights: [B, V] float32 in [0, 1], proportional to the probabilities, the heaviest exactly 1.
@@ -112,8 +122,11 @@ def top_p_mask(weights: torch.Tensor, top_p: torch.Tensor, sampled: torch.Tensor
     return ops.first_holding(_ONE_BITS - ops.float_bits(weights), weights, wanted, sampled & (top_p < 1))
 
 
-def typical_p_mask(distance: torch.Tensor, weights: torch.Tensor, typical_p: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Which tokens are typical: the smallest set of those whose surprise is nearest to the entropy that holds a share ``typical_p``.
+def typical_p_mask(
+    distance: torch.Tensor, weights: torch.Tensor, typical_p: torch.Tensor, sampled: torch.Tensor
+) -> torch.Tensor:
+    """Which tokens are typical: the smallest set of those whose surprise is nearest to the entropy that holds a share
+    ``typical_p``.
 
     Args:
         distance, weights: as in ``filtered``; what weighs nothing is never typical.
@@ -134,7 +147,8 @@ def typical_p_mask(distance: torch.Tensor, weights: torch.Tensor, typical_p: tor
 def argmax(scores: torch.Tensor) -> torch.Tensor:
     """The index of each row's largest score, the lowest among equals: [B, V] float32 to [B] int32.
 
-    Two reductions, the largest score and the first index that holds it: torch.argmax compiles to one scalar loop into which XLA
+    Two reductions, the largest score and the first index that holds it: torch.argmax compiles to one scalar loop into
+        which XLA
     fuses whatever makes the scores, at up to seven times the time (docs/log.md).
     """
     vocab_size = scores.shape[-1]
@@ -159,8 +173,12 @@ def exponential_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: in
     return -torch.log1p(-uniform)
 
 
-def threefry_2x32(key: tuple[torch.Tensor, torch.Tensor], counter: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Threefry-2x32 with 20 rounds: 64 random bits for a 64-bit key and a 64-bit counter, each as two int32 tensors that broadcast."""
+def threefry_2x32(
+    key: tuple[torch.Tensor, torch.Tensor], counter: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Threefry-2x32 with 20 rounds: 64 random bits for a 64-bit key and a 64-bit counter, each as two int32 tensors
+    that broadcast.
+    """
     words = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
     x0, x1 = counter[0] + words[0], counter[1] + words[1]
     for block in range(5):

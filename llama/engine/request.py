@@ -1,4 +1,5 @@
-"""One row's request, and a batch's requests as host tensors: the controls that every step reads, and those that some do.
+"""One row's request, and a batch's requests as host tensors: the controls that every step reads, and those that some
+do.
 
 Shapes: B batch rows, V vocabulary, W = ceil(V / 32) words of 32 bits each.
 """
@@ -59,7 +60,9 @@ class Request:
 
     @property
     def kinds(self) -> Kinds:
-        """What must be known of each token: what the caller asks for, and log-probabilities where the best samples are to be found."""
+        """What must be known of each token: what the caller asks for, and log-probabilities where the best samples are
+        to be found.
+        """
         return self.params.logprobs is not None or self.params.is_ranked, self.params.hidden_states, self.params.logits
 
     def allowed(self, vocab_size: int) -> np.ndarray:
@@ -107,7 +110,8 @@ class Controls(NamedTuple):
 
 
 class Shaping(NamedTuple):
-    """What the rows ask of the logits besides; ``allowed`` changes from step to step where a grammar says what may come.
+    """What the rows ask of the logits besides; ``allowed`` changes from step to step where a grammar says what may
+    come.
 
     Attributes:
         typical_p: [B] float32, see ``sampling.Filters``.
@@ -115,7 +119,8 @@ class Shaping(NamedTuple):
         prompt_len: [B] int32, where the output begins.
         first_stop: [B] int32, the length from which on a stop token may be chosen.
         bias_ids, bias: [B, 300] int32 and float32, added to these tokens' logits; zeros fill up.
-        bad_words: [B, n, m] int32, token sequences at the end of each line; -1 before them, and in all of an unused line.
+        bad_words: [B, n, m] int32, token sequences at the end of each line; -1 before them, and in all of an unused
+            line.
         in_prompt: [B, W] int32, bits of the tokens in the prompt.
         allowed: [B, W] int32, bits of the tokens that may come next.
     """

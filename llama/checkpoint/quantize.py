@@ -1,7 +1,7 @@
 """Weight-only int8: each output channel of a linear layer is whole numbers from -127 to 127 times one float32 scale.
 
-Symmetric and without calibration, so that it can be computed while a checkpoint streams by; the activations stay as they are. (The
-scheme is LLM.int8()'s row-wise absmax, Dettmers et al. 2022, applied to weights.)
+Symmetric and without calibration, so that it can be computed while a checkpoint streams by; the activations stay as
+they are. (The scheme is LLM.int8()'s row-wise absmax, Dettmers et al. 2022, applied to weights.)
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight: [out, in], floating point, finite.
 
     Returns:
-        [out, in] int8, and the scales [out] float32: ``weight`` is about ``int8 * scale``, off by half a scale at most. A row of
-        zeros has scale 1.
+        [out, in] int8, and the scales [out] float32: ``weight`` is about ``int8 * scale``, off by half a scale at most.
+        A row of zeros has scale 1.
     """
     numbers = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0])

@@ -1,6 +1,7 @@
 """Which compiled programs a configuration can meet, and which ones a batch of requests runs, in what order.
 
-Pure integers and names, no tensor: the engine runs what stands here, and warm-up compiles it. That both ask the same functions is
+Pure integers and names, no tensor: the engine runs what stands here, and warm-up compiles it. That both ask the same
+    functions is
 what makes "nothing compiles after warm-up" hold.
 """
 
@@ -8,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama import buckets
-from llama.buckets import Chunk
+from llama.compiled.steps import CHOOSING, IN_DECODE_STEP, Head, ProgramKey
 from llama.config import EngineConfig
-from llama.request import Request
-from llama.steps import CHOOSING, IN_DECODE_STEP, Head, ProgramKey
+from llama.engine import chunks as buckets
+from llama.engine.chunks import Chunk
+from llama.engine.request import Request
 
-LONGEST_SCORED = 64  # tokens of a chunk whose positions all go through the vocabulary head: their logits are length x vocabulary
+LONGEST_SCORED = (
+    64  # tokens of a chunk whose positions all go through the vocabulary head: their logits are length x vocabulary
+)
 FAN_OUT = ProgramKey(0, 0, "fan_out")
 
 
@@ -36,7 +39,11 @@ def keys_for(requests: Sequence[Request], config: EngineConfig, cached: int = 0)
     head = head_for(requests)
     if runs_by_row(requests, config, cached):
         groups = rows_by_prompt(requests)
-        keys = [key for rows in groups.values() for _, key in prefill_runs([requests[i] for i in rows], config, 0, None, one_row=True)]
+        keys = [
+            key
+            for rows in groups.values()
+            for _, key in prefill_runs([requests[i] for i in rows], config, 0, None, one_row=True)
+        ]
         keys += [FAN_OUT, ProgramKey(0, 0, head)]
     else:
         keys = [key for _, key in prefill_runs(requests, config, cached, head)]
@@ -52,7 +59,8 @@ def keys_for(requests: Sequence[Request], config: EngineConfig, cached: int = 0)
 def prefill_runs(
     requests: Sequence[Request], config: EngineConfig, cached: int, head: Head | None, *, one_row: bool = False
 ) -> list[tuple[Chunk | None, ProgramKey]]:
-    """What runs, in order, for the requests' prefill: a chunk's programs, and behind the last chunk the head alone (no chunk).
+    """What runs, in order, for the requests' prefill: a chunk's programs, and behind the last chunk the head alone (no
+    chunk).
 
     Args:
         head: chooses the first token; None for no head.
@@ -71,7 +79,9 @@ def prefill_runs(
 
 
 def runs_by_row(requests: Sequence[Request], config: EngineConfig, cached: int) -> bool:
-    """Whether each prompt is prefilled by itself: once for all its samples, or for what is to be known of its tokens."""
+    """Whether each prompt is prefilled by itself: once for all its samples, or for what is to be known of its
+    tokens.
+    """
     if config.max_batch_size == 1 or cached:
         return False
     shares = any(r.params.samples > 1 for r in requests) and len(rows_by_prompt(requests)) < len(requests)
@@ -87,7 +97,9 @@ def rows_by_prompt(requests: Sequence[Request]) -> dict[tuple[int, ...], list[in
 
 
 def head_for(requests: Sequence[Request]) -> Head:
-    """The cheapest head that serves all rows; one row that needs more brings it in for the batch, where the others ask nothing of it."""
+    """The cheapest head that serves all rows; one row that needs more brings it in for the batch, where the others ask
+    nothing of it.
+    """
     return max((_head_of(r) for r in requests), key=CHOOSING.index, default="greedy")
 
 

@@ -1,4 +1,5 @@
-"""What XLA made of the programs: a summary of the optimised HLO that a dump directory holds. Text in, text out; it knows no device.
+"""What XLA made of the programs: a summary of the optimised HLO that a dump directory holds. Text in, text out; it
+knows no device.
 
 ``--xla_dump_to`` writes a file for each program and stage; the one called ``after_optimizations`` is what runs.
 """
@@ -55,7 +56,9 @@ def summarise(path: Path) -> ProgramSummary:
         if "dynamic-update-slice" not in line.partition("=")[0]:  # in place: it writes its update only
             written[found[3]] += size
     aliases = len(re.findall(r"-alias\)", header))
-    return ProgramSummary(path.name, operations, written["copy"], aliases, written.most_common(SHOWN), scratch_bytes(path))
+    return ProgramSummary(
+        path.name, operations, written["copy"], aliases, written.most_common(SHOWN), scratch_bytes(path)
+    )
 
 
 def scratch_bytes(path: Path) -> int:
@@ -63,7 +66,10 @@ def scratch_bytes(path: Path) -> int:
     buffers = path.with_name(path.name.replace(".txt", "-buffer-assignment.txt"))
     if not buffers.exists():
         return 0
-    return sum(int(size) for size in re.findall(r"^allocation \d+: size (\d+), preallocated-temp", buffers.read_text("utf-8"), re.M))
+    return sum(
+        int(size)
+        for size in re.findall(r"^allocation \d+: size (\d+), preallocated-temp", buffers.read_text("utf-8"), re.M)
+    )
 
 
 def report(directory: Path) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """Fusions that XLA does not form by itself, handed to it ready-made.
 
 XLA's builder has no word for a fusion, but a computation may be given as a serialised HLO module (``HloModuleProto`` of
-xla/service/hlo.proto), and fusions in it pass through the compiler as they are. The few messages needed are written here in
-protobuf's wire format: torch_xla ships none of their Python classes. Their field numbers are fixed for good by protobuf's rules.
+xla/service/hlo.proto), and fusions in it pass through the compiler as they are. The few messages needed are written
+here in protobuf's wire format: torch_xla ships none of their Python classes. Their field numbers are fixed for good by
+protobuf's rules.
 
-XLA's layout assignment forgets the layouts inside a fusion except of its parameters and its result, so a fusion's operation takes
+XLA's layout assignment forgets the layouts inside a fusion except of its parameters and its result, so a fusion's
+operation takes
 parameters only: no conversion and no slice in between.
 """
 
@@ -26,8 +28,8 @@ def product(weight: tuple[int, int], x: tuple[int, int], *, onednn: bool) -> Any
     Args:
         weight: its shape, [out, in].
         x: the other operand's shape: [n, in], but for oneDNN, which knows no other order, [in, n].
-        onednn: whether oneDNN runs it. Else it becomes one loop over the result's elements in their order: x is read anew for each
-            row of the weight, from the cache if it is small.
+        onednn: whether oneDNN runs it. Else it becomes one loop over the result's elements in their order: x is read
+            anew for each row of the weight, from the cache if it is small.
 
     Returns:
         What ``Op.call`` of torch_xla's builder takes.
@@ -69,7 +71,9 @@ def instruction(number_of: int, opcode: str, result: bytes, operands: Sequence[i
     return name + nested(3, result) + number(35, number_of) + packed(36, operands) + more
 
 
-def computation(number_of: int, instructions: Sequence[bytes], parameters: Sequence[bytes], result: bytes, root: int) -> bytes:
+def computation(
+    number_of: int, instructions: Sequence[bytes], parameters: Sequence[bytes], result: bytes, root: int
+) -> bytes:
     """``HloComputationProto``; XLA numbers computations and their instructions through together."""
     body = nested(1, f"computation.{number_of}".encode()) + b"".join(nested(2, each) for each in instructions)
     return body + nested(4, signature(parameters, result)) + number(5, number_of) + number(6, root)

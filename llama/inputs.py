@@ -24,7 +24,9 @@ def encode_prompt(tokenizer: Tokenizer, index: int, prompt: Prompt, vocab_size: 
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(f"prompt {index} is not valid Unicode: character {error.start} cannot be written as UTF-8") from error
+            raise PromptError(
+                f"prompt {index} is not valid Unicode: character {error.start} cannot be written as UTF-8"
+            ) from error
         return tuple(tokenizer.encode(prompt))
     foreign = [i for i in prompt if not 0 <= i < vocab_size]
     if foreign or not prompt:

@@ -1,8 +1,8 @@
 """What is known about a token: its log-probability, its rank, and the likeliest ones beside it.
 
-OpenAI's semantics: the log-softmax of the raw logits, before temperature, penalties, bias and filters, so that a log-probability
-says what the model holds of a token and not how it was drawn. ``describe`` runs inside the compiled programs that were asked for
-it; ``TokenLogprob`` is what the host makes of its numbers.
+OpenAI's semantics: the log-softmax of the raw logits, before temperature, penalties, bias and filters, so that a
+log-probability says what the model holds of a token and not how it was drawn. ``describe`` runs inside the compiled
+programs that were asked for it; ``TokenLogprob`` is what the host makes of its numbers.
 
 Shapes: N positions, V vocabulary.
 """
@@ -32,9 +32,9 @@ def describe(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         ids: [N] int32, the token.
 
     Returns:
-        [N, WIDTH] float32: the token's log-probability; its rank, 1 and as many as are likelier; the log-probabilities of the
-        likeliest tokens, in order, the lowest id first among equals; and their ids, which float32 holds exactly up to 2**24.
-        A vocabulary of fewer tokens than MAX_LOGPROBS is filled up with -inf and id 0.
+        [N, WIDTH] float32: the token's log-probability; its rank, 1 and as many as are likelier; the log-probabilities
+        of the likeliest tokens, in order, the lowest id first among equals; and their ids, which float32 holds exactly
+        up to 2**24. A vocabulary of fewer tokens than MAX_LOGPROBS is filled up with -inf and id 0.
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
     own = logits.gather(1, ids.long().unsqueeze(-1))  # [N, 1]
@@ -98,9 +98,15 @@ def read(described: np.ndarray, token_ids: Sequence[int], top: int, tokenizer: T
     found = []
     for token_id, numbers in zip(token_ids, described.tolist(), strict=True):
         likeliest, ids = numbers[2 : 2 + MAX_LOGPROBS], numbers[2 + MAX_LOGPROBS :]
-        alternatives = [_named(int(i), value, tokenizer) for i, value in zip(ids[:top], likeliest[:top], strict=True) if value > -np.inf]
+        alternatives = [
+            _named(int(i), value, tokenizer)
+            for i, value in zip(ids[:top], likeliest[:top], strict=True)
+            if value > -np.inf
+        ]
         own = _named(token_id, numbers[0], tokenizer)
-        found.append(TokenLogprob(own.token_id, own.token, own.bytes, own.logprob, int(numbers[1]), tuple(alternatives)))
+        found.append(
+            TokenLogprob(own.token_id, own.token, own.bytes, own.logprob, int(numbers[1]), tuple(alternatives))
+        )
     return found
 
 

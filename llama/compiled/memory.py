@@ -1,7 +1,7 @@
 """What a model will need on the device, before any weight is read: weights, cache, the largest chunk's activations.
 
-Pure arithmetic over shapes, so that a configuration that cannot fit is refused in a moment, with one that does, and not by the
-operating system after minutes of loading.
+Pure arithmetic over shapes, so that a configuration that cannot fit is refused in a moment, with one that does, and not
+by the operating system after minutes of loading.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from math import prod
 
 import torch
 
+from llama.compiled.cache import cache_shape
+from llama.compiled.model import Linear, Transformer
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError
-from llama.kv_cache import cache_shape
-from llama.model import Linear, Transformer
 
 GIB = 2**30
 
@@ -27,8 +27,8 @@ class MemoryPlan:
     Attributes:
         weights: in their storage dtype.
         cache: keys and values of every row and position.
-        activations: an upper estimate for the largest chunk: the stream, queries, keys, the feed-forward layer's two inputs, the
-            scores before and after the softmax, and the logits.
+        activations: an upper estimate for the largest chunk: the stream, queries, keys, the feed-forward layer's two
+            inputs, the scores before and after the softmax, and the logits.
         available: what the device has free; None where it does not say.
     """
 
@@ -58,7 +58,8 @@ def gib(count: int) -> str:
 
 
 def dtypes_for(config: EngineConfig, *, on_cpu: bool, int8_stored: bool) -> tuple[torch.dtype, torch.dtype]:
-    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16 arithmetic is slow.
+    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16 arithmetic
+    is slow.
 
     Args:
         on_cpu: the device is the CPU device.
@@ -72,13 +73,20 @@ def dtypes_for(config: EngineConfig, *, on_cpu: bool, int8_stored: bool) -> tupl
             f"dtype: got {config.dtype}, but the checkpoint's weights are int8 already; leave --dtype out, or take the original"
         )
     wide = torch.float32 if on_cpu else torch.bfloat16
-    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "auto": torch.int8 if int8_stored else wide}
+    chosen = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "int8": torch.int8,
+        "auto": torch.int8 if int8_stored else wide,
+    }
     storage = chosen[config.dtype]
     return storage, wide if on_cpu or storage == torch.int8 else storage
 
 
 def weight_bytes(args: ModelArgs, storage: torch.dtype) -> int:
-    """Bytes of a model's weights; under int8 those of the linear layers with their scales, the rest in float32 at most."""
+    """Bytes of a model's weights; under int8 those of the linear layers with their scales, the rest in float32 at
+    most.
+    """
     with torch.device("meta"):
         model = Transformer(args, 2)
     total = sum(p.numel() for p in model.parameters())
@@ -89,7 +97,9 @@ def weight_bytes(args: ModelArgs, storage: torch.dtype) -> int:
     return in_linear + 4 * sum(weight.shape[0] for weight in linear) + 4 * (total - in_linear)
 
 
-def plan_memory(args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None) -> MemoryPlan:
+def plan_memory(
+    args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None
+) -> MemoryPlan:
     """Count the bytes that a model of this shape needs under this configuration.
 
     Args:
@@ -107,12 +117,14 @@ def plan_memory(args: ModelArgs, config: EngineConfig, storage: torch.dtype, act
     return MemoryPlan(weight_bytes(args, storage), cache, activations, available)
 
 
-def check_fits(args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None) -> MemoryPlan:
+def check_fits(
+    args: ModelArgs, config: EngineConfig, storage: torch.dtype, activation: torch.dtype, available: int | None
+) -> MemoryPlan:
     """The plan, where it fits.
 
     Raises:
-        ConfigError: it does not; the message names the largest ``max_seq_len`` and the largest ``max_batch_size`` that would, each
-            with the other left as it is, or both where neither alone is enough.
+        ConfigError: it does not; the message names the largest ``max_seq_len`` and the largest ``max_batch_size`` that
+            would, each with the other left as it is, or both where neither alone is enough.
     """
 
     def fits(max_seq_len: int, max_batch_size: int) -> bool:

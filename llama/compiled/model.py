@@ -1,11 +1,14 @@
 """LLaMA's Transformer in Meta's names, for the whole family and every device: this file is never forked.
 
-Patched from meta-llama's ``model.py`` for static shapes: positions come as a tensor, a chunk's keys and values go through a cache
-view that writes in place, and nothing reads a tensor's value on the host. It knows no checkpoint format, no sampling and no text.
+Patched from meta-llama's ``model.py`` for static shapes: positions come as a tensor, a chunk's keys and values go
+through a cache view that writes in place, and nothing reads a tensor's value on the host. It knows no checkpoint
+format, no sampling and no text.
 
-Shapes: B batch rows, T chunk length, S keys read, H query heads, K key/value heads, G = H / K queries a key head, D head size.
+Shapes: B batch rows, T chunk length, S keys read, H query heads, K key/value heads, G = H / K queries a key head, D
+    head size.
 
-Sources: LLaMA (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and Sennrich 2019), rotary
+Sources: LLaMA (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and Sennrich 2019),
+    rotary
 embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary scaling (llama-models).
 """
 
@@ -17,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llama.compiled.cache import CacheView
 from llama.config import ModelArgs, RopeScaling
-from llama.kv_cache import CacheView
-from llama.ops import attention_scores, linear
+from llama.xla.linear import attention_scores, linear
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
@@ -115,8 +118,12 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, self.kv_heads * self.head_dim)
         self.wo = Linear(self.n_heads * self.head_dim, args.dim)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, layer: int, cache: CacheView | None) -> torch.Tensor:
-        """Attend from each position of ``x`` [B, T, dim] to all positions up to its own; ``positions`` [B, T], ``rotary`` [B, T, D]."""
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, layer: int, cache: CacheView | None
+    ) -> torch.Tensor:
+        """Attend from each position of ``x`` [B, T, dim] to all positions up to its own; ``positions`` [B, T],
+        ``rotary`` [B, T, D].
+        """
         bsz, seqlen, _ = x.shape
         cos, sin = rotary.unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, D / 2]
         xq = apply_rotary(self.wq(x).view(bsz, seqlen, self.n_heads, self.head_dim), cos, sin)
@@ -128,7 +135,9 @@ class Attention(nn.Module):
         out: torch.Tensor = self.wo(self._attend(xq, keys, values, positions))
         return out
 
-    def _attend(self, xq: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, xq: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         bsz, seqlen = positions.shape
         group = self.n_heads // self.kv_heads
         # head h reads key head h // G: put the G queries of a key head side by side in the time axis
@@ -169,14 +178,17 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, cache: CacheView | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, cache: CacheView | None
+    ) -> torch.Tensor:
         h = x + self.attention(self.attention_norm(x), positions, rotary, self.layer, cache)
         out: torch.Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
 
 
 class Transformer(nn.Module):
-    """The model without its cache: ``forward`` yields the residual stream, ``head`` the logits of the positions that are wanted.
+    """The model without its cache: ``forward`` yields the residual stream, ``head`` the logits of the positions that
+    are wanted.
 
     Args:
         args: the checkpoint's shape, ``vocab_size`` settled.
@@ -205,8 +217,8 @@ class Transformer(nn.Module):
         Args:
             ids: [B, T] int, token ids.
             positions: [B, T] int, the position of each in its row.
-            cache: the view that the layers write and read; without one the chunk attends to itself alone, which is how the model
-                is trained and how tests compute the whole sequence at once.
+            cache: the view that the layers write and read; without one the chunk attends to itself alone, which is how
+                the model is trained and how tests compute the whole sequence at once.
 
         Returns:
             [B, T, dim] in the activations' dtype, before the last norm.

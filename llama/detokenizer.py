@@ -1,7 +1,7 @@
 """A row's text while it grows: decoding, stop strings, what is known of its tokens, and the result at its end.
 
-Text is held back while it may be the beginning of a stop string. A stop string counts wherever it stands in the text, however its
-characters are spread over tokens; of several, the one that is complete first.
+Text is held back while it may be the beginning of a stop string. A stop string counts wherever it stands in the text,
+however its characters are spread over tokens; of several, the one that is complete first.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llama import logprobs
-from llama.batch import Details, FinishReason, Progress
-from llama.request import Request
-from llama.results import Generation, ProgramCount, Timing
+from llama.compiled import token_info as logprobs
+from llama.engine.batch import Details, FinishReason, Progress
+from llama.engine.request import Request
+from llama.outputs import Generation, ProgramCount, Timing
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -34,7 +34,9 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """Take text in; return what is certain to stand before any stop string. Nothing more comes once one is found."""
+        """Take text in; return what is certain to stand before any stop string. Nothing more comes once one is
+        found.
+        """
         if self.found is not None:
             return ""
         text = self._held + text
@@ -147,7 +149,9 @@ class RowText:
             timing=timing,
             programs=programs,
             logprobs=None if params.logprobs is None else self._read(own, self.token_ids),
-            prompt_logprobs=None if before is None or params.logprobs is None else [None, *self._read(before, self.request.prompt_ids[1:])],
+            prompt_logprobs=None
+            if before is None or params.logprobs is None
+            else [None, *self._read(before, self.request.prompt_ids[1:])],
             hidden_states=_joined("hidden", before, own) if params.hidden_states else None,
             logits=_joined("logits", before, own) if params.logits else None,
         )

@@ -1,0 +1,212 @@
+"""XLA operations that torch lacks, and how a linear layer is lowered.
+
+Shapes: B batch rows, T chunk length, L layers, K key/value heads, S cache positions, D head size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+LANES = 64  # partial reductions over a vocabulary that run side by side
+
+
+def materialised(x: torch.Tensor) -> torch.Tensor:
+    """x, computed once and written to memory before anything reads it."""
+    if x.device.type != "xla":
+        return x
+    written: torch.Tensor = _materialised_op()(x.reshape(1, -1))
+    return written.view(x.shape)
+
+
+@cache
+def _materialised_op() -> Any:
+    """The registered XLA operation behind ``materialised``.
+
+    A sliding maximum over each number and a padding of -inf, which changes nothing and which XLA:CPU fuses into no
+    reader of its result. (An optimisation barrier would say it plainly, but is taken away before the fusion.)
+    """
+    import torch_xla.core.xla_op_registry as registry
+
+    return registry.register("llama_materialised", written)
+
+
+def written(x: Any) -> Any:
+    """The builder's part of ``materialised``, for x [1, n]."""
+    import torch_xla.core.xla_builder as xb
+
+    least = xb.Op.scalar(x.builder(), float("-inf"), dtype=x.shape().dtype)
+    return x.reduce_window(least, lambda a, b: a.max(b), [2, 1], [1, 1], "same")
+
+
+@cache
+def _cache_write_op() -> Any:
+    """The registered XLA operation behind ``write_cache``; built on first use, so that importing this module starts
+    nothing.
+    """
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(kv_cache: Any, keys: Any, values: Any, starts: Any, layer: int) -> Any:
+        """One DynamicUpdateSlice per batch row and kind: XLA runs them in place where a scatter would be a loop.
+
+        Keys and values apart, although one slice could hold both: XLA:CPU fuses the joining into the update and then
+            takes 174
+        microseconds a layer for it instead of 10 (docs/log.md).
+        """
+        builder = kv_cache.builder()
+        int32 = starts.shape().dtype
+        zero = xb.Op.scalar(builder, 0, dtype=int32)
+        for kind, update in enumerate((keys, values)):
+            stacked = update.reshape([1, *update.shape().sizes])
+            place = xb.Op.scalar(builder, 2 * layer + kind, dtype=int32)
+            for row in range(update.shape().sizes[0]):
+                start = starts.slice([row], [row + 1]).reshape([])
+                corner = (place, xb.Op.scalar(builder, row, dtype=int32), zero, start, zero)
+                kv_cache = kv_cache.dynamic_update_slice(stacked.slice_in_dim(row, row + 1, 1), corner)
+        return kv_cache
+
+    return registry.register("llama_cache_write", lower)
+
+
+@cache
+def _float_bits_op() -> Any:
+    """The registered XLA operation behind ``float_bits``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    return registry.register("llama_float_bits", lambda x: x.bitcast(xb.Type.S32))
+
+
+def float_bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a float32 tensor as int32. torch's own ``view(dtype)`` would leave the device and cut the
+    graph.
+    """
+    if x.device.type != "xla":
+        return x.view(torch.int32)
+    bits: torch.Tensor = _float_bits_op()(x)
+    return bits
+
+
+def first_holding(keys: torch.Tensor, mass: torch.Tensor, wanted: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Which tokens are the first, in the order of their keys, that together hold the mass that is wanted.
+
+    The last key that belongs to them is the largest number below which less than that is held: it is built from its
+        highest bit on,
+    in 31 sums. A loop inside the program, which is not entered where no row asks: an unused filter costs nothing.
+
+    Args:
+        keys: [B, V] int32, at least 0.
+        mass: [B, V] float32, at least 0.
+        wanted: [B] float32, above 0. Where all tokens hold less, as sums of floats can, all are kept.
+        asked: [B] bool, the rows that ask.
+
+    Returns:
+        [B, V] bool; tokens of equal keys are kept or left together. All tokens of a row that does not ask.
+    """
+    lanes = in_lanes(keys, 2**31 - 1), in_lanes(mass, 0.0)
+    first_bit = torch.where(asked.any(), 1 << 30, 0).to(torch.int32)
+    find = _last_key_op() if keys.device.type == "xla" else _last_key
+    last: torch.Tensor = find(*lanes, wanted, first_bit)
+    return (keys <= last.unsqueeze(-1)) | ~asked.unsqueeze(-1)
+
+
+def _last_key(keys: torch.Tensor, mass: torch.Tensor, wanted: torch.Tensor, first_bit: torch.Tensor) -> torch.Tensor:
+    """The last key of ``first_holding``, [B] int32; keys and mass [B, V / lanes, lanes]."""
+    last, bit = torch.zeros_like(wanted, dtype=torch.int32), int(first_bit)
+    while bit:
+        below = torch.where(keys < (last + bit).view(-1, 1, 1), mass, 0.0).sum(dim=1).sum(dim=-1)
+        last = torch.where(below < wanted, last + bit, last)
+        bit //= 2
+    return last
+
+
+@cache
+def _last_key_op() -> Any:
+    """The registered XLA operation that is ``_last_key`` on the device."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(keys: Any, mass: Any, wanted: Any, first_bit: Any) -> Any:
+        builder, sizes = keys.builder(), list(keys.shape().sizes)
+        none = xb.Op.scalar(builder, 0, dtype=xb.Type.S32).broadcast(sizes[:1])
+
+        def more(bit: Any, last: Any, keys: Any, mass: Any, wanted: Any) -> Any:
+            return bit > xb.Op.scalar(bit.builder(), 0, dtype=xb.Type.S32)
+
+        def one_bit(bit: Any, last: Any, keys: Any, mass: Any, wanted: Any) -> Any:
+            zero = xb.Op.scalar(bit.builder(), 0.0, dtype=mass.shape().dtype)
+            candidate = last + bit.broadcast(sizes[:1])
+            is_below = keys < candidate.broadcast_in_dim(sizes, [0])
+            below = is_below.select(mass, zero.broadcast(sizes)).reduce(zero, _add, [1]).reduce(zero, _add, [1])
+            half = bit / xb.Op.scalar(bit.builder(), 2, dtype=xb.Type.S32)
+            return xb.Op.tuple([half, (below < wanted).select(candidate, last), keys, mass, wanted])
+
+        return xb.Op.mkwhile([first_bit, none, keys, mass, wanted], more, one_bit).get_tuple_element(1)
+
+    return registry.register("llama_last_key", lower)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return a + b
+
+
+def in_lanes(x: torch.Tensor, fill: float) -> torch.Tensor:
+    """Fold [B, V] into [B, V / lanes, lanes], padded with ``fill``, for a reduction over the slow axis first.
+
+    XLA:CPU vectorises a reduction over the slow axis, not one over the fast.
+    """
+    padded = F.pad(x, (0, -x.shape[-1] % LANES), value=fill)
+    return padded.view(x.shape[0], -1, LANES)
+
+
+@cache
+def _rotate_left_op() -> Any:
+    """The registered XLA operation behind ``rotate_left``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(x: Any, distance: int) -> Any:
+        word, builder = x.cast(xb.Type.U32), x.builder()
+        high = word << xb.Op.scalar(builder, distance, dtype=xb.Type.U32)
+        low = word / xb.Op.scalar(
+            builder, 1 << (32 - distance), dtype=xb.Type.U32
+        )  # the builder names no right shift; LLVM finds it
+        return (high | low).cast(xb.Type.S32)
+
+    return registry.register("llama_rotate_left", lower)
+
+
+def rotate_left(x: torch.Tensor, distance: int) -> torch.Tensor:
+    """Rotate the 32-bit words of an int32 tensor left by ``distance``, 1 to 31.
+
+    An operation of its own because torch_xla 2.9 lowers ``>>`` of integers to a division that rounds towards zero:
+    wrong for every negative word that is not a multiple.
+    """
+    if x.device.type != "xla":
+        return (x << distance) | ((x >> (32 - distance)) & ((1 << distance) - 1))
+    rotated: torch.Tensor = _rotate_left_op()(x, distance=distance)
+    return rotated
+
+
+def write_cache(
+    kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, layer: int
+) -> torch.Tensor:
+    """Write one layer's new keys and values into the stacked cache, each row at its own position.
+
+    Args:
+        kv_cache: [2 L, B, K, S, D], the keys of layer l at 2 l and its values at 2 l + 1.
+        keys, values: [B, K, T, D] in the cache's dtype.
+        starts: [B] int32, the first position of each row. The caller keeps ``starts + T <= S``: XLA clamps a start that
+            does not fit and would overwrite the last positions without a word.
+        layer: l.
+
+    Returns:
+        The cache with the update in it: use it and forget the argument. In place where the argument is donated to the
+            program.
+    """
+    result: torch.Tensor = _cache_write_op()(kv_cache, keys, values, starts, layer=layer)
+    return result

@@ -1,0 +1,105 @@
+"""A function becomes a program on the device.
+
+A **program** is one compiled XLA executable for one set of shapes. ``compile_program`` traces a function once by lazy
+tensors, asks XLA to compile the graph, and keeps the graph's hash. Each later call hands the hash and the inputs to
+torch_xla and neither traces nor guards anything. torch.compile's ``openxla`` backend reaches the same executable
+through dynamo, at three seconds of tracing a program instead of a few hundredths (docs/log.md, 2026-11-20).
+
+Written against torch_xla 2.9.0, pinned in setup.py: the calls into ``_XLAC`` are those that its own dynamo bridge
+makes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from llama.errors import LLaMAError
+from llama.xla.backend import MALLOC_FOR_RUNS, device_kind, set_malloc
+from llama.xla.counters import counters, fallback_ops
+
+TensorFn = Callable[..., tuple[torch.Tensor, ...]]
+
+
+class UnsupportedOpError(LLaMAError):
+    """A traced function used an operation that XLA lacks: torch_xla would run it on the host now and bake its result in
+    for ever.
+    """
+
+    def __init__(self, program: str, fallbacks: list[str]) -> None:
+        super().__init__(
+            f"program {program}: XLA has no {', '.join(fallbacks)}; write it with operations that stay on the device (llama/ops.py)"
+        )
+
+
+class Program:
+    """One compiled executable; call it with device tensors of the shapes that it was compiled for.
+
+    The inputs named in ``donated`` give their memory to the outputs: the tensors passed there are dead after the call.
+    """
+
+    def __init__(
+        self, name: str, graph_hash: object, inputs: list[torch.Tensor | int], passed_through: dict[int, int]
+    ) -> None:
+        self.name = name
+        self._graph_hash = graph_hash
+        self._inputs = inputs  # per graph input: the index of an argument, or the tensor itself (weights, constants)
+        self._passed_through = passed_through  # index of an output that is an argument unchanged: index of the argument
+
+    def __call__(self, *args: torch.Tensor) -> list[torch.Tensor]:
+        """Run it on ``args``; the outputs are device tensors that may still be being computed. Host sync: no."""
+        import torch_xla
+
+        counters.runs += 1
+        inputs = [args[i] if isinstance(i, int) else i for i in self._inputs]
+        outputs: list[torch.Tensor] = torch_xla._XLAC._run_cached_graph(self._graph_hash, inputs)
+        for place, arg in self._passed_through.items():
+            outputs.insert(place, args[arg])
+        return outputs
+
+
+def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donated: Sequence[int] = ()) -> Program:
+    """Trace ``fn`` once on ``args`` and compile the graph; nothing is run and ``args`` keep their values.
+
+    Args:
+        name: how errors and logs call the program.
+        fn: takes device tensors, returns a tuple of tensors, mutates nothing. Tensors that it closes over (weights)
+            become inputs of the program; they are neither copied nor folded into it.
+        args: device tensors, materialised, of the shapes and dtypes that every later call will pass.
+        donated: indices of ``args`` whose memory an output of the same size takes over.
+
+    Compiles: once per call; the caller keeps the result.
+    """
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+    from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
+
+    if device_kind() == "CPU":
+        set_malloc(MALLOC_FOR_RUNS)
+    xlac = torch_xla._XLAC
+    began = time.perf_counter()
+    known_fallbacks = fallback_ops()
+    torch_xla.sync()
+    xm.wait_device_ops()
+    index_of = {xlac._xla_get_tensor_id(arg): i for i, arg in enumerate(args)}
+    for i in donated:
+        xlac._set_buffer_donation(args[i], True)
+    traced = fn(*args)
+    fallbacks = fallback_ops() - known_fallbacks
+    if fallbacks:
+        raise UnsupportedOpError(name, sorted(fallbacks))
+    origins = [index_of.get(xlac._xla_get_tensor_id(output)) for output in traced]
+    computed = [output for output, origin in zip(traced, origins, strict=True) if origin is None]
+    ids, values = xlac._get_tensors_xla_device_data_node(computed)
+    inputs = [index_of.get(tensor_id, value) for tensor_id, value in zip(ids, values, strict=True)]
+    with alias_with_buffer_donor_config():
+        graph_hash = xlac._get_graph_hash(computed)
+        xlac._xla_warm_up_cache(computed, [])
+    for i in donated:
+        xlac._set_buffer_donation(args[i], False)
+    xlac._clear_pending_irs(str(torch_xla.device()))
+    counters.compiled += 1
+    counters.compile_s += time.perf_counter() - began
+    return Program(name, graph_hash, inputs, {i: origin for i, origin in enumerate(origins) if origin is not None})
