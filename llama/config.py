@@ -21,9 +21,17 @@ RopeKind = Literal["llama3", "linear"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "int8")
 Overflow = Literal["refuse", "drop"]
 OVERFLOWS: tuple[Overflow, ...] = ("refuse", "drop")
+Schedule = Literal["fcfs", "shortest"]
+SCHEDULES: tuple[Schedule, ...] = ("fcfs", "shortest")
+LONGEST_SCORED = (
+    64  # tokens of a chunk whose positions all go through the vocabulary head: logits are length x vocabulary
+)
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
+MAX_STOP_IDS = 16  # a request; more would widen a tensor of every program
+MAX_BAD_WORDS = 64  # a request, of two tokens and more
+MAX_BAD_WORD_LEN = 16  # tokens
 DEMO_DIR = Path(__file__).parent / "demo"
 DEMO_CONTEXT = 512  # positions that the demo model was trained for
 ROPE_KINDS: tuple[RopeKind, ...] = ("llama3", "linear")
@@ -284,22 +292,34 @@ class GenerationDefaults:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Every static shape of the compiled programs; nothing in here may differ from request to request.
+    """Every static shape of the compiled programs, and the rules by which requests share the slots.
 
     Attributes:
-        max_batch_size: rows of every program. Fewer prompts leave rows empty, more are run in several batches.
-        max_seq_len: positions of the cache: a prompt and its generated tokens together.
+        max_batch_size: slots: requests that run at once. Others wait until a slot is free.
+        max_seq_len: positions of a slot: a prompt and its generated tokens together.
         buckets: chunk lengths that a prompt is cut into, any order; 1 must be among them. Those longer than
             ``max_seq_len`` are dropped.
         bucket_policy: ``greedy`` covers a prompt exactly, ``pad`` may fill the last chunk up with padding to run fewer
             programs.
         key_buckets: how many leading cache positions a program may read; empty means doublings from 512 up to
             ``max_seq_len``.
+        widths: row counts that decode programs exist for; empty means powers of two up to ``max_batch_size``, which is
+            always one of them.
+        batch_invariant: a request's bits depend on nothing but the request itself: every decode step runs all slots
+            and reads all positions. By default neighbours may change them by rounding.
         dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and
             bfloat16 elsewhere. ``int8`` is for linear layers, one scale an output channel.
         fail_on_recompile: a program compiled after warm-up is an error.
-        read_every: the host reads finished tokens back once in so many decode steps (1 to 16). A batch whose rows have
-            all ended computes at most this many steps, and the one in flight, before the host learns of it.
+        read_every: the host reads generated tokens back once in so many decode steps (1 to 16). After a stop token at
+            most this many steps, and the one in flight, are computed before the host learns of it.
+        prefill_budget: prompt tokens that may run before the running requests get their next step. One chunk always
+            may, so that no prompt waits for ever.
+        schedule: which waiting request gets a free slot: ``fcfs``, the one that came first, or ``shortest``, the one
+            with the shortest prompt; no request is passed over more than ``MOST_PASSED_OVER`` times.
+        max_waiting: requests that may wait; more are refused. 0 means any number.
+        collect_s: how long requests may be collected, while no other request runs, before the first of them starts, in
+            seconds.
+        collect_tokens: end the collection when the waiting prompts hold so many tokens. 0 means any number.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -313,6 +333,13 @@ class EngineConfig:
     dtype: DType = "auto"
     fail_on_recompile: bool = False
     read_every: int = 8
+    widths: tuple[int, ...] = field(default=())
+    batch_invariant: bool = False
+    prefill_budget: int = 512
+    schedule: Schedule = "fcfs"
+    max_waiting: int = 0
+    collect_s: float = 0.0
+    collect_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
@@ -323,20 +350,44 @@ class EngineConfig:
             )
         if 1 not in self.buckets or any(b < 1 for b in self.buckets):
             raise ConfigError(f"buckets: got {list(self.buckets)}, expected positive chunk lengths with 1 among them")
-        if self.bucket_policy not in BUCKET_POLICIES:
-            raise ConfigError(
-                f"bucket_policy: got {self.bucket_policy!r}, expected one of {', '.join(BUCKET_POLICIES)}"
-            )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        for name, allowed in (("bucket_policy", BUCKET_POLICIES), ("dtype", DTYPES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if not 1 <= self.read_every <= 16:
             raise ConfigError(f"read_every: got {self.read_every}, expected 1 to 16")
         if any(k < 1 for k in self.key_buckets):
             raise ConfigError(f"key_buckets: got {list(self.key_buckets)}, expected positive lengths")
-        object.__setattr__(
-            self, "buckets", tuple(sorted({b for b in self.buckets if b <= self.max_seq_len}, reverse=True))
-        )
+        if any(not 1 <= w <= self.max_batch_size for w in self.widths):
+            raise ConfigError(f"widths: got {list(self.widths)}, expected 1 to max_batch_size={self.max_batch_size}")
+        if self.prefill_budget < 1:
+            raise ConfigError(f"prefill_budget: got {self.prefill_budget}, expected at least 1")
+        for name in ("max_waiting", "collect_s", "collect_tokens"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        buckets = sorted({b for b in self.buckets if b <= self.max_seq_len}, reverse=True)
+        object.__setattr__(self, "buckets", tuple(buckets))
         object.__setattr__(self, "key_buckets", self._complete_key_buckets())
+        object.__setattr__(self, "widths", self._complete_widths())
+
+    @property
+    def shortest_chunk(self) -> int:
+        """The shortest chunk of more than one token that may be padded at the end of a prompt; 1 where there is none."""
+        return min((b for b in self.buckets if 1 < b <= LONGEST_SCORED), default=1)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the cache and of the tokens: ``max_seq_len``, and room for the padding of a last chunk.
+
+        XLA clamps a write that does not fit, and would overwrite the last positions.
+        """
+        return self.max_seq_len + self.shortest_chunk - 1
+
+    def _complete_widths(self) -> tuple[int, ...]:
+        """Ascending widths; all slots are one of them, and under ``batch_invariant`` the only one."""
+        if self.batch_invariant:
+            return (self.max_batch_size,)
+        chosen = set(self.widths) or {2**n for n in range(self.max_batch_size.bit_length())}
+        return tuple(sorted(chosen | {self.max_batch_size}))
 
     def _complete_key_buckets(self) -> tuple[int, ...]:
         """Ascending key buckets below max_seq_len, and max_seq_len itself, so that every position falls into one."""
@@ -347,3 +398,8 @@ class EngineConfig:
                 chosen.add(size)
                 size *= 2
         return (*sorted(k for k in chosen if k < self.max_seq_len), self.max_seq_len)
+
+
+def word_count(vocab_size: int) -> int:
+    """Words of 32 bits that hold one bit per token."""
+    return -(-vocab_size // 32)

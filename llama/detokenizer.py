@@ -1,19 +1,14 @@
-"""A row's text while it grows: decoding, stop strings, what is known of its tokens, and the result at its end.
+"""A growing text: ids become characters as they come, and a stop string is found wherever it stands.
 
-Text is held back while it may be the beginning of a stop string. A stop string counts wherever it stands in the text,
-however its characters are spread over tokens; of several, the one that is complete first.
+Text is held back while it may be the beginning of a stop string. A stop string counts however its characters are spread
+over tokens; of several, the one that is complete first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from llama.compiled import token_info as logprobs
-from llama.engine.batch import Details, FinishReason, Progress
-from llama.engine.request import Request
-from llama.outputs import Generation, ProgramCount, Timing
+from llama.sampling_params import SamplingParams
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -60,109 +55,46 @@ class StopStrings:
         return held
 
 
-class RowText:
-    """One row's text.
+class Detokenizer:
+    """The text of one generation; see ``engine.sequence.Text``.
 
     Args:
-        index: the prompt's place in its call.
-        sample: which of the prompt's samples.
-        prompt: its text.
-        request: what the row runs.
-        tokenizer: what ids mean.
-
-    Attributes:
-        finish_reason: why it ended; None while it goes on.
-        token_ids: what was generated so far.
-        prompt_details: what is known of the prompt's tokens from the second on, where it was asked for.
+        tokenizer: what the ids mean.
+        prompt_ids: what stands before the generation.
+        params: stop strings, and what becomes of them. Under a grammar the first token counts with its leading space.
     """
 
-    def __init__(self, index: int, sample: int, prompt: str, request: Request, tokenizer: Tokenizer) -> None:
-        self.index, self.sample, self.prompt, self.request = index, sample, prompt, request
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer, request.prompt_ids, at_start=request.constraint is None)
-        self._stops = StopStrings(request.params.stop, request.params.include_stop)
-        self._stop_reason: str | int | None = None
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self._decoder = StreamDecoder(tokenizer, prompt_ids, at_start=not params.is_constrained)
+        self._stops = StopStrings(params.stop, params.include_stop)
         self._parts: list[str] = []
-        self._details: list[Details] = []
-        self.prompt_details: Details | None = None
-
-    def push(self, progress: Progress) -> str:
-        """Take in what became known of the row; return the text that it made certain.
-
-        A stop string ends the row here, behind the token that completed it; what else the progress holds is dropped.
-        """
-        taken, before = [], len(self.token_ids)
-        chosen = list(progress.new_ids)
-        if progress.stop_id is not None and self.request.params.include_stop:
-            chosen.append(progress.stop_id)
-        for token_id in chosen:
-            self.token_ids.append(token_id)
-            text = self._decoder.push([token_id])
-            taken.append(text if len(self.token_ids) <= self.request.params.min_tokens else self._stops.push(text))
-            if self._stops.found is not None:
-                break
-        if progress.finish_reason is not None:
-            taken.append(self._stops.push(self._decoder.finish()) + self._stops.finish())
-        if self._stops.found is not None:
-            self.finish_reason, self._stop_reason = "stop", self._stops.found
-        else:
-            self.finish_reason, self._stop_reason = progress.finish_reason, progress.stop_id
-        self._keep_details(progress, len(self.token_ids) - before)
-        text = "".join(taken)
-        self._parts.append(text)
-        return text
-
-    def _keep_details(self, progress: Progress, count: int) -> None:
-        """Keep what is known of the first so many tokens, and of a stop token that is not among them."""
-        if progress.details is not None:
-            ended_by_token = progress.stop_id is not None and self._stops.found is None
-            self._details.append(progress.details if ended_by_token else progress.details.first(count))
-        if progress.prompt_details is not None:
-            self.prompt_details = progress.prompt_details
 
     @property
-    def mean_logprob(self) -> float:
-        """Of the tokens that were chosen, the stop token included."""
-        told = Details.joined(self._details).logprobs if self._details else None
-        return -np.inf if told is None else float(told[:, 0].mean())
+    def stop(self) -> str | None:
+        """The stop string that was found."""
+        return self._stops.found
 
-    def result(self, cached: int, timing: Timing, programs: ProgramCount) -> Generation:
-        """What became of the row, once it has ended."""
-        assert self.finish_reason is not None
-        params = self.request.params
-        assert params.seed is not None
-        own = Details.joined(self._details).first(len(self.token_ids)) if self._details else None
-        before = self.prompt_details
-        return Generation(
-            index=self.index,
-            sample=self.sample,
-            prompt=self.prompt,
-            generation="".join(self._parts),
-            token_ids=self.token_ids,
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
-            prompt_tokens=len(self.request.prompt_ids),
-            cached_tokens=cached,
-            seed=params.seed,
-            timing=timing,
-            programs=programs,
-            logprobs=None if params.logprobs is None else self._read(own, self.token_ids),
-            prompt_logprobs=None
-            if before is None or params.logprobs is None
-            else [None, *self._read(before, self.request.prompt_ids[1:])],
-            hidden_states=_joined("hidden", before, own) if params.hidden_states else None,
-            logits=_joined("logits", before, own) if params.logits else None,
-        )
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._parts)
 
-    def _read(self, details: Details | None, token_ids: Sequence[int]) -> list[logprobs.TokenLogprob]:
-        if details is None or details.logprobs is None:  # interrupted before the first token
-            return []
-        return logprobs.read(details.logprobs, token_ids, self.request.params.logprobs or 0, self._tokenizer)
+    def push(self, token_id: int, *, search: bool) -> str:
+        """Take a token; return the text that is certain now.
 
+        Args:
+            search: look for stop strings, also those that begin in text that is held back.
+        """
+        decoded = self._decoder.push([token_id])
+        return self._keep(self._stops.push(decoded) if search else decoded)
 
-def _joined(field: str, *parts: Details | None) -> np.ndarray | None:
-    """One field of the prompt's and the generation's details, one after the other; None where there are none."""
-    arrays = [array for part in parts if part is not None and (array := getattr(part, field)) is not None]
-    return np.concatenate(arrays) if arrays else None
+    def finish(self) -> str:
+        """Return the rest of the text; no more tokens come.
+
+        An incomplete character becomes U+FFFD, which is no stop string: nothing generated it.
+        """
+        return self._keep(self._stops.finish() + self._decoder.finish())
+
+    def _keep(self, text: str) -> str:
+        self._parts.append(text)
+        return text

@@ -9,6 +9,8 @@
     │   ├── PromptError        a prompt that cannot be served as asked
     │   └── ChatError          a dialog that no prompt can be made of, or a chat template that does not work
     ├── ProblemsFoundError     exit code 2: `inspect` found problems, which have been printed
+    ├── EngineError            exit code 1: the engine lost its state, and with it the requests that ran
+    ├── QueueFullError         exit code 1: more requests wait than may
     ├── RecompileError         exit code 3: a program was compiled after warm-up
     └── InterruptedRunError    exit code 130: Ctrl-C, after what had been generated was printed
 
@@ -57,6 +59,14 @@ class ChatError(UserError, ValueError):
 
 class ProblemsFoundError(UserError):
     """A checkpoint was looked at, and something stands in the way of using it."""
+
+
+class QueueFullError(LLaMAError):
+    """A request was not taken because ``max_waiting`` others wait already."""
+
+
+class EngineError(LLaMAError):
+    """The engine lost its state, for instance because the device failed; the requests that ran have ended."""
 
 
 class RecompileError(LLaMAError):

@@ -7,11 +7,10 @@ prompt with its typed result, and ``generate`` and ``stream`` are what most call
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,29 @@ from llama.chat import Dialog, choose_format
 from llama.compiled.memory import check_fits, dtypes_for
 from llama.compiled.model import Transformer
 from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs
-from llama.detokenizer import RowText
-from llama.engine.batch import BatchClock, Details
+from llama.engine.callers import Call, Callers
 from llama.engine.engine import Engine
-from llama.engine.programs import keys_for
-from llama.errors import ConfigError, TokenizerError
+from llama.engine.runner import XlaRunner
+from llama.engine.sequence import Sequence as Request
+from llama.errors import ConfigError, RecompileError, TokenizerError
 from llama.grammar import Grammars
-from llama.inputs import Prompt
-from llama.outputs import ChatPrediction, CompletionPrediction, Generation, Piece, ProgramCount, Timing, TokenList
-from llama.samples import Sample, make_samples
+from llama.inputs import Prompt, make_sequences
+from llama.outputs import (
+    ChatPrediction,
+    CompletionPrediction,
+    Generation,
+    Piece,
+    ProgramCount,
+    Timing,
+    TokenList,
+    Totals,
+    mean_logprob,
+    result_of,
+)
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.xla import backend
-from llama.xla.counters import counters
+from llama.xla.counters import counters, surprises
 
 log = logging.getLogger("llama")
 
@@ -58,6 +67,8 @@ class LLaMA:
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = engine.config
+        self.vocab_size = engine.runner.vocab_size
+        self._callers = Callers(engine)
         self.load_s = load_s
         self._grammars = Grammars(tokenizer)
 
@@ -115,7 +126,7 @@ class LLaMA:
         memory = check_fits(args, config, dtype, activation_dtype, backend.free_memory(device))
         log.debug("Memory: %s", memory)
         with torch.device("meta"):
-            model = Transformer(args, config.max_seq_len, activation_dtype)
+            model = Transformer(args, config.positions, activation_dtype)
         named = checkpoint.random_tensors(model, seed) if source is None else checkpoint.checked(source, allow_nan)
         with tqdm(
             total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
@@ -126,7 +137,8 @@ class LLaMA:
         load_s = time.perf_counter() - began
         log.info("Loaded in %.2f seconds", load_s)
         defaults = GenerationDefaults() if source is None else source.defaults
-        return cls(Engine(model, config, device, progress=progress), tokenizer, load_s, defaults, directory)
+        engine = Engine(config, XlaRunner(model, config, device, progress))
+        return cls(engine, tokenizer, load_s, defaults, directory)
 
     def warm_up(self) -> float:
         """Compile every program that any prompt and parameter can need, and say how many seconds it took.
@@ -134,7 +146,11 @@ class LLaMA:
         Afterwards nothing compiles, whatever comes. Without it, each call compiles what it needs and lacks before its
         clock starts.
         """
-        return self.engine.warm_up()
+        began = time.perf_counter()
+        with self._callers.exclusive() as engine:
+            engine.runner.stop_compiling = False
+            engine.runner.compile()
+        return time.perf_counter() - began
 
     def sampling(self, otherwise: SamplingParams | None = None, **given: Any) -> SamplingParams:
         """Sampling parameters: what is given, else what the checkpoint's generation_config.json wishes, else
@@ -165,7 +181,11 @@ class LLaMA:
 
         Safe from a signal handler or another thread.
         """
-        self.engine.interrupted = True
+        self._callers.interrupt()
+
+    def take_interrupt(self) -> bool:
+        """Whether ``interrupt`` was called and has ended nothing yet; the next call will not see it then."""
+        return self._callers.take_interrupt()
 
     def synthetic_prompt(self, length: int) -> list[int]:
         """BOS and ``length`` times one token, as pytorch-tpu/llama makes them for timings."""
@@ -334,99 +354,65 @@ class LLaMA:
                 only.
         """
         eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *stop_ids)))
-        vocab_size, room = self.engine.model.args.vocab_size, self.config.max_seq_len
-        samples = make_samples(prompts, params, self.tokenizer, eos_ids, vocab_size, room, self._grammars)
-        size = self.config.max_batch_size
-        batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-        compiled_before = counters.compiled
-        cached = [_shared(before, batch) for before, batch in itertools.pairwise([[], *batches])]
-        if reuse and len(batches) == 1:
-            cached = [self.engine.reusable([s.request for s in samples])]
-        keys = [
-            key
-            for batch, count in zip(batches, cached, strict=True)
-            for key in keys_for([s.request for s in batch], self.config, count)
-        ]
-        call = _Call(self.engine.warm_up(list(dict.fromkeys(keys))), compiled_before)
-        was_interrupted = False
-        try:
-            for batch, count in zip(batches, cached, strict=True):
-                # an interrupt during one batch ends those behind it before their first chunk, whatever of them is
-                # cached
-                for piece in self._run_batch(batch, call, 0 if was_interrupted else count):
-                    was_interrupted |= piece.result is not None and piece.result.finish_reason == "interrupted"
-                    yield piece
-        finally:
-            if was_interrupted:  # one that comes after the last step is the next call's
-                self.engine.interrupted = False
-
-    def _run_batch(self, samples: Sequence[Sample], call: _Call, cached: int) -> Iterator[Piece]:
-        """One batch through the engine; results come at the batch's end, when its times are known."""
-        clock = BatchClock()
-        rows = [RowText(s.prompt, s.number, self.prompt_text(s.text), s.request, self.tokenizer) for s in samples]
-        for progress in self.engine.run([s.request for s in samples], clock, cached):
-            row, sample = rows[progress.row], samples[progress.row]
-            text = row.push(progress)
-            if row.finish_reason is not None and progress.finish_reason is None:
-                self.engine.end_row(progress.row)
-            if text and not sample.request.params.is_ranked:
-                yield Piece(sample.prompt, sample.number, text, None)
-        lengths = [len(s.request.prompt_ids) for s in samples]
-        timing = _timing(clock, self.load_s, call.compile_s)
-        programs = ProgramCount(counters.compiled - call.compiled_before, clock.runs)
-        for row, sample in zip(rows, samples, strict=True):
-            yield from call.take(sample, row, cached, timing, programs)
-        steps = max(len(row.token_ids) for row in rows)
-        log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
-        log.info(
-            "Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, clock.prefill_s + clock.decode_s
+        vocab_size, room = self.vocab_size, self.config.max_seq_len
+        sequences = make_sequences(
+            prompts, params, self.tokenizer, eos_ids, vocab_size, room, self._grammars, reuse=reuse
         )
-
-
-@dataclass
-class _Call:
-    """What one call of ``pieces`` gathers over its batches.
-
-    Attributes:
-        compile_s: seconds that compiling took before the first batch.
-        compiled_before: programs that had been compiled before the call.
-    """
-
-    compile_s: float
-    compiled_before: int
-    _ranked: dict[int, list[tuple[float, Generation]]] = field(default_factory=dict)  # by prompt
-    _prompt_details: dict[int, Details | None] = field(
-        default_factory=dict
-    )  # of each prompt's first sample, which the others share
-
-    def take(
-        self, sample: Sample, row: RowText, cached: int, timing: Timing, programs: ProgramCount
-    ) -> Iterator[Piece]:
-        """Turn a row that has ended into its last piece; where the best of several are wanted, when the last one is
-        there.
-        """
-        row.prompt_details = self._prompt_details.setdefault(sample.prompt, row.prompt_details)
-        result, params = row.result(cached, timing, programs), sample.request.params
-        if not params.is_ranked:
-            yield Piece(sample.prompt, sample.number, "", result)
+        if not sequences:
             return
-        found = self._ranked.setdefault(sample.prompt, [])
-        found.append((row.mean_logprob, result))
-        if len(found) == params.samples:
-            best = sorted(found, key=lambda pair: -pair[0])[: params.n]
-            for place, (_, each) in enumerate(best):
-                yield Piece(sample.prompt, place, each.generation, None)
-                yield Piece(sample.prompt, place, "", replace(each, sample=place))
+        call, totals, ranking = Call(sequences), Totals(), _Ranking()
+        before = counters.compiled, counters.runs
+        surprised, left = surprises(), len(sequences)
+        for sequence, text, is_last in self._callers.run(call):
+            ranked = sequence.params.is_ranked
+            if text and not ranked:
+                yield Piece(sequence.index, sequence.sample, text, None)
+            if is_last:
+                left -= 1
+                if not left:
+                    self._end_call(sequences, totals, counters.runs - before[1], surprised)
+                timing = Timing.of(sequence, self.load_s, call.compile_s)
+                programs = ProgramCount(counters.compiled - before[0], sequence.runs)
+                prompt = self.prompt_text(prompts[sequence.index])
+                result = result_of(sequence, prompt, self.tokenizer, timing, programs, totals)
+                if ranked:
+                    yield from ranking.take(sequence, result)
+                else:
+                    yield Piece(sequence.index, sequence.sample, "", result)
+
+    def _end_call(self, sequences: Sequence[Request], totals: Totals, runs: int, surprised: int) -> None:
+        """Add up a call that has ended, and check that XLA has compiled nothing unasked."""
+        totals.add_up(sequences, runs)
+        lengths = [len(s.prompt_ids) for s in sequences]
+        steps = max(len(s.token_ids) for s in sequences)
+        log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
+        log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, totals.total_s)
+        surplus = surprises() - surprised if self.config.fail_on_recompile else 0
+        if surplus:
+            config = self.config
+            raise RecompileError(
+                f"XLA compiled {surplus} computations while warmed-up requests ran, outside the engine's programs; its "
+                f"shapes: batch {config.max_batch_size}, positions {config.max_seq_len}, "
+                f"buckets {list(config.buckets)}, key buckets {list(config.key_buckets)}"
+            )
 
 
-def _shared(before: Sequence[Sample], batch: Sequence[Sample]) -> int:
-    """How many leading tokens of every row the batch before leaves in the cache: more samples of the same prompts are
-    not run again.
-    """
-    pairs = list(zip(before, batch, strict=False))
-    if len(before) < len(batch) or any(a.prompt != b.prompt or b.request.params.prompt_logprobs for a, b in pairs):
-        return 0
-    return min(len(b.request.prompt_ids) for _, b in pairs) - 1
+class _Ranking:
+    """Results of prompts of which the best of several samples are returned."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, list[tuple[float, Generation]]] = {}  # by prompt
+
+    def take(self, sequence: Request, result: Generation) -> Iterator[Piece]:
+        """Keep a sample; yield the best ones when the prompt's last sample has come."""
+        found = self._found.setdefault(sequence.index, [])
+        found.append((mean_logprob(sequence), result))
+        if len(found) == sequence.params.samples:
+            # of equal ones the first sample: the order in which they ended depends on the batch
+            found.sort(key=lambda pair: (-pair[0], pair[1].sample))
+            for place, (_, each) in enumerate(found[: sequence.params.n]):
+                yield Piece(sequence.index, place, each.generation, None)
+                yield Piece(sequence.index, place, "", replace(each, sample=place))
 
 
 def _results(pieces: Iterable[Piece]) -> list[Generation]:
@@ -454,15 +440,3 @@ def _matched(
             "model; give the right one with --tokenizer_path"
         )
     return args
-
-
-def _timing(clock: BatchClock, load_s: float, compile_s: float) -> Timing:
-    return Timing(
-        load_s=load_s,
-        compile_s=compile_s,
-        ttft_s=clock.ttft_s,
-        prefill_s=clock.prefill_s,
-        decode_s=clock.decode_s,
-        prefill_tok_s=clock.prefilled / clock.prefill_s if clock.prefill_s else 0.0,
-        decode_tok_s=clock.decoded / clock.decode_s if clock.decode_s else 0.0,
-    )

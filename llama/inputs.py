@@ -1,13 +1,23 @@
-"""Prompts as ids, and whether they fit: everything about a prompt that can be refused before a weight is read."""
+"""Prompts and sampling parameters become sequences: everything that can be refused is refused here, before one runs.
+
+No tensor here: the command line checks prompts before torch is imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Sequence as Sequences
+from dataclasses import replace
 
-from llama.errors import PromptError
+from llama.config import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_STOP_IDS
+from llama.detokenizer import Detokenizer
+from llama.engine.sequence import Sequence
+from llama.errors import ConfigError, PromptError
+from llama.grammar import Grammars
+from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequences[int]
 
 
 def encode_prompt(tokenizer: Tokenizer, index: int, prompt: Prompt, vocab_size: int) -> tuple[int, ...]:
@@ -53,3 +63,97 @@ def check_fit(index: int, prompt_tokens: int, max_gen_len: int, max_seq_len: int
         f"prompt {index} does not fit: {prompt_tokens} prompt tokens + max_gen_len {max_gen_len} = {wanted} "
         f"positions, max_seq_len is {max_seq_len}; it takes {', or '.join(cures)}"
     )
+
+
+def make_sequences(
+    prompts: Sequences[Prompt],
+    params: Sequences[SamplingParams],
+    tokenizer: Tokenizer,
+    eos_ids: Sequences[int],
+    vocab_size: int,
+    max_seq_len: int,
+    grammars: Grammars,
+    *,
+    reuse: bool = False,
+) -> list[Sequence]:
+    """The sequences of a call, prompt by prompt and sample by sample.
+
+    Args:
+        prompts: texts or ids.
+        params: one per prompt.
+        tokenizer: the model's.
+        eos_ids: end every generation that does not ignore them.
+        vocab_size: rows of the embedding.
+        max_seq_len: positions of a slot.
+        grammars: of this tokenizer.
+        reuse: positions that a slot still holds need not be run again.
+
+    Raises:
+        PromptError: a prompt that cannot be read or does not fit.
+        ConfigError: parameters that do not fit the tokenizer, the vocabulary or each other.
+    """
+    if len(prompts) != len(params):
+        raise PromptError(f"got {len(prompts)} prompts and {len(params)} sampling parameters, expected one per prompt")
+    sequences: list[Sequence] = []
+    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        ids = encode_prompt(tokenizer, index, prompt, vocab_size)
+        check_fit(index, len(ids), wanted.max_gen_len, max_seq_len)
+        check_ids(wanted, vocab_size)
+        stop_ids = _stop_ids(wanted, eos_ids)
+        bad_words = _bad_words(wanted, tokenizer)
+        seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+        leader = None
+        for number in range(wanted.samples):
+            # the samples share the details of their prompt: the first one finds them
+            scored = wanted.prompt_logprobs and number == 0
+            own = replace(wanted, seed=(seed + number) % 2**63, prompt_logprobs=scored)
+            text = Detokenizer(tokenizer, ids, own)
+            grammar = grammars.start(own, tuple(eos_ids))
+            sequence = Sequence(ids, own, stop_ids, bad_words, grammar, text, index, number, leader, reuse)
+            leader = leader or sequence
+            sequences.append(sequence)
+    return sequences
+
+
+def check_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse token ids that the vocabulary does not have.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    for name, ids in params.token_ids().items():
+        foreign = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if foreign is not None:
+            raise ConfigError(f"{name}: got id {foreign}, expected 0 to {vocab_size - 1}, the model's vocabulary")
+
+
+def _stop_ids(params: SamplingParams, eos_ids: Sequences[int]) -> tuple[int, ...]:
+    stop_ids = tuple(dict.fromkeys((*(() if params.ignore_eos else eos_ids), *params.stop_token_ids)))
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise ConfigError(
+            f"stop ids: got {len(stop_ids)} ({', '.join(map(str, stop_ids))}), expected at most {MAX_STOP_IDS}"
+        )
+    if params.min_tokens and params.allowed_token_ids is not None and set(params.allowed_token_ids) <= set(stop_ids):
+        raise ConfigError("allowed_token_ids: got stop tokens only, of which min_tokens allows none at first")
+    return stop_ids
+
+
+def _bad_words(params: SamplingParams, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The ways to write each bad word: as it goes on in the middle of a text, and behind a space."""
+    found: list[tuple[int, ...]] = []
+    for word in params.bad_words:
+        if isinstance(word, str):
+            found += [tuple(tokenizer.encode_continuation(written)) for written in (word, " " + word.lstrip(" "))]
+        else:
+            found.append(word)
+    words = tuple(dict.fromkeys(found))
+    too_long = next((word for word in words if len(word) > MAX_BAD_WORD_LEN), None)
+    if too_long is not None:
+        raise ConfigError(
+            f"bad_words: got one of {len(too_long)} tokens, {tokenizer.decode(too_long)!r}, expected at most {MAX_BAD_WORD_LEN}"
+        )
+    if sum(len(word) > 1 for word in words) > MAX_BAD_WORDS:
+        raise ConfigError(
+            f"bad_words: got more than {MAX_BAD_WORDS} ways to write those of several tokens; a word counts with and without a space"
+        )
+    return words

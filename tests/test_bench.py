@@ -18,9 +18,8 @@ from commands import Run, finished, refused_at_once
 
 from llama.bench import kernels, report
 from llama.bench.peers import HuggingFaceRunner
-from llama.bench.workload import SHAPES, Times, Workload
+from llama.bench.workload import HEADS, SHAPES, Times, Workload
 from llama.compiled.model import Transformer
-from llama.compiled.steps import CHOOSING
 from llama.errors import ConfigError
 from llama.xla import reports as hlo
 
@@ -250,7 +249,7 @@ def test_ways_to_choose_a_token_side_by_side(run: Run) -> None:
     refused.
     """
     flags = ["--shape", "tiny", "-p", "8", "-n", "4", "-r", "1", "--vocab_size", "2000", "--batch", "2"]
-    wanted = [word for head in CHOOSING for word in ("--heads", head)]
+    wanted = [word for head in HEADS for word in ("--heads", head)]
     outcome = run("bench", *flags, *wanted)
     assert outcome.code == 0, outcome.err
     lines = re.findall(

@@ -55,7 +55,7 @@ def read(directory: Path) -> Tensors:
 
 def on_device(llm: LLaMA) -> Tensors:
     """The parameters as the device holds them, copied back."""
-    return {name: parameter.cpu() for name, parameter in llm.engine.model.named_parameters()}
+    return {name: parameter.cpu() for name, parameter in llm.engine.runner.model.named_parameters()}
 
 
 def edit_params(directory: Path, **changes: object) -> None:
@@ -152,7 +152,7 @@ def test_vocab_size_of_minus_one_takes_the_embeddings_rows(tiny_checkpoint: Path
         lambda t: t.update({n: torch.randn(rows, 64) for n in ("tok_embeddings.weight", "output.weight")}),
     )
     llm = build(tiny_checkpoint)
-    assert llm.engine.model.args.vocab_size == rows
+    assert llm.engine.runner.model.args.vocab_size == rows
     assert on_device(llm)["output.weight"].shape == (rows, 64)
 
 
@@ -165,7 +165,7 @@ def test_rope_freqs_are_ignored(tiny_checkpoint: Path, table: torch.Tensor) -> N
     edit_tensors(tiny_checkpoint, lambda t: t.update({"rope.freqs": table}))
     llm = build(tiny_checkpoint)
     assert "rope.freqs" not in on_device(llm)
-    assert torch.equal(llm.engine.model.rotary.cpu(), plain)
+    assert torch.equal(llm.engine.runner.model.rotary.cpu(), plain)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_scaled_rope_reaches_the_rotary_table(
     """LLaMA 3's ``use_scaled_rope`` becomes RopeScaling, and the device's table is the scaled one."""
     edit_params(tiny_checkpoint, rope_theta=500000.0, **changes)
     llm = build(tiny_checkpoint)
-    args = llm.engine.model.args
+    args = llm.engine.runner.model.args
     assert args.rope_scaling == scaling
     assert args.rope_theta == 500000.0
-    table = llm.engine.model.rotary.cpu()
+    table = llm.engine.runner.model.rotary.cpu()
     assert torch.equal(table, rotary_table(args, POSITIONS))
     unscaled = rotary_table(ModelArgs(**PARAMS, rope_theta=500000.0), POSITIONS)
     assert torch.equal(table, unscaled) == (scaling is None)

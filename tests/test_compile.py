@@ -20,24 +20,29 @@ from llama.xla.programs import UnsupportedOpError, compile_program
 DUMP = """
 import torch
 from llama import EngineConfig, LLaMA, ModelArgs
-from llama.compiled.steps import ProgramKey
+from llama.engine.programs import Program
 from llama.xla import programs, transfers
 from llama.xla.counters import counters, xla_compilations, fallback_ops
-import llama.engine, sys
 if {undonated}:
     compile_program = programs.compile_program
-    programs.compile_program = lambda name, fn, args, donated: compile_program(name, fn, args)
+    programs.compile_program = lambda name, fn, args, donated, **options: compile_program(name, fn, args, **options)
 args = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=320, multiple_of=32)
 config = EngineConfig(max_batch_size=2, max_seq_len=96, buckets=(8, 1), key_buckets=(32,))
 llm = LLaMA.build(tokenizer_path={tokenizer!r}, config=config, random_weights=args)
-llm.engine.warm_up([ProgramKey(1, 32, "sample")])
+llm.engine.runner.compile([{program}])
 """
-CACHE = "f32[6,2,2,96,16]"  # 2 x 3 layers, 2 rows, 2 key heads, 96 positions, heads of 16
+CACHE = "f32[6,2,2,103,16]"  # 2 x 3 layers, 2 slots, 2 key heads, 96 positions and 7 for padding, heads of 16
 
 
-def decode_hlo(directory: Path, tokenizer: Path, undonated: bool = False) -> str:
-    """The optimised HLO of a decode program."""
-    return dumped_program(DUMP.format(tokenizer=str(tokenizer), undonated=undonated), directory).read_text()
+DECODE = 'Program("decode", rows=2, key_len=32)'
+WRITERS = [DECODE, 'Program("decode", rows=1, key_len=32)', 'Program("chunk", length=8, key_len=32)']
+WRITERS.append('Program("copy", key_len=32)')
+
+
+def optimised_hlo(directory: Path, tokenizer: Path, program: str = DECODE, undonated: bool = False) -> str:
+    """The optimised HLO of a program."""
+    code = DUMP.format(tokenizer=str(tokenizer), program=program, undonated=undonated)
+    return dumped_program(code, directory).read_text()
 
 
 def cache_copies(hlo: str) -> list[str]:
@@ -47,11 +52,12 @@ def cache_copies(hlo: str) -> list[str]:
     return [line for line in made if not allowed.search(line)]
 
 
-def test_decode_writes_the_cache_in_place(tmp_path: Path, tokenizer_path: Path) -> None:
+@pytest.mark.parametrize("program", WRITERS)
+def test_the_cache_is_written_in_place(tmp_path: Path, tokenizer_path: Path, program: str) -> None:
     """The cache is aliased to its output and no cache-sized copy is made: a copy of it would cost more than the
     step.
     """
-    hlo = decode_hlo(tmp_path, tokenizer_path)
+    hlo = optimised_hlo(tmp_path, tokenizer_path, program)
     header = hlo.splitlines()[0]
     alias = re.search(r"input_output_alias=\{ \{0\}: \((\d+),", header)
     assert alias, header[:300]
@@ -62,7 +68,7 @@ def test_decode_writes_the_cache_in_place(tmp_path: Path, tokenizer_path: Path) 
 
 def test_the_copy_check_can_fail(tmp_path: Path, tokenizer_path: Path) -> None:
     """Without donation the alias is missing and XLA copies the cache: the check above sees it."""
-    hlo = decode_hlo(tmp_path, tokenizer_path, undonated=True)
+    hlo = optimised_hlo(tmp_path, tokenizer_path, undonated=True)
     assert "input_output_alias" not in hlo.splitlines()[0]
     assert cache_copies(hlo)
 
@@ -94,7 +100,7 @@ def test_nothing_compiles_after_warm_up(make_llm: LLMFactory) -> None:
 
 def test_the_counter_sees_a_compile(make_llm: LLMFactory) -> None:
     """The test above would notice: a new shape moves torch_xla's counter and ours."""
-    device = make_llm().engine.device
+    device = make_llm().engine.runner.device
     before = xla_compilations(), counters.compiled
     x = transfers.upload(torch.ones(3, 41), device)
     program = compile_program("triple", lambda x: (x * 3,), [x])
@@ -109,7 +115,7 @@ def test_fail_on_recompile_names_the_shape(make_llm: LLMFactory) -> None:
     llm = make_llm(seed=77, fail_on_recompile=True)
     llm.generate([[1] * 5], max_gen_len=4, temperature=0)
     llm.generate([[1] * 6], max_gen_len=4, temperature=0)
-    with pytest.raises(RecompileError, match=r"chunk length 64, key bucket 128, head none") as error:
+    with pytest.raises(RecompileError, match=r"chunk, chunk length 64, key bucket 128") as error:
         llm.generate([[1] * 70], max_gen_len=4, temperature=0)
     assert error.value.exit_code == 3
     assert llm.generate([[1] * 5], max_gen_len=4, temperature=0)[0].programs.compiled == 0
@@ -121,14 +127,14 @@ def test_a_surprise_in_the_device_is_noticed(make_llm: LLMFactory) -> None:
     llm.generate([[1] * 5], max_gen_len=4, temperature=0)
     pieces = llm.pieces([[1] * 5], [SamplingParams(4, 0)])
     next(pieces)
-    transfers.fetch(transfers.upload(torch.ones(5, 43), llm.engine.device).cumsum(dim=1))
+    transfers.fetch(transfers.upload(torch.ones(5, 43), llm.engine.runner.device).cumsum(dim=1))
     with pytest.raises(RecompileError, match="outside the engine's programs"):
         list(pieces)
 
 
 def test_an_operation_that_xla_lacks_is_refused(make_llm: LLMFactory) -> None:
     """torch_xla would run it on the host while tracing and bake the result in: wrong for every later input."""
-    x = transfers.upload(torch.rand(4, 4), make_llm().engine.device)
+    x = transfers.upload(torch.rand(4, 4), make_llm().engine.runner.device)
     for _ in range(2):  # also where the process has met the operation before
         with pytest.raises(UnsupportedOpError, match="aten::"):
             compile_program("bits", lambda x: (x.view(torch.int32) + 1,), [x])
@@ -145,7 +151,7 @@ def test_programs_cause_no_fallback(make_llm: LLMFactory) -> None:
 
 def test_donated_memory_is_taken_over_and_weights_are_not_copied(make_llm: LLMFactory) -> None:
     """A program's weights are the model's own tensors: a change of one is seen by the next run, without a compile."""
-    device = make_llm().engine.device
+    device = make_llm().engine.runner.device
     weight = transfers.upload(torch.ones(2, 2), device)
     x = transfers.upload(torch.ones(2, 2), device)
     program = compile_program("add", lambda x: (x + weight, x), [x])

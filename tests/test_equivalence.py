@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY, LLMFactory
 
 from llama import Generation, SamplingParams
-from llama.engine.request import MAX_STOP_IDS
+from llama.config import MAX_STOP_IDS
 from llama.xla.counters import counters
 
 PROMPTS = [
@@ -217,7 +217,9 @@ def test_an_exception_in_the_caller_leaves_the_engine_whole(
 def test_bfloat16_weights_are_close_to_float32(make_llm: LLMFactory) -> None:
     """bfloat16 storage takes half the bytes, and greedy text agrees at least at its beginning."""
     wide, narrow = make_llm(), make_llm(dtype="bfloat16")
-    size = {llm: sum(p.numel() * p.element_size() for p in llm.engine.model.parameters()) for llm in (wide, narrow)}
+    size = {
+        llm: sum(p.numel() * p.element_size() for p in llm.engine.runner.model.parameters()) for llm in (wide, narrow)
+    }
     assert size[narrow] * 2 == size[wide]
     a, b = (llm.generate(PROMPTS, max_gen_len=4, temperature=0) for llm in (wide, narrow))
     assert sum(x.token_ids[0] == y.token_ids[0] for x, y in zip(a, b, strict=True)) >= 4

@@ -111,8 +111,7 @@ def test_what_is_no_grammar_is_refused(fields: dict[str, object], words: str) ->
         compile_grammar(replace(WISH, **fields))  # type: ignore[arg-type]
 
 
-# --- every kind of tokenizer
-# ------------------------------------------------------------------------------------------------------
+# --- every kind of tokenizer ------------------------------------------------------------------------------------------
 
 TEXTS = ["{", ' {"a": 1}', "the cat", " the", "\n\nx", "12345", "é日本😀", "a", ".", "{\n  }", "  two", "\t"]
 

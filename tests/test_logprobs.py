@@ -14,13 +14,10 @@ from conftest import LLMFactory
 from test_parity_transformers import GROUPED_QUERY, PROMPT_LEN, TIED, random_prompts, reference, write_checkpoint
 from test_sampling import on_device
 
-from llama import EngineConfig, Generation, LLaMA, SamplingParams
-from llama.compiled import token_info as logprobs
-from llama.compiled.steps import REPORT_WINDOW
-from llama.compiled.token_info import TokenLogprob
-from llama.engine.batch import BatchClock
-from llama.engine.programs import keys_for
-from llama.engine.request import Request
+from llama import EngineConfig, Generation, LLaMA, SamplingParams, outputs
+from llama.compiled import token_info
+from llama.engine.runner import REPORT_WINDOW
+from llama.outputs import TokenLogprob
 from llama.xla.counters import counters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,14 +121,14 @@ def test_asking_changes_no_token(llm: LLaMA, prompts: list[list[int]]) -> None:
 
 
 def test_asking_compiles_the_documented_programs_once(make_llm: LLMFactory) -> None:
-    """For generated tokens one, beside the chunk of one without a head; for a prompt's one a chunk length."""
+    """For generated tokens one; for a prompt's one a chunk length."""
     llm = make_llm(seed=91)
     prompt = [1] * 9  # chunks of 8 and 1
     llm.generate([prompt], max_gen_len=4, temperature=0)
-    assert llm.generate([prompt], max_gen_len=4, temperature=0, logprobs=2)[0].programs.compiled == 2
+    assert llm.generate([prompt], max_gen_len=4, temperature=0, logprobs=2)[0].programs.compiled == 1
     assert llm.generate([prompt], max_gen_len=9, temperature=1, logprobs=5)[0].programs.compiled == 0
     assert (
-        llm.generate([prompt], max_gen_len=4, temperature=0, logprobs=2, prompt_logprobs=True)[0].programs.compiled == 2
+        llm.generate([prompt], max_gen_len=4, temperature=0, logprobs=2, prompt_logprobs=True)[0].programs.compiled == 1
     )
     assert (
         llm.generate([prompt], max_gen_len=4, temperature=0, hidden_states=True, prompt_logprobs=True)[
@@ -143,11 +140,9 @@ def test_asking_compiles_the_documented_programs_once(make_llm: LLMFactory) -> N
 
 def counted(llm: LLaMA, params: SamplingParams) -> tuple[int, int, int, int]:
     """Program runs, fetches, bytes fetched and bytes uploaded for one prompt of 9 tokens, everything compiled."""
-    requests = [Request(tuple([1] * 9), params)]
-    llm.engine.warm_up(keys_for(requests, llm.config))
-
+    llm.generate([[1] * 9], params=params)
     before = counters.runs, counters.fetches, counters.fetched_bytes, counters.uploaded_bytes
-    assert list(llm.engine.run(requests, BatchClock()))[-1].finish_reason == "length"
+    assert llm.generate([[1] * 9], params=params)[0].finish_reason == "length"
     after = counters.runs, counters.fetches, counters.fetched_bytes, counters.uploaded_bytes
     return tuple(b - a for a, b in zip(before, after, strict=True))  # type: ignore[return-value]
 
@@ -163,9 +158,9 @@ def test_nothing_is_computed_or_transferred_unasked(make_llm: LLMFactory) -> Non
     assert greedy[:3] == sampled[:3] == (2 + 16, reads, reads * report)
     assert greedy[3] == sampled[3]
     told = counted(llm, SamplingParams(17, 0.0, seed=1, logprobs=3))
-    assert told[:3] == (2 + 1 + 2 * 16, reads + 17, reads * report + 17 * 4 * logprobs.WIDTH)
+    assert told[:3] == (2 + 1 + 2 * 16, reads + 17, reads * report + 17 * 4 * token_info.WIDTH)
     everything = counted(llm, SamplingParams(17, 0.0, seed=1, logits=True))
-    assert everything[2] == reads * report + 17 * 4 * llm.engine.model.args.vocab_size
+    assert everything[2] == reads * report + 17 * 4 * llm.engine.runner.model.args.vocab_size
 
 
 def test_rows_that_share_a_prompt_get_what_each_asks(make_llm: LLMFactory) -> None:
@@ -217,7 +212,7 @@ def test_describe_with_ties_and_infinities() -> None:
             [-float("inf"), 2.0, -float("inf"), -float("inf"), -float("inf")],
         ]
     )
-    (found,) = on_device(logprobs.describe, logits, torch.tensor([0, 4, 0], dtype=torch.int32))
+    (found,) = on_device(token_info.describe, logits, torch.tensor([0, 4, 0], dtype=torch.int32))
     exact = torch.log_softmax(logits.double(), -1)
     assert found[:, 0].tolist() == pytest.approx(exact[torch.arange(3), torch.tensor([0, 4, 0])].tolist())
     assert found[:, 1].tolist() == [3, 1, 2]
@@ -225,7 +220,7 @@ def test_describe_with_ties_and_infinities() -> None:
     assert top_ids[0][:4] == [1, 2, 0, 4]
     assert top_ids[1] == [0, 1, 2, 3, 4]
     assert top_ids[2][0] == 1
-    assert logprobs.finite(float(found[2, 0])) == -9999.0
+    assert outputs.finite(float(found[2, 0])) == -9999.0
 
 
 def test_meta_signatures_return_tokens_and_log_probabilities(make_llm: LLMFactory) -> None:

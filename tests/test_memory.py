@@ -21,9 +21,9 @@ def test_weights_and_cache_are_counted_to_the_byte(make_llm: LLMFactory) -> None
     llm = make_llm(max_batch_size=3)
     llm.generate(["x"], max_gen_len=1)
     plan = plan_memory(TINY, llm.config, F32, F32, None)
-    assert plan.weights == sum(p.numel() * p.element_size() for p in llm.engine.model.parameters())
-    assert llm.engine._cache is not None
-    assert plan.cache == llm.engine._cache.numel() * llm.engine._cache.element_size()
+    assert plan.weights == sum(p.numel() * p.element_size() for p in llm.engine.runner.model.parameters())
+    kv_cache = llm.engine.runner._tensor("kv_cache")
+    assert plan.cache == kv_cache.numel() * kv_cache.element_size()
 
 
 def test_known_sizes() -> None:

@@ -172,7 +172,7 @@ def device_logits(
 
     def run(ids: torch.Tensor, starts: torch.Tensor, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         positions = starts.unsqueeze(-1) + torch.arange(ids.shape[1], dtype=torch.int32, device=device)
-        view = CacheView(stacked, starts, CONFIG.max_seq_len)
+        view = CacheView(stacked, starts[:1] * 0, starts, CONFIG.max_seq_len)
         logits = model.head(model(ids, positions, view))
         return logits, view.kv_cache
 

@@ -26,7 +26,9 @@ from llama.compiled import cache as kv_cache
 from llama.compiled.cache import CacheView
 from llama.compiled.model import Transformer, rotary_frequencies
 from llama.config import BUCKET_POLICIES, BucketPolicy
-from llama.engine.engine import Engine, chunks as buckets
+from llama.engine import chunks as buckets
+from llama.engine.engine import Engine
+from llama.engine.runner import XlaRunner
 from llama.xla import backend, programs, transfers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,7 +210,7 @@ def build_directly(shape: Shape, config: EngineConfig, tokenizer_path: Path) -> 
     model = Transformer(shape.args, config.max_seq_len)
     for _ in checkpoint.place(model, meta_weights(shape).items(), torch.float32, device):
         pass
-    return LLaMA(Engine(model, config, device), Tokenizer(tokenizer_path))
+    return LLaMA(Engine(config, XlaRunner(model, config, device)), Tokenizer(tokenizer_path))
 
 
 Builder = Callable[[Shape], LLaMA]
@@ -254,7 +256,7 @@ def chunk_program(model: Transformer, length: int, key_len: int) -> programs.Pro
 
     def run(ids: torch.Tensor, starts: torch.Tensor, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         positions = starts.unsqueeze(-1) + torch.arange(length, dtype=torch.int32, device=starts.device)
-        view = CacheView(stacked, starts, key_len)
+        view = CacheView(stacked, starts[:1] * 0, starts, key_len)
         logits = model.head(model(ids, positions, view))
         return logits, view.kv_cache
 
@@ -342,7 +344,7 @@ def test_logits_in_chunks_on_the_device(shape: Shape, build: Builder) -> None:
     ids = random_prompts(shape, 1, PROMPT_LEN, seed=2)
     plan = buckets.plan(PROMPT_LEN, llm.config)
     assert [chunk.length for chunk in plan] == [64, 8, 1]
-    assert deviation(device_logits(llm.engine.model, ids, plan), reference(shape)(ids).logits) < TOLERANCE
+    assert deviation(device_logits(llm.engine.runner.model, ids, plan), reference(shape)(ids).logits) < TOLERANCE
 
 
 @every_shape
@@ -436,8 +438,7 @@ def test_every_zone_of_the_scaling_is_met(head_dim: int, theta: float, scaling: 
     assert (~kept & ~divided).any()
 
 
-# --- chunk plans
-# ------------------------------------------------------------------------------------------------------------------
+# --- chunk plans ------------------------------------------------------------------------------------------------------
 
 BUCKET_SETS = ((64, 8, 1), (32, 8, 1), (16, 4, 1), (73, 1), (128, 32, 1), (8, 1), (1,))
 
@@ -462,7 +463,8 @@ def planned(build: Builder) -> LLaMA:
     """
     built = build(GROUPED_QUERY)
     config = EngineConfig(max_seq_len=POSITIONS, dtype="float32")
-    return LLaMA(Engine(built.engine.model, config, built.engine.device), built.tokenizer)
+    runner = built.engine.runner
+    return LLaMA(Engine(config, XlaRunner(runner.model, config, runner.device)), built.tokenizer)
 
 
 @every_plan
@@ -472,7 +474,10 @@ def test_logits_of_every_plan(lengths: tuple[int, ...], policy: BucketPolicy, pl
     """
     config = EngineConfig(max_seq_len=POSITIONS, buckets=lengths, bucket_policy=policy, key_buckets=(40, 80))
     ids, plan = long_prompt()[:, :PROMPT_LEN], buckets.plan(PROMPT_LEN, config)
-    assert deviation(device_logits(planned.engine.model, ids, plan), reference(GROUPED_QUERY)(ids).logits) < TOLERANCE
+    assert (
+        deviation(device_logits(planned.engine.runner.model, ids, plan), reference(GROUPED_QUERY)(ids).logits)
+        < TOLERANCE
+    )
 
 
 @every_plan

@@ -1,4 +1,4 @@
-"""Reuse of the last batch's cache: a conversation's next turn runs only what is new, and the text is the same."""
+"""Reuse of what slots hold: a conversation's next turn runs only what is new, and the text is the same."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ import pytest
 from conftest import LLMFactory
 
 from llama import LLaMA, SamplingParams
-from llama.engine.batch import BatchClock
-from llama.engine.engine import common_prefix
-from llama.engine.programs import keys_for
-from llama.engine.request import Request
+from llama.engine.scheduler import common_prefix
+from llama.engine.sequence import Sequence
 from llama.xla.counters import counters
 
 WISH = SamplingParams(12, 0.0, 1.0, 0)
 
 
-def run(llm: LLaMA, prompts: list[list[int]], reuse: bool) -> tuple[list[list[int]], int, int]:
-    """Generated ids of each row, tokens that were not run again, and program runs."""
-    requests = [Request(tuple(p), WISH) for p in prompts]
-    cached = llm.engine.reusable(requests) if reuse else 0
-    llm.engine.warm_up(keys_for(requests, llm.config, cached))
-    found: list[list[int]] = [[] for _ in prompts]
-    clock = BatchClock()
-    for progress in llm.engine.run(requests, clock, cached):
-        found[progress.row] += progress.new_ids
-    return found, cached, clock.runs
+def run(llm: LLaMA, prompts: list[list[int]], reuse: bool) -> tuple[list[list[int]], list[int], int]:
+    """Generated ids of each prompt, its tokens that were not run again, and program runs in all."""
+    before = counters.runs
+    results = llm.pieces(prompts, [WISH] * len(prompts), reuse=reuse)
+    found = sorted((piece.result for piece in results if piece.result is not None), key=lambda result: result.index)
+    return [r.token_ids for r in found], [r.cached_tokens for r in found], counters.runs - before
+
+
+def reusable(llm: LLaMA, prompt: list[int]) -> int:
+    return llm.engine.scheduler.best_source(Sequence(tuple(prompt), WISH, reuse=True))[0]
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -52,7 +50,7 @@ def test_a_next_turn_runs_only_what_is_new(make_llm: LLMFactory) -> None:
     prompt = [1, *ids(60, 1)]
     for turn in range(3):
         expected, _, cold_runs = run(cold, [prompt], reuse=False)
-        found, cached, warm_runs = run(warm, [prompt], reuse=True)
+        found, (cached,), warm_runs = run(warm, [prompt], reuse=True)
         assert found == expected
         if turn:
             assert cached >= len(prompt) - 6 - 1  # all but the new part and the one token that was chosen but not run
@@ -66,7 +64,7 @@ def test_a_changed_history_is_run_again_from_the_change_on(make_llm: LLMFactory)
     before = [1, *ids(40, 2)]
     run(warm, [before], reuse=True)
     changed = [*before[:25], *ids(10, 3)]
-    found, cached, _ = run(warm, [changed], reuse=True)
+    found, (cached,), _ = run(warm, [changed], reuse=True)
     assert cached == 25
     assert found == run(cold, [changed], reuse=False)[0]
 
@@ -76,22 +74,33 @@ def test_the_same_prompt_again_runs_one_token(make_llm: LLMFactory) -> None:
     llm = make_llm(seed=5)
     prompt = [1, *ids(20, 4)]
     first, _, _ = run(llm, [prompt], reuse=False)
-    again, cached, runs = run(llm, [prompt], reuse=True)
+    again, (cached,), runs = run(llm, [prompt], reuse=True)
     assert (again, cached, runs) == (first, len(prompt) - 1, WISH.max_gen_len)
 
 
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
-def test_rows_share_the_smallest_prefix(make_llm: LLMFactory, policy: str) -> None:
-    """Rows of a batch run through one plan from one start; nobody's text changes, also with a padded tail at the
-    cache's end.
+def test_every_prompt_keeps_its_own_prefix(make_llm: LLMFactory, policy: str) -> None:
+    """Each finds the slot that holds its beginning, whichever slot it is then given; nobody's text changes, also with a
+    padded tail at the cache's end.
     """
     warm, cold = (make_llm(seed=5, max_batch_size=2, bucket_policy=policy, read_every=n) for n in (8, 7))
     prompts = [[1, *ids(30, 5)], [1, *ids(12, 6)]]
     answers, _, _ = run(warm, prompts, reuse=True)
     longer = [[*prompts[0], *answers[0], *ids(60, 7)], [*prompts[1], *answers[1], *ids(3, 8)]]
     found, cached, _ = run(warm, longer, reuse=True)
-    assert cached == len(prompts[1]) + len(answers[1]) - 1
+    assert cached == [len(prompts[i]) + len(answers[i]) - 1 for i in range(2)]
     assert found == run(cold, longer, reuse=False)[0]
+
+
+def test_a_prefix_is_copied_from_a_slot_in_use(make_llm: LLMFactory) -> None:
+    """Two turns that begin alike run side by side: one goes on where the prefix is, the other gets a copy."""
+    warm, cold = (make_llm(seed=5, max_batch_size=2, read_every=n) for n in (8, 7))
+    prompt = [1, *ids(50, 11)]
+    run(warm, [prompt], reuse=True)
+    turns = [[*prompt, *ids(4, 12)], [*prompt, *ids(9, 13)]]
+    found, cached, _ = run(warm, turns, reuse=True)
+    assert cached == [len(prompt)] * 2
+    assert found == run(cold, turns, reuse=False)[0]
 
 
 def test_warm_up_and_an_interrupt_keep_what_is_true(make_llm: LLMFactory) -> None:
@@ -100,26 +109,36 @@ def test_warm_up_and_an_interrupt_keep_what_is_true(make_llm: LLMFactory) -> Non
     prompt = [1, *ids(40, 9)]
     run(llm, [prompt], reuse=False)
     llm.warm_up()
-    request = Request(tuple(prompt), WISH)
-    assert llm.engine.reusable([request]) == len(prompt) - 1
-    llm.engine.interrupted = True
-    assert [p.finish_reason for p in llm.engine.run([Request((2, *prompt), WISH)], BatchClock())] == ["interrupted"]
-    llm.engine.interrupted = False
-    assert llm.engine.reusable([request]) == 0
+    assert reusable(llm, prompt) == len(prompt) - 1
+    pieces = llm.pieces([[2, *prompt]], [WISH])
+    llm.interrupt()
+    assert [p.result.finish_reason for p in pieces if p.result is not None] == ["interrupted"]
+    assert reusable(llm, prompt) == len(prompt) - 1  # it had not begun
 
 
-def test_a_lost_cache_is_never_reused(make_llm: LLMFactory) -> None:
-    """A batch that broke in the middle has donated the cache: nothing of it counts, and the next batch gets a new
-    one.
-    """
+def test_an_interrupted_caller_loses_nothing(make_llm: LLMFactory) -> None:
+    """The bug: an exception in the middle of a batch lost the cache. A round is never cut now, and the prefix stays."""
     llm = make_llm(seed=6, read_every=1)
     prompt = [1, *ids(20, 10)]
     expected, _, _ = run(llm, [prompt], reuse=False)
-    stream = llm.engine.run([Request(tuple(prompt), WISH)], BatchClock())
+    stream = llm.pieces([prompt], [WISH])
     next(stream)
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)
-    assert llm.engine.reusable([Request(tuple(prompt), WISH)]) == 0
+    assert reusable(llm, prompt) == len(prompt) - 1
+    assert run(llm, [prompt], reuse=True)[:2] == (expected, [len(prompt) - 1])
+
+
+def test_a_lost_cache_is_never_reused(make_llm: LLMFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that broke may have donated the cache: nothing of it counts, and the next request gets a new one."""
+    llm = make_llm(seed=6, read_every=1)
+    prompt = [1, *ids(20, 10)]
+    expected, _, _ = run(llm, [prompt], reuse=False)
+    with monkeypatch.context() as broken:
+        broken.setattr(llm.engine.runner, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(llm, [prompt], reuse=False)
+    assert reusable(llm, prompt) == 0
     uploads = counters.uploads
-    assert run(llm, [prompt], reuse=True)[:2] == (expected, 0)
+    assert run(llm, [prompt], reuse=True)[:2] == (expected, [0])
     assert counters.uploads > uploads

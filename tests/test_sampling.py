@@ -64,8 +64,7 @@ def floats(values: Sequence[float] | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
 
 
-# --- the generator's parts
-# --------------------------------------------------------------------------------------------------------
+# --- the generator's parts --------------------------------------------------------------------------------------------
 
 # Random123's kat_vectors, threefry 2x32 with 20 rounds: key, counter, result.
 KNOWN_ANSWERS = (
@@ -184,8 +183,7 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
         np.testing.assert_allclose(-np.expm1(-noise.double().numpy()), uniform, rtol=1e-6)
 
 
-# --- the likeliest token
-# ----------------------------------------------------------------------------------------------------------
+# --- the likeliest token ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 127, VOCAB, 1000])
@@ -212,8 +210,7 @@ def every(rows: int) -> torch.Tensor:
     return torch.ones(rows, dtype=torch.bool)
 
 
-# --- the nucleus
-# ------------------------------------------------------------------------------------------------------------------
+# --- the nucleus ------------------------------------------------------------------------------------------------------
 
 
 def numpy_nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
@@ -297,8 +294,7 @@ def test_top_p_mask_of_real_weights() -> None:
         assert not mask[w == 0].any()
 
 
-# --- the other filters
-# ------------------------------------------------------------------------------------------------------------
+# --- the other filters ------------------------------------------------------------------------------------------------
 
 
 def numpy_top_k(distance: np.ndarray, top_k: int) -> np.ndarray:
@@ -431,8 +427,7 @@ def test_an_infinite_logit_is_the_likeliest() -> None:
     assert chosen[2] in (0, 2)
 
 
-# --- the filters of transformers
-# --------------------------------------------------------------------------------------------------
+# --- the filters of transformers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "typical_p"])
@@ -458,8 +453,7 @@ def test_filters_are_those_of_transformers(name: str) -> None:
         assert torch.equal(kept, expected > -INF), value
 
 
-# --- the choice
-# -------------------------------------------------------------------------------------------------------------------
+# --- the choice -------------------------------------------------------------------------------------------------------
 
 
 def choose(
@@ -577,8 +571,7 @@ def test_impossible_tokens_are_never_chosen() -> None:
     assert torch.equal(chosen.long(), allowed)
 
 
-# --- frequencies
-# ------------------------------------------------------------------------------------------------------------------
+# --- frequencies ------------------------------------------------------------------------------------------------------
 
 FALSE_ALARM = 1e-6
 DRAWS, DRAWS_A_CALL = 20480, 2048
@@ -687,8 +680,7 @@ def test_frequencies_follow_every_filter(top_k: int, top_p: float, min_p: float,
     assert chi_square(counts[kept], DRAWS * exact[kept]) < critical_chi_square(int(kept.sum()) - 1)
 
 
-# --- the edges of float32
-# ---------------------------------------------------------------------------------------------------------
+# --- the edges of float32 ---------------------------------------------------------------------------------------------
 
 
 def sharp_choice(token: int, temperature: float, top_p: float, seed: int, position: int) -> list[int]:

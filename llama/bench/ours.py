@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 from llama.bench.workload import WEIGHTS_SEED, Times, Workload
 from llama.compiled.cache import cache_shape
 from llama.compiled.model import Linear
-from llama.compiled.steps import Head
 from llama.config import DEFAULT_BUCKETS, EngineConfig
-from llama.engine.batch import BatchClock
-from llama.engine.programs import keys_for
-from llama.engine.request import Request
+from llama.engine.programs import Program
+from llama.engine.runner import XlaRunner
+from llama.engine.scheduler import Window
+from llama.engine.sequence import Sequence
 from llama.generation import LLaMA
 from llama.sampling_params import SamplingParams
 from llama.xla import backend
@@ -28,12 +27,7 @@ SAMPLED = SamplingParams(1, 0.8, 0.95, top_k=50, min_p=0.02)
 FULL = replace(
     SAMPLED, typical_p=0.9, repetition_penalty=1.1, presence_penalty=0.5, logit_bias={5: 1.0}, bad_words=((6, 7),)
 )
-HEAD_PARAMS: dict[Head, SamplingParams] = {
-    "greedy": GREEDY,
-    "sample": SAMPLED,
-    "full": FULL,
-    "logprobs": replace(FULL, logprobs=20),
-}
+HEAD_PARAMS = {"greedy": GREEDY, "sample": SAMPLED, "full": FULL, "logprobs": replace(FULL, logprobs=20)}
 HEAD_ROUNDS, HEAD_STEPS = 10, 8
 
 
@@ -47,84 +41,104 @@ class OursRunner:
     def __init__(self, work: Workload) -> None:
         config = EngineConfig(
             max_seq_len=work.positions,
-            max_batch_size=work.batch,
+            max_batch_size=work.slots or work.batch,
             dtype=work.dtype,  # type: ignore[arg-type]
             buckets=work.buckets or DEFAULT_BUCKETS,
             bucket_policy=work.bucket_policy,  # type: ignore[arg-type]
         )
-        shape = work.args
-        llm = LLaMA.build(work.directory, config=config, random_weights=shape, seed=WEIGHTS_SEED)
+        llm = LLaMA.build(work.directory, config=config, random_weights=work.args, seed=WEIGHTS_SEED)
         self._work, self._engine = work, llm.engine
-        params = SamplingParams(work.gen_len, 0.0, seed=0)
-        vocab = llm.engine.model.args.vocab_size
-        self._requests = [Request(tuple(work.prompt(row, vocab)), params) for row in range(work.batch)]
-        compile_s = llm.engine.warm_up(keys_for(self._requests, config))
+        assert isinstance(llm.engine.runner, XlaRunner)
+        self._runner = llm.engine.runner
+        self._vocab = llm.vocab_size
+        compile_s = self._engine.prepare(self._sequences())
         self.run()  # the first run touches all memory
         self.facts: dict[str, Any] = {
             "load_s": llm.load_s,
             "compile_s": compile_s,
             "programs": counters.compiled,
             "read_bytes": self._read_bytes(),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in llm.engine.model.parameters()),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in self._runner.model.parameters()),
             "host_ms": self._host_ms(),
-            "vocab_size": vocab,
+            "vocab_size": self._vocab,
         }
         if work.heads:
             self.facts["heads_ms"] = self._heads_ms()
 
+    def _sequences(self) -> list[Sequence]:
+        params = SamplingParams(self._work.gen_len, 0.0, seed=0)
+        return [Sequence(tuple(self._work.prompt(row, self._vocab)), params) for row in range(self._work.batch)]
+
     def run(self) -> Times:
         """Prefill and decode once."""
-        clock, points, known = BatchClock(), [], self._work.prompt_len
-        for progress in self._engine.run(self._requests, clock):
-            if progress.row == 0:
-                known += len(progress.new_ids)
-                points.append((known, clock.decode_s))
-        return Times(clock.prefill_s, clock.decode_s, points)
+        sequences = self._sequences()
+        for sequence in sequences:
+            self._engine.submit(sequence)
+        points, watched = [], sequences[0]
+        while self._engine.has_work:
+            for update in self._engine.step():
+                if update.sequence is watched and watched.first_token is not None:
+                    points.append((len(watched.ids), time.perf_counter() - watched.first_token))
+        began = min(s.submitted or 0.0 for s in sequences)
+        first = max(s.first_token or 0.0 for s in sequences)
+        return Times(first - began, max(s.finished or 0.0 for s in sequences) - first, points)
 
     def _read_bytes(self) -> int:
-        """What a decode step must read: the linear layers once, and half way through the run the keys and values of
-        every row.
-        """
-        model = self._engine.model
+        """What a decode step must read: the linear layers once, and half way through the run the keys and values."""
+        model, config = self._runner.model, self._engine.config
         tables = [m for m in model.modules() if isinstance(m, Linear)]
         weights = sum(p.numel() * p.element_size() for m in tables for p in m.parameters())
         if model.args.tie_word_embeddings:
             weights += model.tok_embeddings.weight.numel() * model.tok_embeddings.weight.element_size()
         live = self._work.prompt_len + self._work.gen_len // 2
-        cache = prod(cache_shape(model.args, self._engine.config)) * model.activation_dtype.itemsize
-        return weights + cache // self._engine.config.max_seq_len * live
+        cache = prod(cache_shape(model.args, config)) * model.activation_dtype.itemsize
+        cache = cache * self._work.batch // config.max_batch_size
+        return weights + cache // config.positions * live
 
     def _host_ms(self) -> float:
         """Milliseconds that the host spends on handing one step to an idle device."""
-        steps, spent = self._steps(GREEDY), []
+        steps, spent = _Steps(self._runner, self._work.batch, GREEDY), []
         for _ in range(HOST_STEPS):
             backend.wait()
             began = time.perf_counter()
-            next(steps)
+            steps.run()
             spent.append(time.perf_counter() - began)
         backend.wait()
-        steps.close()
         return 1e3 * statistics.median(spent)
 
-    def _steps(self, params: SamplingParams) -> Generator[None, None, None]:
-        """Decode steps at the widest key bucket, each row with these parameters and a seed of its own."""
-        requests = [Request((1,), replace(params, seed=row)) for row in range(self._work.batch)]
-        return self._engine.bare_steps(requests, self._engine.config.key_buckets[-1])
-
-    def _heads_ms(self) -> dict[Head, float]:
-        """Milliseconds of a decode step with each of the heads that are wanted, the rounds of one alternating with the
-        others'.
-        """
-        spent: dict[Head, list[float]] = {head: [] for head in self._work.heads}
+    def _heads_ms(self) -> dict[str, float]:
+        """Milliseconds of a decode step with each head, the rounds of one alternating with the others'."""
+        spent: dict[str, list[float]] = {head: [] for head in self._work.heads}
         for _ in range(HEAD_ROUNDS):
             for head, times in spent.items():
-                steps = self._steps(HEAD_PARAMS[head])
-                next(steps)
+                steps = _Steps(self._runner, self._work.batch, HEAD_PARAMS[head])
+                steps.run()
                 backend.wait()
                 began = time.perf_counter()
                 for _ in range(HEAD_STEPS):
-                    next(steps)
+                    steps.run()
                 backend.wait()
                 times.append((time.perf_counter() - began) / HEAD_STEPS)
-                steps.close()
         return {head: 1e3 * statistics.median(times) for head, times in spent.items()}
+
+
+class _Steps:
+    """Decode steps at the widest key bucket without a prefill, each row with these parameters and a seed of its own."""
+
+    def __init__(self, runner: XlaRunner, rows: int, params: SamplingParams) -> None:
+        self._runner = runner
+        room = runner.config.max_seq_len - 1
+        wanted = replace(params, max_gen_len=room, ignore_eos=True)
+        self._sequences = [Sequence((1,), replace(wanted, seed=row)) for row in range(rows)]
+        self._window = Window(0, rows, runner.config.key_buckets[-1])
+        programs = [Program("admit"), Program("decode", rows=rows, key_len=self._window.key_len)]
+        runner.compile([*programs, Program("full", rows=rows)] if self._sequences[0].needs_full else programs)
+        for slot, sequence in enumerate(self._sequences):
+            sequence.slot = slot
+            runner.admit(sequence)
+
+    def run(self) -> None:
+        """Hand one step to the device."""
+        full = tuple(s for s in self._sequences if s.needs_full)
+        self._runner.decode(self._window, full)
+        self._runner.snapshot(self._sequences)  # nobody reads the details

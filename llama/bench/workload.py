@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from llama.compiled.steps import Head
 from llama.config import DEMO_DIR, ModelArgs
 from llama.errors import ConfigError
 
@@ -17,6 +16,7 @@ SHAPES: dict[str, ModelArgs] = {
     "7b": ModelArgs(vocab_size=32000),
 }
 RUNNERS = ("ours", "hf", "llama.cpp")
+HEADS = ("greedy", "sample", "full", "logprobs")
 WEIGHTS_SEED = 1
 
 
@@ -35,7 +35,8 @@ class Workload:
         buckets: chunk lengths; None means the engine's.
         bucket_policy: ``greedy`` or ``pad``.
         vocab_size: of the random weights; None means the shape's own.
-        heads: ways to choose a token (``steps.CHOOSING``) whose decode steps are timed side by side, every control in
+        slots: slots of our engine; None means as many as rows.
+        heads: ways to choose a token (``HEADS``) whose decode steps are timed side by side, every control in
             use.
 
     Raises:
@@ -52,7 +53,8 @@ class Workload:
     buckets: tuple[int, ...] | None = None
     bucket_policy: str = "greedy"
     vocab_size: int | None = None
-    heads: tuple[Head, ...] = ()
+    heads: tuple[str, ...] = ()
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in (*SHAPES, "demo"):

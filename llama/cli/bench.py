@@ -55,8 +55,7 @@ def bench(
     """
     from llama.bench import child, report
     from llama.bench.ceiling import read_ceiling
-    from llama.bench.workload import RUNNERS, Workload
-    from llama.compiled.steps import CHOOSING
+    from llama.bench.workload import HEADS, RUNNERS, Workload
 
     log_to_stderr(quiet=True)
     one_of("output", output, report.FORMATS)
@@ -78,7 +77,7 @@ def bench(
             tuple(buckets) if buckets else None,
             policy,
             vocab_size,
-            tuple(one_of("heads", head, CHOOSING) for head in heads or ()),
+            tuple(one_of("heads", head, HEADS) for head in heads or ()),
         )
         for rows in batch or (1,)
     ]

@@ -191,7 +191,7 @@ def generate(
     printer = Printer([llm.prompt_text(p) for p in prompts], n, as_json=json, stream=stream, echo=echo)
     with interruptible(llm):
         for number in range(1, repeat + 1):
-            if llm.engine.interrupted:  # Ctrl-C between two passes
+            if llm.take_interrupt():  # Ctrl-C between two passes
                 raise InterruptedRunError("interrupted; what had been generated is printed")
             if repeat > 1:
                 log.info("Pass %d of %d", number, repeat)

@@ -1,6 +1,6 @@
 """The keys and values of all positions so far: one stacked, preallocated tensor, donated from program to program.
 
-    [2 x n_layers, batch, kv_heads, max_seq_len, head_dim]
+    [2 x n_layers, slots, kv_heads, positions, head_dim]
 
 One tensor and not one per layer, because XLA matches donated inputs to outputs by size alone: with several of the same
     size it
@@ -17,8 +17,8 @@ from llama.xla import ops, transfers
 
 
 def cache_shape(args: ModelArgs, config: EngineConfig) -> tuple[int, int, int, int, int]:
-    """The stacked cache's sizes: [2 x layers, batch, kv_heads, max_seq_len, head_dim]."""
-    return (2 * args.n_layers, config.max_batch_size, args.kv_heads, config.max_seq_len, args.head_dim)
+    """The stacked cache's sizes: [2 x layers, slots, kv_heads, positions, head_dim]."""
+    return (2 * args.n_layers, config.max_batch_size, args.kv_heads, config.positions, args.head_dim)
 
 
 def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -29,25 +29,25 @@ def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: 
 
 
 class CacheView:
-    """One program's hold on the cache while its layers run: each writes its chunk and reads back a prefix of the
-    positions.
+    """One program's access to the cache while its layers run: each writes its chunk and reads a prefix of the positions.
 
     Args:
         kv_cache: the stacked cache.
+        first: [1] int32; row r of the program is slot ``first + r``.
         starts: [B] int32, the position of the chunk's first token in each row.
         key_len: how many leading positions the layers read; static, at least ``starts + T`` for every row.
     """
 
-    def __init__(self, kv_cache: torch.Tensor, starts: torch.Tensor, key_len: int) -> None:
+    def __init__(self, kv_cache: torch.Tensor, first: torch.Tensor, starts: torch.Tensor, key_len: int) -> None:
         self.kv_cache = kv_cache
-        self._starts = starts
-        self._key_len = key_len
+        self._first, self._starts, self._key_len = first, starts, key_len
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write ``keys`` and ``values`` [B, K, T, D] of a layer; return its first ``key_len`` keys and values [B, K,
-        key_len, D].
-        """
+        """Write ``keys`` and ``values`` [B, K, T, D] of a layer; return its first ``key_len`` ones [B, K, key_len, D]."""
         dtype = self.kv_cache.dtype
-        self.kv_cache = ops.write_cache(self.kv_cache, keys.to(dtype), values.to(dtype), self._starts, layer)
-        pair = self.kv_cache[2 * layer : 2 * layer + 2, :, :, : self._key_len]
-        return pair[0].to(keys.dtype), pair[1].to(values.dtype)
+        self.kv_cache = ops.write_cache(
+            self.kv_cache, keys.to(dtype), values.to(dtype), self._first, self._starts, layer
+        )
+        rows = self._starts.shape[0]
+        read = ops.read_cache(self.kv_cache, self._first, layer, rows=rows, key_len=self._key_len)
+        return read[0].to(keys.dtype), read[1].to(values.dtype)

@@ -1,9 +1,7 @@
-"""What requests do to the logits before a token is drawn: penalties, bias, and tokens that may not come.
+"""Per-row logits processing before a token is drawn: penalties, bias and bans.
 
-Compiled into the step, row by row, like ``sampling``, and read by the programs of the head ``full`` only. What has
-occurred is
-counted anew in each step from the tokens on the device, a scatter of one addition a position: no counts are carried
-    along.
+Compiled into the program ``full``, row by row, like ``sampling``. Occurrences are counted anew in each step from the
+tokens on the device, a scatter of one addition a position: no counts are carried along.
 
 Shapes: B batch rows, S max_seq_len, V vocabulary, W = ceil(V / 32) words of 32 bits each.
 """
@@ -13,32 +11,32 @@ from __future__ import annotations
 import torch
 
 from llama.compiled.sampling import LARGEST
-from llama.engine.request import Shaping
+from llama.compiled.state import LogitsControls
 
 INF = float("inf")
 
 
-def shaped(
-    logits: torch.Tensor, shaping: Shaping, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
+def process_logits(
+    logits: torch.Tensor, controls: LogitsControls, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
 ) -> torch.Tensor:
     """Logits as the rows' requests want them; those of a row that asks nothing are returned as they are, bit for bit.
 
     Args:
         logits: [B, V] float32.
-        shaping: of each row.
+        controls: of each row.
         stop_ids: [B, n] int32, -1 fills up.
         tokens: [B, S] int32, prompt and generated tokens.
         length: [B] int32, how many of them are known.
 
     Returns:
-        [B, V] float32, -inf for what may not come. Where nothing would be left, only ``shaping.allowed`` holds.
+        [B, V] float32, -inf for what may not come. Where nothing would be left, only ``controls.allowed`` holds.
     """
     vocab_size = logits.shape[-1]
-    in_prompt, allowed = (members(words, vocab_size) for words in (shaping.in_prompt, shaping.allowed))
-    counts = output_counts(tokens, shaping.prompt_len, length, vocab_size)
-    ids, added = _additions(shaping, stop_ids, tokens, length)
+    in_prompt, allowed = (members(words, vocab_size) for words in (controls.in_prompt, controls.allowed))
+    counts = output_counts(tokens, controls.prompt_len, length, vocab_size)
+    ids, added = _additions(controls, stop_ids, tokens, length)
     logits = logits + torch.zeros_like(logits).scatter_add(1, ids.long(), added)
-    logits = penalised(logits, in_prompt, counts, shaping)
+    logits = penalised(logits, in_prompt, counts, controls)
     candidates = torch.where(allowed, logits, -INF)
     nothing_left = (
         candidates.amax(dim=-1, keepdim=True) < -LARGEST
@@ -46,7 +44,9 @@ def shaped(
     return torch.where(nothing_left & allowed, 0.0, candidates)
 
 
-def penalised(logits: torch.Tensor, in_prompt: torch.Tensor, counts: torch.Tensor, shaping: Shaping) -> torch.Tensor:
+def penalised(
+    logits: torch.Tensor, in_prompt: torch.Tensor, counts: torch.Tensor, controls: LogitsControls
+) -> torch.Tensor:
     """Logits with the penalties for what has occurred.
 
     ``repetition`` divides positive logits of tokens in the prompt or the output and multiplies others (Keskar et al.
@@ -62,7 +62,7 @@ def penalised(logits: torch.Tensor, in_prompt: torch.Tensor, counts: torch.Tenso
         [B, V] float32.
     """
     repetition, presence, frequency = (
-        each.unsqueeze(-1) for each in (shaping.repetition, shaping.presence, shaping.frequency)
+        each.unsqueeze(-1) for each in (controls.repetition, controls.presence, controls.frequency)
     )
     in_output = counts > 0
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
@@ -87,7 +87,7 @@ def members(words: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def _additions(
-    shaping: Shaping, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
+    controls: LogitsControls, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is added to single tokens' logits: the bias, and -inf for a bad word's last token and for a stop that comes
     too early.
@@ -95,11 +95,11 @@ def _additions(
     Returns:
         [B, n] int32 token ids and [B, n] float32; what does not apply adds 0 to token 0.
     """
-    banned = completes_bad_word(shaping.bad_words, tokens, length)
-    last = shaping.bad_words[:, :, -1]
-    too_early = (stop_ids >= 0) & (length < shaping.first_stop).unsqueeze(-1)
-    ids = torch.cat((shaping.bias_ids, torch.where(banned, last, 0), torch.where(too_early, stop_ids, 0)), dim=-1)
-    added = torch.cat((shaping.bias, torch.where(banned, -INF, 0.0), torch.where(too_early, -INF, 0.0)), dim=-1)
+    banned = completes_bad_word(controls.bad_words, tokens, length)
+    last = controls.bad_words[:, :, -1]
+    too_early = (stop_ids >= 0) & (length < controls.first_stop).unsqueeze(-1)
+    ids = torch.cat((controls.bias_ids, torch.where(banned, last, 0), torch.where(too_early, stop_ids, 0)), dim=-1)
+    added = torch.cat((controls.bias, torch.where(banned, -INF, 0.0), torch.where(too_early, -INF, 0.0)), dim=-1)
     return ids, added
 
 

@@ -1,227 +1,255 @@
-"""The few compiled functions. One step serves prefill and decode: run a chunk, and where it has a head, choose a token.
+"""The functions that become programs: run tokens, choose the next one, append it; admit, copy and end slots.
 
-All that differs between requests is in tensors: a step reads its tokens out of the state, writes what it chose back
-    into it, and
-the host has nothing to send from the first chunk to the last token. What a program is compiled for is its
-``ProgramKey`` and the engine's shapes, nothing else.
+All that differs between requests is in tensors. A function reads its tokens out of the state and writes back what it
+chose, so the host sends nothing between a request's admission and its last token. What a program is compiled for is a
+number of rows, a chunk length and a key bucket, nothing else.
 
-Shapes: B batch rows, T chunk length, S max_seq_len, V vocabulary, W report window.
+The life of a slot, for a prompt of 12 tokens, chunks of 8 and 1, and 3 tokens to generate::
 
-How the rows of a batch run through one plan, each with its own length (prompts of 5 and 9 tokens, chunks 8 and 1)::
+    position   0 1 2 3 4 5 6 7   8   9  10  11  12  13  14
+    admit      tokens 0..11 written, start 0, ready 8, length 12
+    chunk      ---------------                               start 8: decode steps run the slot from here on
+    decode                       8                           start 9 < length: a prompt token, nothing is chosen
+    decode                           9  10  11               start 12 = length: token 12 is chosen, length 13
+    decode                                      12  13       token 14 is chosen, length 15 = limit: done
 
-    row 0   a b c d e . . . | .     its last token is in chunk 1: the hidden state behind ``e`` is carried to the head
-    row 1   a b c d e f g h | i     its last token is in chunk 2, which has the head
-                                    then both decode, row 0 at position 5 and row 1 at position 9; what row 0 wrote to
-                                    positions 5 to 8 is overwritten one by one before anything reads it
+A step's rows are slots [first, first + rows). A row that is done or not ready runs, too, because shapes are static: it
+writes to position ``start``, which is overwritten before anything reads it, and keeps its state.
+
+Shapes: B rows of a step, T chunk length, n new tokens a row, S positions, V vocabulary, R report window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
-
 import torch
 
-from llama.compiled import sampling, token_info as logprobs
+from llama.compiled import sampling, token_info
 from llama.compiled.cache import CacheView
-from llama.compiled.logits_processors import shaped
+from llama.compiled.logits_processors import process_logits
 from llama.compiled.model import Transformer
-from llama.engine.request import Controls, Shaping
+from llama.compiled.state import CONTROLS, Controls, Details, LogitsControls, State, logits_controls
+from llama.xla import ops
 
-Head = Literal["none", "score", "greedy", "sample", "full", "logprobs", "fan_out"]
-CHOOSING: tuple[Head, ...] = ("greedy", "sample", "full", "logprobs")  # each does all that the ones before it do
-IN_DECODE_STEP: tuple[Head, ...] = (
-    "greedy",
-    "sample",
-)  # compiled together with a chunk of one token; the others are programs of their own
-SHAPING: tuple[Head, ...] = ("full", "logprobs")
+Tensors = tuple[torch.Tensor, ...]
 
-REPORT_WINDOW = 16  # tokens a row that a report holds: at most so many steps may lie between two reads
+# --- running tokens ---------------------------------------------------------------------------------------------------
 
 
-class ProgramKey(NamedTuple):
-    """What a compiled program depends on, beside the engine's own shapes.
-
-    Attributes:
-        length: tokens a row that it runs; 0 for a head alone.
-        key_len: cache positions that it reads; 0 for a head alone.
-        head: what follows the chunk.
-            ``none``: nothing.
-            ``score``: what is known of each of the chunk's tokens.
-            ``greedy``: every row takes the likeliest token.
-            ``sample``: temperature, top-k, top-p and min-p.
-            ``full``: every control there is.
-            ``logprobs``: the same, and what is known of the token.
-            ``fan_out``: no token; one row's prefill becomes that of several.
-        one_row: it runs a state of one row and not the batch's.
-    """
-
-    length: int
-    key_len: int
-    head: Head
-    one_row: bool = False
-
-    def __str__(self) -> str:
-        what = f"chunk length {self.length}, key bucket {self.key_len}, " if self.length else ""
-        return f"({what}head {self.head}{', one row' if self.one_row else ''})"
-
-
-class State(NamedTuple):
-    """What one step hands to the next; all on the device.
-
-    Attributes:
-        kv_cache: the stacked cache; donated, so each step's input is dead after it.
-        tokens: [B, S] int32, prompt and generated tokens.
-        start: [B] int32, position of the next chunk's first token.
-        length: [B] int32, how many tokens of the row are known.
-        hidden: [B, dim], the residual stream behind the last known token, once a chunk has reached it.
-        done: [B] bool, the row has ended (or was empty from the start).
-        report: [B, W + 2] int32, what the host reads: the last W generated tokens, ``length``, ``done``.
-    """
-
-    kv_cache: torch.Tensor
-    tokens: torch.Tensor
-    start: torch.Tensor
-    length: torch.Tensor
-    hidden: torch.Tensor
-    done: torch.Tensor
-    report: torch.Tensor
-
-
-class Known(NamedTuple):
-    """What programs of the heads ``score`` and ``logprobs`` return behind the state; the host fetches what was asked
-    for.
-
-    Attributes:
-        logprobs: [B, T, logprobs.WIDTH] float32, of the token behind each of the chunk's positions, or of the one that
-            was chosen.
-        hidden: [B, T, dim], the last layer's hidden state, behind its norm, that tells that token.
-        logits: [B, T, V] float32, raw.
-    """
-
-    logprobs: torch.Tensor
-    hidden: torch.Tensor
-    logits: torch.Tensor
-
-
-CACHE_ARGUMENT = State._fields.index("kv_cache")
-
-
-def make_step(model: Transformer, key: ProgramKey) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The function to compile for ``key``.
-
-    It takes the tensors of a State in order and returns those of the next, and of Known where the head has it. Behind
-    the state it
-    takes: for a head that chooses, those of Controls; for ``full`` and ``logprobs``, those of Shaping, too; for
-        ``fan_out`` what that
-    function takes.
-    """
-
-    def step(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        state, others = State(*tensors[: len(State._fields)]), tensors[len(State._fields) :]
-        if key.head == "fan_out":
-            return tuple(fan_out(state, *others))
-        known: tuple[torch.Tensor, ...] = ()
-        if key.length:
-            before = state
-            state, stream = run_chunk(model, state, key.length, key.key_len)
-            if key.head == "score":
-                known = score(model, before, stream)
-        if key.head in CHOOSING:
-            controls, shaping = Controls(*others[: len(Controls._fields)]), others[len(Controls._fields) :]
-            state, known = choose_token(model, state, controls, Shaping(*shaping) if shaping else None, key.head)
-        return (*state, *known)
-
-    return step
-
-
-def run_chunk(model: Transformer, state: State, length: int, key_len: int) -> tuple[State, torch.Tensor]:
-    """Run ``length`` tokens of every row from its ``start`` on; keep the stream behind a row's last known token where
-    it is among them.
-
-    Returns:
-        The next state, and the residual stream [B, T, dim].
-    """
-    offsets = torch.arange(length, dtype=torch.int32, device=state.start.device)
-    positions = state.start.unsqueeze(-1) + offsets  # [B, T]
-    ids = state.tokens.gather(1, positions.long())
-    view = CacheView(state.kv_cache, state.start, key_len)
-    stream = model(ids, positions, view)  # [B, T, dim]
-    last = state.length - 1 - state.start  # [B], index of the last known token in this chunk, if it is in it
-    inside = (last >= 0) & (last < length)
-    index = last.clamp(0, length - 1).long().view(-1, 1, 1).expand(-1, 1, stream.shape[-1])
-    hidden = torch.where(inside.unsqueeze(-1), stream.gather(1, index).squeeze(1), state.hidden)
-    return state._replace(kv_cache=view.kv_cache, start=state.start + length, hidden=hidden), stream
-
-
-def score(model: Transformer, state: State, stream: torch.Tensor) -> Known:
-    """What is known of the token behind each position of a chunk: of position ``start`` + 1 to ``start`` + T.
+def chunk(
+    model: Transformer, state: State, slot: torch.Tensor, *, length: int, key_len: int
+) -> tuple[State, torch.Tensor]:
+    """Run one chunk of a slot's prompt, from its ``start`` on.
 
     Args:
-        state: as it was before the chunk.
-        stream: [B, T, dim].
-    """
-    rows, length = stream.shape[:2]
-    logits = model.head(stream)  # [B, T, V]
-    following = state.start.unsqueeze(-1) + 1 + torch.arange(length, dtype=torch.int32, device=stream.device)
-    ids = state.tokens.gather(1, following.clamp(max=state.tokens.shape[1] - 1).long())
-    described = logprobs.describe(logits.flatten(0, 1), ids.flatten())
-    return Known(described.view(rows, length, -1), model.norm(stream), logits)
-
-
-def choose_token(
-    model: Transformer, state: State, controls: Controls, shaping: Shaping | None, head: Head
-) -> tuple[State, tuple[torch.Tensor, ...]]:
-    """Put one position a row through the vocabulary head, choose its next token and append it to the rows that have not
-    ended.
+        slot: [1] int32.
+        length: positions that the chunk fills; those after the prompt's last token are padding.
+        key_len: cache positions that are read.
 
     Returns:
-        The next state, and Known for the head ``logprobs``.
+        The next state, and the residual stream [1, T, dim], which the program ``score`` reads.
     """
-    raw = model.head(state.hidden)  # [B, V]
-    if head == "greedy":
-        return append(state, controls, sampling.argmax(raw)), ()
-    logits, typical_p = raw, None
-    if shaping is not None:
-        logits, typical_p = shaped(raw, shaping, controls.stop_ids, state.tokens, state.length), shaping.typical_p
-    filters = sampling.Filters(controls.temperature, controls.top_k, controls.top_p, controls.min_p, typical_p)
-    chosen = sampling.choose(logits, filters, controls.seed, state.length)
-    known: tuple[torch.Tensor, ...] = ()
-    if head == "logprobs":
-        described = logprobs.describe(raw, chosen)
-        known = Known(described.unsqueeze(1), model.norm(state.hidden).unsqueeze(1), raw.unsqueeze(1))
-    return append(state, controls, chosen), known
+    row = state.rows(slot, 1)
+    offsets = torch.arange(length, dtype=torch.int32, device=row.start.device)
+    stream, kv_cache = _run(model, row, slot, row.start.unsqueeze(-1) + offsets, key_len)
+    end = torch.minimum(row.start + length, row.length)
+    last = (end - 1 - row.start).long().view(-1, 1, 1).expand(-1, 1, stream.shape[-1])
+    ran = row._replace(kv_cache=kv_cache, start=end, hidden=stream.gather(1, last).squeeze(1))
+    return state.with_rows(ran, row, slot), stream
 
 
-def append(state: State, controls: Controls, chosen: torch.Tensor) -> State:
-    """Append ``chosen`` [B] int32 to the rows that have not ended, and end those that reach a stop token or their
-    limit.
-    """
-    active = ~state.done
-    places = torch.arange(state.tokens.shape[1], dtype=torch.int32, device=chosen.device)
-    here = (places == state.length.unsqueeze(-1)) & active.unsqueeze(-1)  # [B, S]
-    tokens = torch.where(here, chosen.unsqueeze(-1), state.tokens)
-    length = torch.where(active, state.length + 1, state.length)
-    stopped = (chosen.unsqueeze(-1) == controls.stop_ids).any(dim=-1)
-    done = state.done | stopped | (length >= controls.limit)
-    recent = state.report[:, :REPORT_WINDOW]
-    shifted = torch.cat((recent[:, 1:], chosen.unsqueeze(-1)), dim=-1)
-    recent = torch.where(active.unsqueeze(-1), shifted, recent)
-    report = torch.cat((recent, length.unsqueeze(-1), done.to(torch.int32).unsqueeze(-1)), dim=-1)
-    return state._replace(tokens=tokens, start=length - 1, length=length, done=done, report=report)
+def decode(
+    model: Transformer, state: State, packed: torch.Tensor, first: torch.Tensor, *, rows: int, key_len: int
+) -> State:
+    """Run the next token of some slots; where it is the last one known, choose the one that follows.
 
-
-def fan_out(state: State, kv_cache: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> State:
-    """Give some rows the cache and the hidden state that one row's prefill has made.
+    Slots whose request needs the program ``full`` only run their token here. The vocabulary head is a branch: a step in
+    which no row chooses does not pay for it.
 
     Args:
-        state: of the batch.
-        kv_cache: the stacked cache of one row.
-        hidden: [1, dim].
-        rows: [B] bool, which ones.
+        packed: [slots, words] int32, the packed Controls.
+        first: [1] int32, the first slot.
+        rows: how many slots.
+        key_len: cache positions that are read.
     """
-    chosen = rows.view(1, -1, 1, 1, 1)
-    return state._replace(
-        kv_cache=torch.where(chosen, kv_cache, state.kv_cache),
-        hidden=torch.where(rows.unsqueeze(-1), hidden, state.hidden),
+    row = state.rows(first, rows)
+    controls = CONTROLS.unpack(ops.take_rows(packed, first, rows))
+    active = ~row.done & (row.start >= row.ready)
+    stream, kv_cache = _run(model, row, first, row.start.unsqueeze(-1), key_len)
+    ran = row._replace(
+        kv_cache=kv_cache,
+        start=torch.where(active, row.start + 1, row.start),
+        hidden=torch.where(active.unsqueeze(-1), stream.squeeze(1), row.hidden),
     )
+    return state.with_rows(_choose_plain(model, ran, controls, active), row, first)
+
+
+def choose(model: Transformer, state: State, packed: torch.Tensor, slot: torch.Tensor) -> State:
+    """Choose the first token of a slot whose last chunk reached the end of its prompt."""
+    row = state.rows(slot, 1)
+    controls = CONTROLS.unpack(ops.take_rows(packed, slot, 1))
+    return state.with_rows(_choose_plain(model, row, controls, ~row.done), row, slot)
+
+
+def full(
+    model: Transformer,
+    state: State,
+    packed: torch.Tensor,
+    packed_logits: torch.Tensor,
+    allowed: torch.Tensor,
+    first: torch.Tensor,
+    *,
+    rows: int,
+) -> tuple[State, Details]:
+    """Choose the next token with every control, for the slots that need it and have run all their tokens.
+
+    Args:
+        packed_logits: [slots, words] int32, the packed LogitsControls.
+        allowed: [slots, W] int32, bits of the tokens that a grammar allows; all ones without one.
+    """
+    row = state.rows(first, rows)
+    controls = CONTROLS.unpack(ops.take_rows(packed, first, rows))
+    wanted = logits_controls(model.args.vocab_size).unpack(ops.take_rows(packed_logits, first, rows))
+    wanted = wanted._replace(allowed=wanted.allowed & ops.take_rows(allowed, first, rows))
+    raw = model.head(row.hidden)  # [B, V]
+    logits = process_logits(raw, wanted, controls.stop_ids, row.tokens, row.length)
+    chosen = sampling.choose(logits, _filters(controls, wanted), controls.seed, row.length)
+    chooses = ~row.done & (row.start == row.length) & (controls.full == 1)
+    wants_details = (chooses & (controls.details == 1)).any()
+    (described,) = ops.when(wants_details, lambda *given: (token_info.describe(*given),), (raw, chosen))
+    details = Details(described.unsqueeze(1), model.norm(row.hidden).unsqueeze(1), raw.unsqueeze(1))
+    return state.with_rows(append(row, controls, chosen.unsqueeze(-1), chooses.int()), row, first), details
+
+
+def score(
+    model: Transformer, tokens: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, stream: torch.Tensor
+) -> Details:
+    """Describe the token after each position of a chunk that has been run.
+
+    Args:
+        tokens: [slots, S] int32.
+        slot, start: [1] int32; the chunk began at position ``start``.
+        stream: [1, T, dim], what ``chunk`` returned.
+    """
+    length = stream.shape[1]
+    logits = model.head(stream)  # [1, T, V]
+    following = start + 1 + torch.arange(length, dtype=torch.int32, device=stream.device)
+    ids = ops.take_rows(tokens, slot, 1).gather(1, following.clamp(max=tokens.shape[1] - 1).long().unsqueeze(0))
+    described = token_info.describe(logits.flatten(0, 1), ids.flatten())
+    return Details(described.view(1, length, -1), model.norm(stream), logits)
+
+
+def _run(
+    model: Transformer, row: State, first: torch.Tensor, positions: torch.Tensor, key_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream [B, T, dim] of the tokens at ``positions`` [B, T], and the cache with their keys and values."""
+    ids = row.tokens.gather(1, positions.long())
+    view = CacheView(row.kv_cache, first, row.start, key_len)
+    return model(ids, positions, view), view.kv_cache
+
+
+# --- choosing and appending -------------------------------------------------------------------------------------------
+
+
+def _choose_plain(model: Transformer, row: State, controls: Controls, active: torch.Tensor) -> State:
+    """Choose for the active rows [B] bool that have run all their tokens and need nothing but ``sampling``."""
+    chooses = active & (row.start == row.length) & (controls.full == 0)
+
+    def chosen(hidden: torch.Tensor, length: torch.Tensor, *controls: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = Controls(*controls)
+        logits = model.head(hidden)  # [B, V]
+        greedy = sampling.argmax(logits)
+        sampled = given.temperature > 0
+
+        def drawn(logits: torch.Tensor, seed: torch.Tensor, length: torch.Tensor, *filters: torch.Tensor) -> Tensors:
+            return (sampling.choose(logits, sampling.Filters(*filters), seed, length),)
+
+        inputs = (logits, given.seed, length, given.temperature, given.top_k, given.top_p, given.min_p)
+        (draw,) = ops.when(sampled.any(), drawn, inputs)
+        return (torch.where(sampled, draw, greedy),)
+
+    (ids,) = ops.when(chooses.any(), chosen, (row.hidden, row.length, *controls))
+    return append(row, controls, ids.unsqueeze(-1), chooses.int())
+
+
+def _filters(controls: Controls, wanted: LogitsControls) -> sampling.Filters:
+    return sampling.Filters(controls.temperature, controls.top_k, controls.top_p, controls.min_p, wanted.typical_p)
+
+
+def append(row: State, controls: Controls, chosen: torch.Tensor, count: torch.Tensor) -> State:
+    """Append tokens to the rows, and end those that reach a stop token, their limit or the end of the cache.
+
+    Args:
+        chosen: [B, n] int32, new tokens in order.
+        count: [B] int32, how many of them count, 0 for a row that gets none. Those after a stop token, and those past
+            the limit, are dropped.
+
+    Returns:
+        The next state of the rows: ``start`` is the position of the last token appended, which is not run yet.
+    """
+    most = chosen.shape[1]
+    order = torch.arange(most, dtype=torch.int32, device=chosen.device)
+    stops = (chosen.unsqueeze(-1) == controls.stop_ids.unsqueeze(1)).any(dim=-1).int()  # [B, n]
+    stopped_before = stops.cumsum(dim=1).int() - stops
+    end = controls.limit.clamp(max=row.tokens.shape[1])
+    room = (end - row.length).clamp(min=0)
+    kept = (order < count.unsqueeze(-1)) & (order < room.unsqueeze(-1)) & (stopped_before == 0)
+    added = kept.int().sum(dim=1).int()
+    length = row.length + added
+    places = torch.arange(row.tokens.shape[1], dtype=torch.int32, device=chosen.device) - row.length.unsqueeze(-1)
+    here = (places >= 0) & (places < added.unsqueeze(-1))  # [B, S]
+    new = chosen if most == 1 else chosen.gather(1, places.clamp(0, most - 1).long())
+    stopped = (stops.bool() & kept).any(dim=1) | (length >= end)
+    done = row.done | ((added > 0) & stopped)
+    return row._replace(
+        tokens=torch.where(here, new, row.tokens),
+        start=torch.where(added > 0, length - 1, row.start),
+        length=length,
+        done=done,
+        report=_reported(row.report, chosen, added, length, done),
+    )
+
+
+def _reported(
+    report: torch.Tensor, chosen: torch.Tensor, added: torch.Tensor, length: torch.Tensor, done: torch.Tensor
+) -> torch.Tensor:
+    """The report with the first ``added`` [B] of the tokens ``chosen`` [B, n] shifted in from the right."""
+    window = report.shape[1] - 2
+    both = torch.cat((report[:, :window], chosen), dim=-1)
+    places = torch.arange(window, dtype=torch.int32, device=chosen.device) + added.unsqueeze(-1)
+    recent = both.gather(1, places.long())
+    return torch.cat((recent, length.unsqueeze(-1), done.int().unsqueeze(-1)), dim=-1)
+
+
+# --- slots ------------------------------------------------------------------------------------------------------------
+
+
+def admit(state: State, row: torch.Tensor, slot: torch.Tensor) -> State:
+    """Put a request into a slot; its cache is left alone.
+
+    Args:
+        row: [1, 3 + S] int32: ``start``, ``ready`` and ``length``, then the prompt's tokens.
+        slot: [1] int32.
+    """
+    start, ready, length = (row[:, i] for i in range(3))
+    report = torch.zeros(1, state.report.shape[1], dtype=torch.int32, device=row.device)
+    report = torch.cat((report[:, :-2], length.unsqueeze(-1), report[:, -1:]), dim=-1)
+    old = state.rows(slot, 1)
+    new = State(state.kv_cache, row[:, 3:], start, ready, length, old.hidden, torch.zeros_like(old.done), report)
+    return state.with_rows(new, old, slot)
+
+
+def end(done: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+    """End some slots; both [slots] bool."""
+    return done | ended
+
+
+def copy(kv_cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, *, key_len: int) -> torch.Tensor:
+    """Copy a slot's first ``key_len`` keys and values to another slot; both [1] int32."""
+    return ops.copy_cache(kv_cache, source, target, key_len)
+
+
+def move(state: State, source: torch.Tensor, target: torch.Tensor) -> State:
+    """Give a slot's state, without its cache, to another slot, and end it where it was."""
+    row, other = state.rows(source, 1), state.rows(target, 1)
+    moved = state.with_rows(row, other, target)
+    return moved._replace(done=ops.put_rows(moved.done, torch.ones_like(row.done), source))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llama.config import EngineConfig
+from llama.config import LONGEST_SCORED, EngineConfig
 from llama.errors import ConfigError
 
 # The pad policy's price of starting one program, in prompt tokens: a chunk of n tokens costs n + this.
@@ -70,9 +70,35 @@ def plan(prompt_len: int, config: EngineConfig, cached: int = 0, longest: int | 
     chunks, start = [], cached
     for length in lengths:
         valid = min(length, prompt_len - start)
-        chunks.append(Chunk(start, length, valid, key_bucket(start + length, config)))
+        chunks.append(Chunk(start, length, valid, key_bucket(min(start + length, config.max_seq_len), config)))
         start += valid
     return tuple(chunks)
+
+
+def prefill(prompt_len: int, config: EngineConfig, cached: int = 0, *, scored: bool = False) -> tuple[list[Chunk], int]:
+    """Chunks that run a prompt by themselves, and the position from which decode steps take over.
+
+    Decode steps run the tail of ones: beside other requests it costs nothing there, and the last one chooses the first
+    new token. A prompt whose tokens are scored, or whose bits may not depend on its neighbours, is run by chunks to its
+    end, with one padded chunk in place of the ones.
+
+    Args:
+        prompt_len, cached: see ``plan``.
+        scored: every position goes through the vocabulary head, so no chunk is longer than ``LONGEST_SCORED``.
+
+    Returns:
+        The chunks, and the end of the last one, which is ``prompt_len`` where decode steps run none of the prompt.
+    """
+    chunks = list(plan(prompt_len, config, cached, LONGEST_SCORED if scored else None))
+    tail = next((i for i, chunk in enumerate(reversed(chunks)) if chunk.length > 1), len(chunks))
+    body, ones = chunks[: len(chunks) - tail], chunks[len(chunks) - tail :]
+    if ones and (scored or config.batch_invariant) and config.shortest_chunk > 1:
+        start, end = ones[0].start, ones[-1].end
+        reach = min(start + config.shortest_chunk, config.max_seq_len)
+        body.append(Chunk(start, config.shortest_chunk, end - start, key_bucket(reach, config)))
+    elif scored:
+        body = chunks
+    return body, body[-1].end if body else cached
 
 
 def key_bucket(end: int, config: EngineConfig) -> int:
@@ -110,8 +136,3 @@ def _padded(tokens: int, room: int, buckets: tuple[int, ...]) -> list[int]:
         lengths.append(bucket)
         tail -= bucket
     return lengths
-
-
-def program_shapes(config: EngineConfig) -> list[tuple[int, int]]:
-    """Every (chunk length, key bucket) that a prompt or a decode step can meet under ``config``, longest first."""
-    return [(b, k) for b in config.buckets for k in config.key_buckets if k >= b]

@@ -1,118 +1,209 @@
-"""Which compiled programs a configuration can meet, and which ones a batch of requests runs, in what order.
+"""The registry of compiled programs: what each one is, what must be warm, and what a set of requests can need.
 
-Pure integers and names, no tensor: the engine runs what stands here, and warm-up compiles it. That both ask the same
-    functions is
-what makes "nothing compiles after warm-up" hold.
+A program is a function of ``compiled/steps.py`` at fixed sizes. Its kind says which named tensors it takes and returns,
+which it donates, and which sizes it is compiled for. Warm-up and the runner read the same table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence as Sequences
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from llama.compiled.steps import CHOOSING, IN_DECODE_STEP, Head, ProgramKey
-from llama.config import EngineConfig
-from llama.engine import chunks as buckets
-from llama.engine.chunks import Chunk
-from llama.engine.request import Request
+import torch
 
-LONGEST_SCORED = (
-    64  # tokens of a chunk whose positions all go through the vocabulary head: their logits are length x vocabulary
-)
-FAN_OUT = ProgramKey(0, 0, "fan_out")
+from llama.compiled import steps
+from llama.compiled.model import Transformer
+from llama.compiled.state import Details, State
+from llama.config import LONGEST_SCORED, EngineConfig
+from llama.engine import chunks
+from llama.engine.sequence import Sequence
 
-
-def all_keys(config: EngineConfig) -> list[ProgramKey]:
-    """Every program that any prompt, sampling parameter and length can need under this configuration."""
-    shapes = buckets.program_shapes(config)
-    several = config.max_batch_size > 1
-    keys = [ProgramKey(length, key_len, "none") for length, key_len in shapes]
-    keys += [ProgramKey(1, key_len, head) for head in IN_DECODE_STEP for length, key_len in shapes if length == 1]
-    keys += [ProgramKey(0, 0, head) for head in CHOOSING]
-    scored = [ProgramKey(length, key_len, "score", several) for length, key_len in shapes if length <= LONGEST_SCORED]
-    if several:
-        keys += [ProgramKey(length, key_len, "none", one_row=True) for length, key_len in shapes] + [FAN_OUT]
-    return keys + scored
+GROUPS: dict[str, Any] = {"state": State, "details": Details}  # one name for several tensors
 
 
-def keys_for(requests: Sequence[Request], config: EngineConfig, cached: int = 0) -> list[ProgramKey]:
-    """The programs that a batch of these requests can need, in the order of their first use."""
-    head = head_for(requests)
-    if runs_by_row(requests, config, cached):
-        groups = rows_by_prompt(requests)
-        keys = [
-            key
-            for rows in groups.values()
-            for _, key in prefill_runs([requests[i] for i in rows], config, 0, None, one_row=True)
-        ]
-        keys += [FAN_OUT, ProgramKey(0, 0, head)]
-    else:
-        keys = [key for _, key in prefill_runs(requests, config, cached, head)]
-    decoding = [r for r in requests if r.params.max_gen_len > 1]
-    if decoding:
-        # from the shortest prompt on: where the longest rows end early, the batch goes on at the others' positions
-        first = buckets.key_bucket(min(len(r.prompt_ids) for r in decoding) + 1, config)
-        last = buckets.key_bucket(max(r.limit for r in decoding) - 1, config)
-        keys += [key for k in config.key_buckets if first <= k <= last for key in decode_keys(k, head)]
-    return list(dict.fromkeys(keys))
+class Kind(NamedTuple):
+    """What the programs of one kind have in common.
+
+    Attributes:
+        function: of ``compiled/steps.py``.
+        takes, returns: names of tensors, or of groups of them, in the function's order.
+        donates: tensors whose memory an output takes over.
+        sizes: which of a program's sizes it is compiled for.
+        runs_model: it reads the model's weights; others only put requests into slots, copy, move and end them.
+    """
+
+    function: Callable[..., Any]
+    takes: tuple[str, ...]
+    returns: tuple[str, ...]
+    donates: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    runs_model: bool = True
 
 
-def prefill_runs(
-    requests: Sequence[Request], config: EngineConfig, cached: int, head: Head | None, *, one_row: bool = False
-) -> list[tuple[Chunk | None, ProgramKey]]:
-    """What runs, in order, for the requests' prefill: a chunk's programs, and behind the last chunk the head alone (no
-    chunk).
+KINDS: dict[str, Kind] = {
+    "chunk": Kind(steps.chunk, ("state", "slot"), ("state", "stream"), ("kv_cache",), ("length", "key_len")),
+    "decode": Kind(steps.decode, ("state", "controls", "slot"), ("state",), ("kv_cache",), ("rows", "key_len")),
+    "choose": Kind(steps.choose, ("state", "controls", "slot"), ("state",)),
+    "full": Kind(
+        steps.full, ("state", "controls", "logits_controls", "allowed", "slot"), ("state", "details"), (), ("rows",)
+    ),
+    "score": Kind(steps.score, ("tokens", "slot", "position", "stream"), ("details",), (), ("length",)),
+    "admit": Kind(steps.admit, ("state", "row", "slot"), ("state",), runs_model=False),
+    "end": Kind(steps.end, ("done", "ended"), ("done",), runs_model=False),
+    "copy": Kind(
+        steps.copy, ("kv_cache", "slot", "target"), ("kv_cache",), ("kv_cache",), ("key_len",), runs_model=False
+    ),
+    "move": Kind(steps.move, ("state", "slot", "target"), ("state",), runs_model=False),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program.
+
+    Attributes:
+        kind: a name of ``KINDS``.
+        rows: slots that it runs.
+        length: positions of a chunk.
+        key_len: cache positions that it reads or copies.
+    """
+
+    kind: str
+    rows: int = 0
+    length: int = 0
+    key_len: int = 0
+
+    def __str__(self) -> str:
+        words = {"rows": "rows", "length": "chunk length", "key_len": "key bucket"}
+        sizes = [f"{words[name]} {getattr(self, name)}" for name in KINDS[self.kind].sizes]
+        return f"({', '.join([self.kind, *sizes])})"
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The names of the tensors that it takes, in order."""
+        return _spread(KINDS[self.kind].takes)
+
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """The names of the tensors that it returns, in order."""
+        return _spread(KINDS[self.kind].returns)
+
+    @property
+    def donated(self) -> tuple[int, ...]:
+        """The indices in ``takes`` of the tensors that are dead after a run."""
+        return tuple(self.takes.index(name) for name in KINDS[self.kind].donates)
+
+    def function(self, model: Transformer) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function to compile: it takes and returns tensors in the order of ``takes`` and ``returns``."""
+        kind = KINDS[self.kind]
+        sizes = {name: getattr(self, name) for name in kind.sizes if name != "length" or self.kind == "chunk"}
+        leading = (model,) if kind.runs_model else ()
+
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = kind.function(*leading, *_gathered(kind.takes, tensors), **sizes)
+            parts = found if len(kind.returns) > 1 else (found,)
+            return tuple(
+                each
+                for name, part in zip(kind.returns, parts, strict=True)
+                for each in (part if name in GROUPS else (part,))
+            )
+
+        return run
+
+
+def _spread(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(each for name in names for each in (GROUPS[name]._fields if name in GROUPS else (name,)))
+
+
+def _gathered(names: Iterable[str], tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+    """The tensors with those of a group as one named tuple."""
+    found: list[Any] = []
+    begin = 0
+    for name in names:
+        count = len(GROUPS[name]._fields) if name in GROUPS else 1
+        part = tensors[begin : begin + count]
+        found.append(GROUPS[name](*part) if name in GROUPS else part[0])
+        begin += count
+    return found
+
+
+# --- what is needed ---------------------------------------------------------------------------------------------------
+
+
+def all_programs(config: EngineConfig) -> list[Program]:
+    """Every program that any request can need under this configuration."""
+    scored = _scored_lengths(config)
+    lengths = sorted({b for b in config.buckets if b > 1} | set(scored), reverse=True)
+    found = [Program("chunk", length=b, key_len=k) for b in lengths for k in config.key_buckets if k >= b]
+    found += [Program("decode", rows=w, key_len=k) for w in config.widths for k in decode_keys(1, config)]
+    found += [Program("choose"), *(Program("full", rows=w) for w in dict.fromkeys((1, *config.widths)))]
+    found += [Program("score", length=b) for b in scored]
+    found += [Program("admit"), Program("end")]
+    if config.max_batch_size > 1:
+        found += [Program("copy", key_len=k) for k in config.key_buckets] + [Program("move")]
+    return found
+
+
+def programs_for(sequences: Sequences[Sequence], config: EngineConfig, cached: Sequences[int] = ()) -> list[Program]:
+    """The programs that these requests can need when they run beside each other, in the order of their first use.
+
+    Of the widths only the one that covers all of them: narrower ones save time, and a full warm-up compiles them.
 
     Args:
-        head: chooses the first token; None for no head.
+        cached: how many leading tokens of each need not be run, as far as is known; zeros without it.
     """
-    scored = any(r.params.prompt_logprobs for r in requests)
-    longest = max(len(r.prompt_ids) for r in requests)
-    chunks = buckets.plan(longest, config, cached, LONGEST_SCORED if scored else None)
-    runs: list[tuple[Chunk | None, ProgramKey]] = [
-        (c, ProgramKey(c.length, c.key_len, "score" if scored else "none", one_row)) for c in chunks
-    ]
-    if head in IN_DECODE_STEP and chunks[-1].length == 1 and not scored:
-        runs[-1] = (chunks[-1], ProgramKey(1, chunks[-1].key_len, head))
-    elif head is not None:
-        runs.append((None, ProgramKey(0, 0, head)))
-    return runs
+    if not sequences:
+        return []
+    found = dict.fromkeys([Program("admit")])
+    several = config.max_batch_size > 1 and len(sequences) > 1
+    width = next(w for w in config.widths if w >= min(len(sequences), config.max_batch_size))
+    for sequence, held in zip(sequences, cached or [0] * len(sequences), strict=True):
+        found |= dict.fromkeys(_own_programs(sequence, config, held, width))
+    if several and any(s.leader is not None or s.reuse for s in sequences):
+        longest = max(len(s.prompt_ids) for s in sequences)
+        found |= dict.fromkeys(
+            Program("copy", key_len=k) for k in config.key_buckets if k <= chunks.key_bucket(longest, config)
+        )
+    if several or any(s.params.stop for s in sequences):
+        found |= {Program("end"): None}
+    return list(found)
 
 
-def runs_by_row(requests: Sequence[Request], config: EngineConfig, cached: int) -> bool:
-    """Whether each prompt is prefilled by itself: once for all its samples, or for what is to be known of its
-    tokens.
-    """
-    if config.max_batch_size == 1 or cached:
-        return False
-    shares = any(r.params.samples > 1 for r in requests) and len(rows_by_prompt(requests)) < len(requests)
-    return shares or any(r.params.prompt_logprobs for r in requests)
+def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: int) -> Iterator[Program]:
+    """What one request needs, where decode steps run ``width`` slots."""
+    prompt_len = len(sequence.prompt_ids)
+    if sequence.leader is not None:
+        cached = max(cached, prompt_len - 1)
+    scored = sequence.params.prompt_logprobs
+    plan, ready = chunks.prefill(prompt_len, config, cached, scored=scored)
+    for chunk in plan:
+        yield Program("chunk", length=chunk.length, key_len=chunk.key_len)
+        if scored:
+            yield Program("score", length=chunk.length)
+    if ready == prompt_len:
+        yield Program("full", rows=1) if sequence.needs_full else Program("choose")
+    keys = decode_keys(ready + 1, config, sequence.limit - 1)
+    yield from (Program("decode", rows=width, key_len=k) for k in keys)
+    if keys and sequence.needs_full:
+        yield Program("full", rows=width)
 
 
-def rows_by_prompt(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
-    """The rows that share each prompt."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, request in enumerate(requests):
-        groups.setdefault(request.prompt_ids, []).append(i)
-    return groups
+def decode_keys(first_end: int, config: EngineConfig, last_end: int | None = None) -> list[int]:
+    """The key buckets of decode steps that run positions up to ``first_end``, ..., ``last_end`` (exclusive ends)."""
+    last_end = config.max_seq_len if last_end is None else last_end
+    if first_end > last_end:
+        return []
+    if config.batch_invariant:
+        return [config.max_seq_len]
+    first, last = chunks.key_bucket(first_end, config), chunks.key_bucket(last_end, config)
+    return [k for k in config.key_buckets if first <= k <= last]
 
 
-def head_for(requests: Sequence[Request]) -> Head:
-    """The cheapest head that serves all rows; one row that needs more brings it in for the batch, where the others ask
-    nothing of it.
-    """
-    return max((_head_of(r) for r in requests), key=CHOOSING.index, default="greedy")
+def _scored_lengths(config: EngineConfig) -> list[int]:
+    """Chunk lengths of a prompt whose tokens are scored."""
+    return [b for b in config.buckets if b <= LONGEST_SCORED and (b > 1 or config.shortest_chunk == 1)]
 
 
-def _head_of(request: Request) -> Head:
-    if any(request.kinds):
-        return "logprobs"
-    if request.params.reshapes_logits:
-        return "full"
-    return "greedy" if request.params.temperature == 0 else "sample"
-
-
-def decode_keys(key_len: int, head: Head) -> list[ProgramKey]:
-    """The programs of one decode step."""
-    if head in IN_DECODE_STEP:
-        return [ProgramKey(1, key_len, head)]
-    return [ProgramKey(1, key_len, "none"), ProgramKey(0, 0, head)]
+_names = [name for group in GROUPS.values() for name in group._fields]
+assert len(set(_names)) == len(_names)  # a run's outputs are told apart by name

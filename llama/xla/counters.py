@@ -14,8 +14,10 @@ class Counters:
 
     Attributes:
         compiled: programs compiled through ``compile_program``.
+        expected: computations that XLA compiled for them; fewer, where it had compiled the same graph before.
         compile_s: seconds that tracing and compiling them took.
-        runs: program runs.
+        runs: runs of programs that read the model's weights.
+        edits: runs of small programs that put requests into slots, copy, move and end them.
         fetches: transfers from the device to the host.
         fetched_bytes: what they carried.
         uploads: tensors that the host gave to the device.
@@ -23,8 +25,10 @@ class Counters:
     """
 
     compiled: int = 0
+    expected: int = 0
     compile_s: float = 0.0
     runs: int = 0
+    edits: int = 0
     fetches: int = 0
     fetched_bytes: int = 0
     uploads: int = 0
@@ -55,3 +59,8 @@ def fallback_ops() -> Counter[str]:
     import torch_xla.debug.metrics as metrics
 
     return Counter({op: metrics.counter_value(op) for op in metrics.executed_fallback_ops()})
+
+
+def surprises() -> int:
+    """How many computations XLA has compiled outside ``compile_program``; a call may compare two moments."""
+    return xla_compilations() - counters.expected

@@ -1,10 +1,11 @@
-"""XLA operations that torch lacks, and how a linear layer is lowered.
+"""XLA operations that torch lacks, or writes in a way that XLA does not do well.
 
-Shapes: B batch rows, T chunk length, L layers, K key/value heads, S cache positions, D head size.
+Shapes: B rows, T chunk length, L layers, K key/value heads, S cache positions, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,32 +45,205 @@ def written(x: Any) -> Any:
 
 @cache
 def _cache_write_op() -> Any:
-    """The registered XLA operation behind ``write_cache``; built on first use, so that importing this module starts
-    nothing.
-    """
+    """The registered XLA operation behind ``write_cache``; built on first use, so that importing this module starts nothing."""
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(kv_cache: Any, keys: Any, values: Any, starts: Any, layer: int) -> Any:
-        """One DynamicUpdateSlice per batch row and kind: XLA runs them in place where a scatter would be a loop.
+    def lower(kv_cache: Any, keys: Any, values: Any, first: Any, starts: Any, layer: int) -> Any:
+        """One DynamicUpdateSlice per row and kind: XLA runs them in place where a scatter would be a loop.
 
         Keys and values apart, although one slice could hold both: XLA:CPU fuses the joining into the update and then
-            takes 174
-        microseconds a layer for it instead of 10 (docs/log.md).
+        takes 174 microseconds a layer for it instead of 10 (docs/log.md).
         """
         builder = kv_cache.builder()
-        int32 = starts.shape().dtype
+        int32, first = starts.shape().dtype, first.reshape([])
         zero = xb.Op.scalar(builder, 0, dtype=int32)
         for kind, update in enumerate((keys, values)):
             stacked = update.reshape([1, *update.shape().sizes])
             place = xb.Op.scalar(builder, 2 * layer + kind, dtype=int32)
             for row in range(update.shape().sizes[0]):
                 start = starts.slice([row], [row + 1]).reshape([])
-                corner = (place, xb.Op.scalar(builder, row, dtype=int32), zero, start, zero)
-                kv_cache = kv_cache.dynamic_update_slice(stacked.slice_in_dim(row, row + 1, 1), corner)
+                slot = first + xb.Op.scalar(builder, row, dtype=int32)
+                kv_cache = kv_cache.dynamic_update_slice(
+                    stacked.slice_in_dim(row, row + 1, 1), (place, slot, zero, start, zero)
+                )
         return kv_cache
 
     return registry.register("llama_cache_write", lower)
+
+
+def write_cache(
+    kv_cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    starts: torch.Tensor,
+    layer: int,
+) -> torch.Tensor:
+    """Write one layer's new keys and values into the stacked cache, each row at its own position.
+
+    Args:
+        kv_cache: [2 L, slots, K, S, D], the keys of layer l at 2 l and its values at 2 l + 1.
+        keys, values: [B, K, T, D] in the cache's dtype.
+        first: int32 of one element; row r goes to slot ``first + r``.
+        starts: [B] int32, the first position of each row. The caller keeps ``starts + T <= S``: XLA clamps a start that
+            does not fit and would overwrite the last positions without a word.
+        layer: l.
+
+    Returns:
+        The cache with the update in it: use it and forget the argument. In place where the argument is donated to the
+        program.
+    """
+    result: torch.Tensor = _cache_write_op()(kv_cache, keys, values, first, starts, layer=layer)
+    return result
+
+
+@cache
+def _cache_read_op() -> Any:
+    """The registered XLA operation behind ``read_cache``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(kv_cache: Any, first: Any, layer: int, kind: int, rows: int, key_len: int) -> Any:
+        _, _, heads, _, columns = kv_cache.shape().sizes
+        zero = xb.Op.scalar(kv_cache.builder(), 0, dtype=xb.Type.S32)
+        place = xb.Op.scalar(kv_cache.builder(), 2 * layer + kind, dtype=xb.Type.S32)
+        found = kv_cache.dynamic_slice([place, first.reshape([]), zero, zero, zero], [1, rows, heads, key_len, columns])
+        return found.reshape([rows, heads, key_len, columns])
+
+    return registry.register("llama_cache_read", lower)
+
+
+def read_cache(
+    kv_cache: torch.Tensor, first: torch.Tensor, layer: int, *, rows: int, key_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's first ``key_len`` keys and values of ``rows`` slots from ``first`` on: [rows, K, key_len, D] each."""
+    read = _cache_read_op()
+    keys, values = (read(kv_cache, first, layer=layer, kind=kind, rows=rows, key_len=key_len) for kind in (0, 1))
+    return keys, values
+
+
+@cache
+def _cache_copy_op() -> Any:
+    """The registered XLA operation behind ``copy_cache``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(kv_cache: Any, source: Any, target: Any, key_len: int) -> Any:
+        layers, _, heads, _, columns = kv_cache.shape().sizes
+        zero = xb.Op.scalar(kv_cache.builder(), 0, dtype=xb.Type.S32)
+        live = kv_cache.dynamic_slice(
+            [zero, source.reshape([]), zero, zero, zero], [layers, 1, heads, key_len, columns]
+        )
+        return kv_cache.dynamic_update_slice(live, (zero, target.reshape([]), zero, zero, zero))
+
+    return registry.register("llama_cache_copy", lower)
+
+
+def copy_cache(kv_cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, key_len: int) -> torch.Tensor:
+    """Copy the first ``key_len`` positions of slot ``source`` to slot ``target``, each an int32 of one element.
+
+    Returns:
+        The cache with the copy in it, in place where the argument is donated.
+    """
+    result: torch.Tensor = _cache_copy_op()(kv_cache, source, target, key_len=key_len)
+    return result
+
+
+@cache
+def _take_rows_op() -> Any:
+    """The registered XLA operation behind ``take_rows``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(x: Any, first: Any, count: int) -> Any:
+        _, *rest = x.shape().sizes
+        zero = xb.Op.scalar(x.builder(), 0, dtype=xb.Type.S32)
+        return x.dynamic_slice([first.reshape([]), *[zero] * len(rest)], [count, *rest])
+
+    return registry.register("llama_take_rows", lower)
+
+
+def take_rows(x: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows [first, first + count) of x; ``first`` is an int32 of one element."""
+    if x.device.type != "xla":
+        return x[int(first) : int(first) + count]
+    rows: torch.Tensor = _take_rows_op()(x, first, count=count)
+    return rows
+
+
+@cache
+def _put_rows_op() -> Any:
+    """The registered XLA operation behind ``put_rows``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(x: Any, rows: Any, first: Any) -> Any:
+        zero = xb.Op.scalar(x.builder(), 0, dtype=xb.Type.S32)
+        return x.dynamic_update_slice(rows, (first.reshape([]), *[zero] * (len(x.shape().sizes) - 1)))
+
+    return registry.register("llama_put_rows", lower)
+
+
+def put_rows(x: torch.Tensor, rows: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """x with ``rows`` in the place of its rows from ``first`` on; ``first`` is an int32 of one element."""
+    if x.device.type != "xla":
+        return torch.cat((x[: int(first)], rows, x[int(first) + len(rows) :]))
+    result: torch.Tensor = _put_rows_op()(x, rows, first)
+    return result
+
+
+def when(
+    condition: torch.Tensor, fn: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """``fn(*inputs)`` where a condition holds, else zeros: a branch of the program, not computed where it is not taken.
+
+    Args:
+        condition: bool scalar on the device.
+        fn: a pure function of tensors. Tensors that it closes over, such as weights, become inputs of the branch; they
+            are not copied.
+        inputs: what it takes; it must close over no other tensor that the program computes.
+
+    Returns:
+        The outputs of ``fn``, or zeros of their shapes and dtypes.
+    """
+    if condition.device.type != "xla":
+        return tuple(torch.where(condition, each, torch.zeros_like(each)) for each in fn(*inputs))
+    import torch_xla
+    import torch_xla.core.xla_builder as xb
+
+    placeholders = [xb.create_placeholder_tensor(each.shape, each.dtype) for each in inputs]
+    traced = fn(*placeholders)
+    lowered = torch_xla._XLAC.lowering.LoweringContext("Branch")
+    lowered.set_name_string("branch")
+    lowered.build(list(traced))
+    branch = xb.computation_from_module_proto("branch", lowered.hlo())
+    arguments, place = list(inputs), {}  # place: of each parameter of the branch, its index among the arguments
+    for index, each in enumerate(placeholders):
+        parameter = lowered.tensor_parameter_id(each)
+        if parameter != -1:
+            place[parameter] = index
+    for parameter, held in lowered.device_parameter_id_tensor_mapping().items():
+        if parameter not in place:
+            place[parameter] = len(arguments)
+            arguments.append(held.to(condition.device))
+    builder = xb.create_builder("when")
+    taken, *parameters = (
+        xb.mkparam(builder, index, xb.tensor_shape(each)) for index, each in enumerate((condition, *arguments))
+    )
+    shapes = [(list(each.shape), _type_of(each.dtype)) for each in traced]
+
+    def yes(*given: Any) -> Any:
+        result = xb.Op.call(branch, [given[place[parameter]] for parameter in range(len(place))])
+        return result if result.shape().is_tuple() else xb.Op.tuple([result])
+
+    def no(*given: Any) -> Any:
+        zeros = (xb.Op.scalar(given[0].builder(), 0, dtype=kind).broadcast(sizes) for sizes, kind in shapes)
+        return xb.Op.tuple(list(zeros))
+
+    computation = taken.mkconditional(parameters, yes, no).build("when")
+    outputs = torch_xla._XLAC._xla_user_computation("xla::when", [condition, *arguments], computation)
+    return tuple(outputs)
 
 
 @cache
@@ -79,6 +253,23 @@ def _float_bits_op() -> Any:
     import torch_xla.core.xla_op_registry as registry
 
     return registry.register("llama_float_bits", lambda x: x.bitcast(xb.Type.S32))
+
+
+@cache
+def _float_of_bits_op() -> Any:
+    """The registered XLA operation behind ``float_of_bits``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    return registry.register("llama_float_of_bits", lambda x: x.bitcast(xb.Type.F32))
+
+
+def float_of_bits(x: torch.Tensor) -> torch.Tensor:
+    """The float32 numbers whose bit patterns an int32 tensor holds."""
+    if x.device.type != "xla":
+        return x.view(torch.float32)
+    numbers: torch.Tensor = _float_of_bits_op()(x)
+    return numbers
 
 
 def float_bits(x: torch.Tensor) -> torch.Tensor:
@@ -150,6 +341,14 @@ def _last_key_op() -> Any:
     return registry.register("llama_last_key", lower)
 
 
+def _type_of(dtype: torch.dtype) -> Any:
+    """XLA's name of a dtype."""
+    import torch_xla.core.xla_builder as xb
+
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "S32", torch.bool: "PRED"}
+    return getattr(xb.Type, names[dtype])
+
+
 def _add(a: Any, b: Any) -> Any:
     return a + b
 
@@ -190,23 +389,3 @@ def rotate_left(x: torch.Tensor, distance: int) -> torch.Tensor:
         return (x << distance) | ((x >> (32 - distance)) & ((1 << distance) - 1))
     rotated: torch.Tensor = _rotate_left_op()(x, distance=distance)
     return rotated
-
-
-def write_cache(
-    kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, layer: int
-) -> torch.Tensor:
-    """Write one layer's new keys and values into the stacked cache, each row at its own position.
-
-    Args:
-        kv_cache: [2 L, B, K, S, D], the keys of layer l at 2 l and its values at 2 l + 1.
-        keys, values: [B, K, T, D] in the cache's dtype.
-        starts: [B] int32, the first position of each row. The caller keeps ``starts + T <= S``: XLA clamps a start that
-            does not fit and would overwrite the last positions without a word.
-        layer: l.
-
-    Returns:
-        The cache with the update in it: use it and forget the argument. In place where the argument is donated to the
-            program.
-    """
-    result: torch.Tensor = _cache_write_op()(kv_cache, keys, values, starts, layer=layer)
-    return result

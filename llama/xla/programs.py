@@ -18,7 +18,7 @@ import torch
 
 from llama.errors import LLaMAError
 from llama.xla.backend import MALLOC_FOR_RUNS, device_kind, set_malloc
-from llama.xla.counters import counters, fallback_ops
+from llama.xla.counters import counters, fallback_ops, xla_compilations
 
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -41,18 +41,27 @@ class Program:
     """
 
     def __init__(
-        self, name: str, graph_hash: object, inputs: list[torch.Tensor | int], passed_through: dict[int, int]
+        self,
+        name: str,
+        graph_hash: object,
+        inputs: list[torch.Tensor | int],
+        passed_through: dict[int, int],
+        edits: bool = False,
     ) -> None:
         self.name = name
         self._graph_hash = graph_hash
         self._inputs = inputs  # per graph input: the index of an argument, or the tensor itself (weights, constants)
         self._passed_through = passed_through  # index of an output that is an argument unchanged: index of the argument
+        self._edits = edits
 
     def __call__(self, *args: torch.Tensor) -> list[torch.Tensor]:
         """Run it on ``args``; the outputs are device tensors that may still be being computed. Host sync: no."""
         import torch_xla
 
-        counters.runs += 1
+        if self._edits:
+            counters.edits += 1
+        else:
+            counters.runs += 1
         inputs = [args[i] if isinstance(i, int) else i for i in self._inputs]
         outputs: list[torch.Tensor] = torch_xla._XLAC._run_cached_graph(self._graph_hash, inputs)
         for place, arg in self._passed_through.items():
@@ -60,7 +69,9 @@ class Program:
         return outputs
 
 
-def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donated: Sequence[int] = ()) -> Program:
+def compile_program(
+    name: str, fn: TensorFn, args: Sequence[torch.Tensor], donated: Sequence[int] = (), *, edits: bool = False
+) -> Program:
     """Trace ``fn`` once on ``args`` and compile the graph; nothing is run and ``args`` keep their values.
 
     Args:
@@ -69,6 +80,7 @@ def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donat
             become inputs of the program; they are neither copied nor folded into it.
         args: device tensors, materialised, of the shapes and dtypes that every later call will pass.
         donated: indices of ``args`` whose memory an output of the same size takes over.
+        edits: its runs count as ``counters.edits`` and not as ``counters.runs``.
 
     Compiles: once per call; the caller keeps the result.
     """
@@ -94,12 +106,15 @@ def compile_program(name: str, fn: TensorFn, args: Sequence[torch.Tensor], donat
     computed = [output for output, origin in zip(traced, origins, strict=True) if origin is None]
     ids, values = xlac._get_tensors_xla_device_data_node(computed)
     inputs = [index_of.get(tensor_id, value) for tensor_id, value in zip(ids, values, strict=True)]
+    compilations = xla_compilations()
     with alias_with_buffer_donor_config():
         graph_hash = xlac._get_graph_hash(computed)
         xlac._xla_warm_up_cache(computed, [])
     for i in donated:
         xlac._set_buffer_donation(args[i], False)
     xlac._clear_pending_irs(str(torch_xla.device()))
+    passed_through = {i: origin for i, origin in enumerate(origins) if origin is not None}
     counters.compiled += 1
+    counters.expected += xla_compilations() - compilations
     counters.compile_s += time.perf_counter() - began
-    return Program(name, graph_hash, inputs, {i: origin for i, origin in enumerate(origins) if origin is not None})
+    return Program(name, graph_hash, inputs, passed_through, edits)

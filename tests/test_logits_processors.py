@@ -12,8 +12,11 @@ import torch
 from test_sampling import on_device
 
 from llama import SamplingParams
-from llama.compiled import logits_processors as shaping
-from llama.engine.request import MAX_STOP_IDS, Request, Shaping, shaping_of
+from llama.compiled import logits_processors
+from llama.compiled.state import logits_controls
+from llama.config import MAX_STOP_IDS
+from llama.engine.runner import packed_logits_controls
+from llama.engine.sequence import Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,11 +26,15 @@ PLAIN = SamplingParams(10)
 
 
 def shaped(*tensors: torch.Tensor) -> torch.Tensor:
-    logits, stop_ids, tokens, length, *fields = tensors
-    return shaping.shaped(logits, Shaping(*fields), stop_ids, tokens, length)
+    logits, stop_ids, tokens, length, packed = tensors
+    return logits_processors.process_logits(logits, logits_controls(VOCAB).unpack(packed), stop_ids, tokens, length)
 
 
-def run(requests: list[Request], outputs: list[list[int]], logits: np.ndarray) -> np.ndarray:
+def packed_rows(requests: list[Sequence]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([packed_logits_controls(request, VOCAB) for request in requests]))
+
+
+def run(requests: list[Sequence], outputs: list[list[int]], logits: np.ndarray) -> np.ndarray:
     """The device's logits after ``outputs`` have been generated; on the host the same, but for multiply-adds that round
     once less.
     """
@@ -40,7 +47,7 @@ def run(requests: list[Request], outputs: list[list[int]], logits: np.ndarray) -
         tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
         stop_ids[i, : len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.int32)
         length[i] = len(ids)
-    args = torch.from_numpy(logits), stop_ids, tokens, length, *shaping_of(requests, rows, VOCAB)
+    args = torch.from_numpy(logits), stop_ids, tokens, length, packed_rows(requests)
     (found,) = on_device(shaped, *args)
     torch.testing.assert_close(shaped(*args), found, rtol=1e-6, atol=1e-6)
     return found.numpy()
@@ -71,7 +78,7 @@ def test_a_row_that_asks_nothing_is_unchanged() -> None:
         logit_bias={3: 9},
         allowed_token_ids=(1, 2, 3),
     )
-    found = run([Request((1, 2, 3), PLAIN, (2,)), Request((1, 2, 3), wild, (2,))], [[5, 5], [5, 5]], logits)
+    found = run([Sequence((1, 2, 3), PLAIN, (2,)), Sequence((1, 2, 3), wild, (2,))], [[5, 5], [5, 5]], logits)
     assert np.array_equal(found[0], logits[0])
     assert not np.array_equal(found[1], logits[1])
 
@@ -100,7 +107,7 @@ def test_penalties_and_bias_equal_numpy() -> None:
             logit_bias=bias,
             min_tokens=8,
         )
-        requests.append(Request(tuple(prompt), params, (30, 31)))
+        requests.append(Sequence(tuple(prompt), params, (30, 31)))
         outputs.append(output)
         row = expected[i]
         for token, value in bias.items():
@@ -123,7 +130,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     logits = random_logits(8, seed=3)
     for penalty in (0.7, 1.3, 5.0):
         prompt, output = [1, 2, 3, 3], [4, 4, 90]
-        found = run([Request(tuple(prompt), replace(PLAIN, repetition_penalty=penalty))] * 8, [output] * 8, logits)
+        found = run([Sequence(tuple(prompt), replace(PLAIN, repetition_penalty=penalty))] * 8, [output] * 8, logits)
         processor = RepetitionPenaltyLogitsProcessor(penalty)
         expected = processor(torch.tensor([prompt + output] * 8), torch.from_numpy(logits))
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
@@ -134,7 +141,7 @@ def test_bias_is_that_of_transformers() -> None:
 
     bias = {5: -3.5, 9: 2.25, 300: 100.0}
     logits = random_logits(4, seed=4)
-    found = run([Request((1,), replace(PLAIN, logit_bias=bias))] * 4, [[2]] * 4, logits)
+    found = run([Sequence((1,), replace(PLAIN, logit_bias=bias))] * 4, [[2]] * 4, logits)
     processor = SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})
     assert np.array_equal(found, processor(torch.tensor([[1, 2]] * 4), torch.from_numpy(logits)).numpy())
 
@@ -156,7 +163,7 @@ def test_bad_words_are_those_of_transformers() -> None:
         ([3], [1]),
     ]
     logits = np.random.default_rng(5).normal(size=(len(texts), VOCAB)).astype(np.float32)
-    requests = [Request(tuple(prompt), PLAIN, bad_words=words) for prompt, _ in texts]
+    requests = [Sequence(tuple(prompt), PLAIN, bad_words=words) for prompt, _ in texts]
     found = run(requests, [output for _, output in texts], logits)
     processor = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=None)
     for i, (prompt, output) in enumerate(texts):
@@ -166,7 +173,7 @@ def test_bad_words_are_those_of_transformers() -> None:
 
 
 def test_a_bad_word_longer_than_the_text_is_not_completed() -> None:
-    found = run([Request((4,), PLAIN, bad_words=((1, 2, 3, 4, 5),))], [[]], np.zeros((1, VOCAB), np.float32))
+    found = run([Sequence((4,), PLAIN, bad_words=((1, 2, 3, 4, 5),))], [[]], np.zeros((1, VOCAB), np.float32))
     assert np.array_equal(found, np.zeros((1, VOCAB), np.float32))
 
 
@@ -176,7 +183,7 @@ def test_min_tokens_bans_stop_tokens_at_first(generated: int, banned: bool) -> N
     from transformers import MinNewTokensLengthLogitsProcessor
 
     logits = np.random.default_rng(6).normal(size=(1, VOCAB)).astype(np.float32)
-    found = run([Request((1, 1), replace(PLAIN, min_tokens=3), (2, 0))], [[5] * generated], logits)
+    found = run([Sequence((1, 1), replace(PLAIN, min_tokens=3), (2, 0))], [[5] * generated], logits)
     processor = MinNewTokensLengthLogitsProcessor(2, 3, [2, 0], device="cpu")
     expected = processor(torch.tensor([[1, 1] + [5] * generated]), torch.from_numpy(logits)).numpy()
     assert np.array_equal(found, expected)
@@ -187,7 +194,7 @@ def test_allowed_ids_leave_nothing_else() -> None:
     """Every id by itself, so that every bit of every word is tried, and several at once."""
     logits = random_logits(VOCAB, seed=7)
     logits[np.isinf(logits)] = -1
-    found = run([Request((1,), replace(PLAIN, allowed_token_ids=(i, 5))) for i in range(VOCAB)], [[]] * VOCAB, logits)
+    found = run([Sequence((1,), replace(PLAIN, allowed_token_ids=(i, 5))) for i in range(VOCAB)], [[]] * VOCAB, logits)
     for i in range(VOCAB):
         assert np.flatnonzero(np.isfinite(found[i])).tolist() == sorted({i, 5})
         assert found[i, i] == logits[i, i]
@@ -196,7 +203,7 @@ def test_allowed_ids_leave_nothing_else() -> None:
 def test_where_nothing_is_left_what_is_allowed_comes_back() -> None:
     """Bans that exhaust what is allowed give way, so that a row never has to choose among impossible tokens."""
     params = replace(PLAIN, allowed_token_ids=(4, 6))
-    found = run([Request((3,), params, bad_words=((3, 4), (3, 6)))], [[]], random_logits(1, seed=8))
+    found = run([Sequence((3,), params, bad_words=((3, 4), (3, 6)))], [[]], random_logits(1, seed=8))
     assert np.flatnonzero(found[0] > -INF).tolist() == [4, 6]
 
 
@@ -213,5 +220,5 @@ def test_a_bad_word_of_one_token_gives_way_only_to_a_grammar_that_has_no_other()
 
         def advance(self, token_ids: object) -> None: ...
 
-    assert Request((1,), PLAIN, bad_words=((2,),), constraint=Only()).allowed(VOCAB)[0] == 0b1000
-    assert Request((1,), PLAIN, bad_words=((2,), (3,)), constraint=Only()).allowed(VOCAB)[0] == 0b1100
+    assert Sequence((1,), PLAIN, bad_words=((2,),), grammar=Only()).allowed(VOCAB)[0] == 0b1000
+    assert Sequence((1,), PLAIN, bad_words=((2,), (3,)), grammar=Only()).allowed(VOCAB)[0] == 0b1100

@@ -1,0 +1,471 @@
+"""The slots on the device: their tensors, and the compiled programs that change them. It knows no queue and no text.
+
+Between a request's admission and its end nothing is uploaded for it, except the mask of allowed tokens of a request
+that follows a grammar. ``Runner`` says what the engine needs of a device; ``XlaRunner`` is the one for XLA.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence as Sequences
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama.compiled import cache
+from llama.compiled.model import Transformer
+from llama.compiled.state import CONTROLS, Details, State, logits_controls
+from llama.config import EngineConfig, word_count
+from llama.engine.chunks import Chunk
+from llama.engine.programs import KINDS, Program, all_programs
+from llama.engine.scheduler import Window
+from llama.engine.sequence import Sequence, TokenDetails, bits_of
+from llama.errors import EngineError, RecompileError
+from llama.xla import programs as compiling, transfers
+from llama.xla.counters import counters
+
+log = logging.getLogger("llama")
+
+REPORT_WINDOW = 32  # tokens a slot that a report holds: the most that may be generated between two reads
+
+
+class Chosen(NamedTuple):
+    """Details of the tokens that one run of ``full`` chose.
+
+    Attributes:
+        details: [rows, 1, ...] on the device.
+        first: the slot of its first row.
+        sequences: those that chose a token in it.
+    """
+
+    details: Details
+    first: int
+    sequences: tuple[Sequence, ...]
+
+
+class Snapshot(NamedTuple):
+    """What can be read after some step, while later ones run.
+
+    Attributes:
+        report: [slots, REPORT_WINDOW + 2] int32.
+        slots: the sequences that ran, by slot.
+        chosen: details of the tokens since the last snapshot, in order.
+    """
+
+    report: torch.Tensor
+    slots: dict[int, Sequence]
+    chosen: tuple[Chosen, ...]
+
+
+class News(NamedTuple):
+    """What was read of one sequence.
+
+    Attributes:
+        sequence: whose.
+        new_ids: its new tokens, a stop token included.
+        ended: the device has ended it.
+        details: of the new tokens, where the request needs them.
+    """
+
+    sequence: Sequence
+    new_ids: list[int]
+    ended: bool
+    details: TokenDetails | None
+
+
+class Runner(Protocol):
+    """What the engine needs of a device. A slot is a number; a call starts work and returns before it is done.
+
+    Attributes:
+        stop_compiling: set it from a signal handler to end a compilation before its next program.
+    """
+
+    stop_compiling: bool
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        ...
+
+    def is_ready(self, program: Program) -> bool:
+        """Whether a program is compiled."""
+        ...
+
+    def compile(self, wanted: Sequences[Program] | None = None) -> None:
+        """Compile these programs, or all, where they are not compiled yet."""
+        ...
+
+    def admit(self, sequence: Sequence) -> None:
+        """Put a sequence into its slot."""
+        ...
+
+    def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Run a chunk of its prompt; where the prompt is scored, fetch its details."""
+        ...
+
+    def choose(self, sequence: Sequence) -> None:
+        """Choose its first token after its last chunk."""
+        ...
+
+    def decode(self, window: Window, chooses: tuple[Sequence, ...]) -> None:
+        """Run the next token of the slots in a window; the program ``full`` chooses for the sequences given."""
+        ...
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first ``count`` positions of a slot's cache to another slot."""
+        ...
+
+    def move(self, source: int, target: int, count: int) -> None:
+        """Move a slot's request, whose first ``count`` positions have been run, to another slot."""
+        ...
+
+    def end(self, slots: Iterable[int]) -> None:
+        """End the requests in some slots."""
+        ...
+
+    def snapshot(self, sequences: Iterable[Sequence]) -> Snapshot:
+        """What can be read now of these sequences."""
+        ...
+
+    def read(self, snapshot: Snapshot) -> list[News]:
+        """Fetch a snapshot and return what is new in it. Waits for the device."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all slots after an error."""
+        ...
+
+
+@dataclass
+class XlaRunner:
+    """The slots' tensors and programs on an XLA device.
+
+    Args:
+        model: with its weights on ``device``.
+        config: every static shape.
+        device: from ``backend.init``.
+        progress: show a bar on stderr while programs are compiled.
+
+    Attributes:
+        stop_compiling: set it from a signal handler to end a compilation before its next program.
+    """
+
+    model: Transformer
+    config: EngineConfig
+    device: torch.device
+    progress: bool = False
+    stop_compiling: bool = False
+    _programs: dict[Program, compiling.Program] = field(default_factory=dict)
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _chosen: list[Chosen] = field(default_factory=list)
+    _warm: bool = False
+
+    def __post_init__(self) -> None:
+        slots, vocab_size = self.config.max_batch_size, self.model.args.vocab_size
+        # the host's copy of each slot's controls: uploaded again as a whole when one of them changes
+        self._controls = np.tile(CONTROLS.pack(), (slots, 1))
+        self._logits_controls = np.tile(logits_controls(vocab_size).pack(), (slots, 1))
+        self._allowed = np.full((slots, word_count(vocab_size)), -1, dtype=np.int32)
+        self._stale: set[str] = {"controls", "logits_controls", "allowed"}
+        self._numbers: dict[int, torch.Tensor] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.model.args.vocab_size
+
+    # --- compiling ----------------------------------------------------------------------------------------------------
+
+    def is_ready(self, program: Program) -> bool:
+        """Whether a program is compiled."""
+        return program in self._programs
+
+    def compile(self, wanted: Sequences[Program] | None = None) -> None:
+        """Compile programs ahead of their first use; run none of them.
+
+        Args:
+            wanted: which ones; None means all, after which no request can compile anything.
+
+        Raises:
+            RecompileError: ``fail_on_recompile`` is set, a compilation has been completed before, and something is left
+                to compile.
+        """
+        missing = [p for p in (all_programs(self.config) if wanted is None else wanted) if p not in self._programs]
+        if missing:
+            self._refuse_recompile(missing)
+            log.info("Compiling %d programs", len(missing))
+            for program in tqdm(missing, "Compiling", unit="program", disable=not self.progress, leave=False):
+                if self.stop_compiling:
+                    return  # not warm: what is left is compiled when it is needed
+                self._compile(program)
+        self._warm = True
+
+    def _refuse_recompile(self, missing: Sequences[Program]) -> None:
+        if self._warm and self.config.fail_on_recompile:
+            raise RecompileError(
+                f"{len(missing)} programs would be compiled after warm-up: {', '.join(map(str, missing[:4]))}; warm up "
+                "with prompts of this length, or with all programs (LLaMA.warm_up()), or run without fail_on_recompile"
+            )
+
+    def _compile(self, program: Program) -> None:
+        before = counters.compile_s
+        arguments = [self._example(name, program) for name in program.takes]
+        self._programs[program] = compiling.compile_program(
+            str(program),
+            program.function(self.model),
+            arguments,
+            program.donated,
+            edits=not KINDS[program.kind].runs_model,
+        )
+        log.debug("Compiled %s in %.2f seconds", program, counters.compile_s - before)
+
+    def _example(self, name: str, program: Program) -> torch.Tensor:
+        """A tensor like the one of that name that every run of the program takes."""
+        if name in State._fields or name in ("controls", "logits_controls", "allowed"):
+            return self._tensor(name)
+        if name in ("slot", "target", "position"):
+            # not one and the same tensor for two arguments, which tracing could not tell apart
+            return transfers.upload(torch.tensor([0], dtype=torch.int32), self.device)
+        slots, positions = self.config.max_batch_size, self.config.positions
+        shapes = {"row": (1, 3 + positions), "ended": (slots,), "stream": (1, program.length, self.model.args.dim)}
+        dtypes = {"row": torch.int32, "ended": torch.bool, "stream": self.model.activation_dtype}
+        return transfers.upload(torch.zeros(shapes[name], dtype=dtypes[name]), self.device)
+
+    # --- tensors ------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all slots; the next use makes new tensors."""
+        self._tensors, self._chosen = {}, []
+        self._stale |= {"controls", "logits_controls", "allowed"}
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the slots, made or uploaded where it is missing or stale."""
+        if name in self._stale and name in ("controls", "logits_controls", "allowed"):
+            self._tensors[name] = transfers.upload(torch.from_numpy(getattr(self, f"_{name}").copy()), self.device)
+            self._stale.discard(name)
+        elif name not in self._tensors:
+            self._tensors |= self._fresh_state()._asdict()
+        return self._tensors[name]
+
+    def _fresh_state(self) -> State:
+        """The state of empty slots: done, with one token each."""
+        slots, positions = self.config.max_batch_size, self.config.positions
+        zeros = torch.zeros(slots, dtype=torch.int32)
+        host = (
+            torch.zeros(slots, positions, dtype=torch.int32),
+            zeros,
+            zeros,
+            torch.ones(slots, dtype=torch.int32),
+            torch.zeros(slots, self.model.args.dim, dtype=self.model.activation_dtype),
+            torch.ones(slots, dtype=torch.bool),
+            torch.zeros(slots, REPORT_WINDOW + 2, dtype=torch.int32),
+        )
+        kv_cache = cache.allocate(self.model.args, self.config, self.model.activation_dtype, self.device)
+        return State(kv_cache, *(transfers.upload(t, self.device) for t in host))
+
+    def _number(self, value: int) -> torch.Tensor:
+        """An int32 of one element on the device, uploaded once."""
+        if value not in self._numbers:
+            self._numbers[value] = transfers.upload(torch.tensor([value], dtype=torch.int32), self.device)
+        return self._numbers[value]
+
+    def _run(self, program: Program, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run a program; keep the slots' tensors that it returns, and return the others.
+
+        Compiles it first where nobody foresaw it.
+        """
+        if program not in self._programs:
+            self._refuse_recompile([program])
+            log.info("Compiling 1 programs")
+            self._compile(program)
+        arguments = [inputs[name] if name in inputs else self._tensor(name) for name in program.takes]
+        outputs = dict(zip(program.returns, self._programs[program](*arguments), strict=True))
+        kept = {name: outputs.pop(name) for name in list(outputs) if name in State._fields}
+        self._tensors |= kept
+        return outputs
+
+    # --- what the engine needs -------------------------------------------------------------------------------------
+
+    def admit(self, sequence: Sequence) -> None:
+        """Put a sequence into its slot: its tokens, its positions and its controls."""
+        slot = _slot(sequence)
+        row = np.zeros((1, 3 + self.config.positions), dtype=np.int32)
+        row[0, :3] = sequence.start, sequence.ready, len(sequence.prompt_ids)
+        row[0, 3 : 3 + len(sequence.prompt_ids)] = sequence.prompt_ids
+        self._controls[slot] = packed_controls(sequence)
+        self._stale.add("controls")
+        if sequence.needs_full:
+            self._logits_controls[slot] = packed_logits_controls(sequence, self.vocab_size)
+            self._stale.add("logits_controls")
+            self._allow(sequence)
+        self._run(Program("admit"), row=transfers.upload(torch.from_numpy(row), self.device), slot=self._number(slot))
+
+    def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Run a chunk of a prompt; where the prompt is scored, fetch its details before the next chunk makes more."""
+        slot = self._number(_slot(sequence))
+        program = Program("chunk", length=chunk.length, key_len=chunk.key_len)
+        stream = self._run(program, slot=slot)["stream"]
+        if sequence.params.prompt_logprobs:
+            position = transfers.upload(torch.tensor([chunk.start], dtype=torch.int32), self.device)
+            found = self._run(Program("score", length=chunk.length), slot=slot, position=position, stream=stream)
+            details = _fetched(Details(**found), sequence.kinds)
+            # the last position predicts the token after the prompt
+            count = min(chunk.valid, len(sequence.prompt_ids) - 1 - chunk.start)
+            sequence.prompt_details.append(_row(details, 0).first(count))
+
+    def choose(self, sequence: Sequence) -> None:
+        """Choose a sequence's first token after its last chunk."""
+        slot = _slot(sequence)
+        if sequence.needs_full:
+            self._choose_full(slot, 1, (sequence,))
+        else:
+            self._run(Program("choose"), slot=self._number(slot))
+
+    def decode(self, window: Window, chooses: tuple[Sequence, ...]) -> None:
+        """Run the next token of the slots in a window; the program ``full`` chooses for the sequences given."""
+        program = Program("decode", rows=window.rows, key_len=window.key_len)
+        self._run(program, slot=self._number(window.first))
+        if chooses:
+            self._choose_full(window.first, window.rows, chooses)
+
+    def _choose_full(self, first: int, rows: int, sequences: tuple[Sequence, ...]) -> None:
+        for sequence in sequences:
+            if sequence.grammar is not None:
+                self._allow(sequence)
+        found = self._run(Program("full", rows=rows), slot=self._number(first))
+        if any(any(s.kinds) for s in sequences):
+            self._chosen.append(Chosen(Details(**found), first, sequences))
+
+    def _allow(self, sequence: Sequence) -> None:
+        """Have a grammar's mask uploaded before the next choice."""
+        slot = _slot(sequence)
+        allowed = sequence.allowed(self.model.args.vocab_size) if sequence.grammar is not None else np.int32(-1)
+        if np.any(self._allowed[slot] != allowed):
+            self._allowed[slot] = allowed
+            self._stale.add("allowed")
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first ``count`` positions of a slot's cache to another slot; the cost follows ``count``."""
+        key_len = next(k for k in self.config.key_buckets if k >= count)
+        self._run(Program("copy", key_len=key_len), slot=self._number(source), target=self._number(target))
+
+    def move(self, source: int, target: int, count: int) -> None:
+        """Move a slot's request, whose first ``count`` positions have been run, to another slot."""
+        self.copy(source, target, count)
+        self._run(Program("move"), slot=self._number(source), target=self._number(target))
+        for name in ("controls", "logits_controls", "allowed"):
+            array = getattr(self, f"_{name}")
+            array[target] = array[source]
+            self._stale.add(name)
+
+    def end(self, slots: Iterable[int]) -> None:
+        """End the requests in some slots: no later step chooses a token for them."""
+        ended = torch.zeros(self.config.max_batch_size, dtype=torch.bool)
+        ended[list(slots)] = True
+        self._run(Program("end"), ended=transfers.upload(ended, self.device))
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def snapshot(self, sequences: Iterable[Sequence]) -> Snapshot:
+        """What can be read now of these sequences; later steps do not change it."""
+        chosen, self._chosen = tuple(self._chosen), []
+        return Snapshot(self._tensor("report"), {_slot(s): s for s in sequences}, chosen)
+
+    def read(self, snapshot: Snapshot) -> list[News]:
+        """Fetch a snapshot and return what is new in it. Host sync: yes."""
+        report = transfers.fetch(snapshot.report).numpy()
+        kinds = _needed_kinds(snapshot)
+        fetched = [(_fetched(each.details, kinds), each) for each in snapshot.chosen] if any(kinds) else []
+        news = []
+        for slot, sequence in snapshot.slots.items():
+            length, ended = int(report[slot, -2]), bool(report[slot, -1])
+            new_ids = new_tokens(report[slot], length - len(sequence.ids))
+            steps = [_row(found, slot - each.first) for found, each in fetched if sequence in each.sequences]
+            details = TokenDetails.joined(steps[: len(new_ids)]) if any(sequence.kinds) else None
+            news.append(News(sequence, new_ids, ended, details and details.of_kinds(sequence.kinds)))
+        return news
+
+
+def new_tokens(report: np.ndarray, count: int) -> list[int]:
+    """The last ``count`` tokens of a slot's report.
+
+    Raises:
+        EngineError: the report holds fewer: tokens were generated that nobody read in time.
+    """
+    window = report.shape[0] - 2
+    if not 0 <= count <= window:
+        raise EngineError(f"a read would lose tokens: {count} are new, a report holds {window}")
+    return [int(token) for token in report[window - count : window]]
+
+
+def packed_controls(sequence: Sequence) -> np.ndarray:
+    """A request's Controls as one row of words."""
+    params = sequence.params
+    seed = params.seed or 0
+    stop_ids = np.full(CONTROLS.sizes("stop_ids"), -1, np.int32)
+    stop_ids[: len(sequence.stop_ids)] = sequence.stop_ids
+    return CONTROLS.pack(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32).view(np.int32),
+        limit=sequence.limit,
+        stop_ids=stop_ids,
+        full=sequence.needs_full,
+        details=sequence.kinds[0],
+    )
+
+
+def packed_logits_controls(sequence: Sequence, vocab_size: int) -> np.ndarray:
+    """A request's LogitsControls as one row of words."""
+    params, packing = sequence.params, logits_controls(vocab_size)
+    biases = params.logit_bias or {}
+    ids, bias = (
+        np.zeros(packing.sizes("bias_ids"), np.int32),
+        np.zeros(packing.sizes("bias"), np.float32),
+    )
+    ids[: len(biases)], bias[: len(biases)] = list(biases), list(biases.values())
+    bad_words = np.full(packing.sizes("bad_words"), -1, np.int32)
+    for line, word in enumerate(word for word in sequence.bad_words if len(word) > 1):
+        bad_words[line, -len(word) :] = word
+    # a grammar's mask changes at every step and is uploaded by itself
+    allowed = np.int32(-1) if sequence.grammar is not None else sequence.allowed(vocab_size)
+    return packing.pack(
+        typical_p=params.typical_p,
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        prompt_len=len(sequence.prompt_ids),
+        first_stop=len(sequence.prompt_ids) + params.min_tokens,
+        bias_ids=ids,
+        bias=bias,
+        bad_words=bad_words,
+        in_prompt=bits_of(sequence.prompt_ids, vocab_size),
+        allowed=allowed,
+    )
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
+
+
+def _needed_kinds(snapshot: Snapshot) -> tuple[bool, ...]:
+    """Which kinds of details some sequence of a snapshot needs."""
+    columns = zip(*(s.kinds for s in snapshot.slots.values()), strict=True)
+    return tuple(any(column) for column in columns) or (False, False, False)
+
+
+def _fetched(details: Details, kinds: tuple[bool, ...]) -> TokenDetails:
+    """Some kinds of details, each [B, T, ...]. Host sync: yes."""
+    pairs = zip(details, kinds, strict=True)
+    return TokenDetails(*(transfers.fetch(each).float().numpy() if wanted else None for each, wanted in pairs))
+
+
+def _row(details: TokenDetails, row: int) -> TokenDetails:
+    """One row's part of what was fetched of several: [T, ...] each."""
+    return TokenDetails(*(None if array is None else array[row] for array in details))

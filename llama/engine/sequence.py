@@ -1,0 +1,271 @@
+"""One request, from submit to result: its ids, its slot, its times, its text and the details of its tokens.
+
+A Sequence holds no device tensor. Those who own a part of it: ``inputs`` makes it, the scheduler gives it a slot, the
+engine counts its positions and hands it what was read, and ``outputs`` makes its result.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import time
+from collections.abc import Iterable, Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from llama.config import word_count
+from llama.engine.chunks import Chunk
+from llama.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "interrupted"]
+Kinds = tuple[bool, bool, bool]  # log-probabilities, hidden states, logits
+
+_numbers = itertools.count()
+
+
+class Status(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"  # in the queue
+    PREFILLING = "prefilling"  # in a slot; chunks of its prompt are to be run
+    RUNNING = "running"  # in a slot; decode steps run it
+    ENDING = "ending"  # it needs no more steps; its last tokens are to be read
+    FINISHED = "finished"
+
+
+class Grammar(Protocol):
+    """What a request's output must follow."""
+
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """The tokens that may come next: [W] int32 words of bits, the lowest bit first."""
+        ...
+
+    def advance(self, token_ids: SequenceOf[int]) -> None:
+        """Follow the tokens that were chosen."""
+        ...
+
+
+class Text(Protocol):
+    """A growing text that may find a stop string in itself."""
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was found."""
+        ...
+
+    def push(self, token_id: int, *, search: bool) -> str:
+        """Take a token; return the text that is certain now."""
+        ...
+
+    def finish(self) -> str:
+        """Return the rest of the text; no more tokens come."""
+        ...
+
+
+class TokenDetails(NamedTuple):
+    """Details of n tokens, on the host; None for a kind that was not requested.
+
+    Attributes:
+        logprobs: [n, token_info.WIDTH] float32.
+        hidden_states: [n, dim] float32.
+        logits: [n, V] float32.
+    """
+
+    logprobs: np.ndarray | None
+    hidden_states: np.ndarray | None
+    logits: np.ndarray | None
+
+    @classmethod
+    def joined(cls, parts: SequenceOf[TokenDetails]) -> TokenDetails | None:
+        """The details of consecutive tokens; None without a part."""
+        if not parts:
+            return None
+        columns = zip(*parts, strict=True)
+        return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+    def of_kinds(self, kinds: Kinds) -> TokenDetails:
+        """Some kinds of it."""
+        return TokenDetails(*(array if wanted else None for array, wanted in zip(self, kinds, strict=True)))
+
+    def first(self, count: int) -> TokenDetails:
+        """Those of the first ``count`` tokens."""
+        return TokenDetails(*(None if array is None else array[:count] for array in self))
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request.
+
+    Attributes:
+        prompt_ids: at least one token id.
+        params: its controls; ``seed`` is set, and prompt plus ``max_gen_len`` fit into ``max_seq_len``.
+        stop_ids: ids that end it; they are not part of its tokens.
+        bad_words: token sequences that are never completed.
+        grammar: what its output must follow, or None.
+        text: what its tokens become, or None where nobody wants text.
+        index: the prompt's place in its call.
+        sample: which of the prompt's samples.
+        leader: the sequence that has the same prompt and prefills it for this one.
+        reuse: positions that any slot still holds need not be run again.
+        id: its number in this process.
+        status: where it stands.
+        slot: where it runs, or ran last; None before.
+        ids: the prompt's and the generated ids that the host knows, a stop token included.
+        token_ids: the generated ids that are part of the result.
+        start: the position of the next token to run.
+        length: the most tokens that the device may have; fewer where it met a stop token.
+        cached: leading positions that were not run again.
+        chunks: the chunks of its prompt that are still to be run.
+        ready: the position from which decode steps run it.
+        finish_reason, stop_reason: why it ended: a stop token's id, or a stop string.
+        error: what ended it instead.
+        runs: program runs that took part in it.
+        submitted, admitted, first_token, finished: seconds of ``time.perf_counter``; None before.
+        details: of the generated tokens, the stop token included; one part a token.
+        prompt_details: of the prompt's tokens from the second on, one part a chunk.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
+    text: Text | None = None
+    index: int = 0
+    sample: int = 0
+    leader: Sequence | None = None
+    reuse: bool = False
+    id: int = field(default_factory=_numbers.__next__)
+    status: Status = Status.WAITING
+    slot: int | None = None
+    ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    start: int = 0
+    length: int = 0
+    cached: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+    ready: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: Exception | None = None
+    runs: int = 0
+    submitted: float | None = None
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    details: list[TokenDetails] = field(default_factory=list)
+    prompt_details: list[TokenDetails] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt_ids)
+        self.length = len(self.ids)
+
+    @property
+    def limit(self) -> int:
+        """The length, prompt included, at which it ends."""
+        return len(self.prompt_ids) + self.params.max_gen_len
+
+    @property
+    def kinds(self) -> Kinds:
+        """Which details of its tokens are needed: those requested, and log-probabilities to rank samples by."""
+        params = self.params
+        return params.logprobs is not None or params.is_ranked, params.hidden_states, params.logits
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether the program ``full`` chooses its tokens."""
+        return any(self.kinds) or self.params.reshapes_logits
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it occupies a slot."""
+        return self.status in (Status.PREFILLING, Status.RUNNING)
+
+    @property
+    def held_ids(self) -> list[int]:
+        """The ids whose keys and values its slot holds. The last token was chosen, but may not have been run."""
+        return self.ids[: min(self.start, len(self.ids) - 1)]
+
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """The tokens that may come next as far as single tokens decide: [W] int32 words of bits.
+
+        A grammar has the last word: where it allows bad words only, they are allowed.
+        """
+        if self.grammar is not None:
+            allowed = self.grammar.allowed(vocab_size)
+        elif self.params.allowed_token_ids is not None:
+            allowed = bits_of(self.params.allowed_token_ids, vocab_size)
+        else:
+            allowed = np.full(word_count(vocab_size), -1, dtype=np.int32)
+        banned = [word[0] for word in self.bad_words if len(word) == 1]
+        if not banned:  # the usual case, at every step of a request that follows a grammar
+            return allowed
+        rest = allowed & ~bits_of(banned, vocab_size)
+        return rest if rest.any() else allowed
+
+    def take(self, new_ids: list[int], ended: bool, details: TokenDetails | None = None) -> str:
+        """Take tokens that were read from the device; return the text that they make certain.
+
+        Args:
+            new_ids: in order, a stop token included.
+            ended: the device has ended the slot with the last of them.
+            details: of these tokens, where the request needs them.
+
+        Raises:
+            ConfigError: the grammar cannot be followed.
+        """
+        if new_ids and self.first_token is None:
+            self.first_token = time.perf_counter()
+        self.ids += new_ids
+        stop_id = new_ids[-1] if ended and new_ids and new_ids[-1] in self.stop_ids else None
+        chosen = new_ids if stop_id is None else new_ids[:-1]
+        if self.grammar is not None and chosen:
+            self.grammar.advance(chosen)
+        shown, before = new_ids if self.params.include_stop else chosen, len(self.token_ids)
+        found = "".join(self._texts(shown))
+        if details is not None:
+            cut = self.finish_reason is not None  # by a stop string: later tokens do not count
+            self.details.append(details.first(len(self.token_ids) - before) if cut else details)
+        if self.finish_reason is None and ended:
+            self.stop_reason = stop_id
+            found += self.finish("length" if stop_id is None else "stop")
+        return found
+
+    def _texts(self, token_ids: list[int]) -> Iterable[str]:
+        """The text of each token, up to the one that completes a stop string, which ends the sequence."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            if self.text is not None:
+                yield self.text.push(token_id, search=len(self.token_ids) > self.params.min_tokens)
+                if self.text.stop is not None:
+                    self.stop_reason = self.text.stop
+                    self.finish("stop")
+                    return
+
+    def finish(self, reason: FinishReason) -> str:
+        """End it; return the rest of its text."""
+        self.finish_reason, self.finished = reason, time.perf_counter()
+        return "" if self.text is None or self.text.stop is not None else self.text.finish()
+
+
+class Update(NamedTuple):
+    """News of a sequence.
+
+    Attributes:
+        sequence: whose.
+        text: text that became certain; may be empty.
+        is_last: it has ended: its ``finish_reason`` or its ``error`` is set.
+    """
+
+    sequence: Sequence
+    text: str
+    is_last: bool = False
+
+
+def bits_of(token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    """A set of token ids as [W] int32 words of bits, the lowest bit first."""
+    member = np.zeros(word_count(vocab_size) * 32, dtype=bool)
+    member[list(token_ids)] = True
+    return np.packbits(member, bitorder="little").view(np.int32)

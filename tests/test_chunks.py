@@ -1,0 +1,128 @@
+"""The chunk plan, exhaustively: pure integers, no device."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from llama import EngineConfig, SamplingParams
+from llama.engine.chunks import Chunk, plan, prefill
+from llama.engine.programs import Program, all_programs, programs_for
+from llama.engine.sequence import Sequence
+from llama.errors import ConfigError
+
+BUCKET_SETS = [(512, 64, 8, 1), (64, 8, 1), (128, 1), (1,), (7, 3, 1), (300, 200, 100, 1)]
+
+
+def config(max_seq_len: int, **settings: object) -> EngineConfig:
+    return EngineConfig(max_seq_len=max_seq_len, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["greedy", "pad"])
+@pytest.mark.parametrize("max_seq_len", [2, 63, 64, 65, 600, 2048])
+@pytest.mark.parametrize("buckets", BUCKET_SETS)
+def test_every_prompt_length_is_covered_exactly(buckets: tuple[int, ...], max_seq_len: int, policy: str) -> None:
+    """For every length: no gap, no overlap, padding at the very end only, nothing past the cache, keys enough for every
+    chunk.
+    """
+    settings = config(max_seq_len, buckets=buckets, bucket_policy=policy)
+    for prompt_len in range(1, max_seq_len + 1):
+        chunks = plan(prompt_len, settings)
+        assert [c.start for c in chunks] == [0, *itertools.accumulate(c.valid for c in chunks[:-1])]
+        assert chunks[-1].end == prompt_len
+        assert all(c.valid == c.length for c in chunks[:-1])
+        assert 1 <= chunks[-1].valid <= chunks[-1].length
+        assert all(c.start + c.length <= c.key_len <= max_seq_len for c in chunks)
+        assert {c.length for c in chunks} <= set(buckets)
+        if policy == "greedy":
+            assert chunks[-1].valid == chunks[-1].length
+
+
+def test_greedy_takes_the_longest_that_fits() -> None:
+    """The 17 sections that pytorch-tpu/llama prints for its 1,501-token prompt (pull request 13)."""
+    chunks = plan(1501, config(2048))
+    assert [c.length for c in chunks] == [512] * 2 + [64] * 7 + [8] * 3 + [1] * 5
+
+
+def test_a_padded_tail_costs_less_than_the_chunks_it_replaces() -> None:
+    """The pad policy runs one program of 8 for a tail of 5, and never pads where an exact chunk is cheaper."""
+    assert plan(5, config(2048, bucket_policy="pad")) == (Chunk(0, 8, 5, 512),)
+    assert [c.length for c in plan(512 + 64, config(2048, bucket_policy="pad"))] == [512, 64]
+    greedy, padded = (len(plan(1501, config(2048, bucket_policy=p))) for p in ("greedy", "pad"))
+    assert padded < greedy
+
+
+def test_padding_never_passes_the_end_of_the_cache() -> None:
+    """XLA would clamp such a write and overwrite the last positions without a word."""
+    assert [c.length for c in plan(62, config(63, buckets=(64, 8, 1), bucket_policy="pad"))][-1] == 1
+
+
+@pytest.mark.parametrize("policy", ["greedy", "pad"])
+@pytest.mark.parametrize("buckets", [(512, 64, 8, 1), (512, 1), (1,), (7, 3, 1)])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_full_warm_up_holds_what_every_prompt_needs(buckets: tuple[int, ...], policy: str, invariant: bool) -> None:
+    """What warm_up compiles is what any prompt can need, scored or not, from the start or from what a slot holds."""
+    settings = config(
+        1100, buckets=buckets, bucket_policy=policy, key_buckets=(128, 512), max_batch_size=4, batch_invariant=invariant
+    )
+    every = set(all_programs(settings))
+    for prompt_len in (*range(1, 140), *range(500, 600), *range(1000, 1100)):
+        for params in (SamplingParams(1), SamplingParams(min(40, 1100 - prompt_len), logprobs=1, prompt_logprobs=True)):
+            sequence = Sequence((1,) * prompt_len, params)
+            for cached in {0, prompt_len // 3, prompt_len - 1}:
+                assert set(programs_for([sequence], settings, [cached])) <= every
+    leader = Sequence((1,) * 600, SamplingParams(40, regex="a*"))
+    sequences = [leader, Sequence((1,) * 600, leader.params, leader=leader), Sequence((1,), leader.params, reuse=True)]
+    assert Program("copy", key_len=1100) in programs_for(sequences, settings)
+    assert set(programs_for(sequences, settings)) <= every
+
+
+@pytest.mark.parametrize("policy", ["greedy", "pad"])
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("buckets", BUCKET_SETS)
+def test_a_prompt_is_prefilled_by_chunks_and_its_tail_by_steps(
+    buckets: tuple[int, ...], scored: bool, policy: str
+) -> None:
+    """No gap between chunks and decode steps; nothing past the cache; all of a scored prompt goes through chunks."""
+    settings = config(300, buckets=buckets, bucket_policy=policy)
+    for prompt_len in range(1, 301):
+        for cached in {0, prompt_len // 2, prompt_len - 1}:
+            chunks, ready = prefill(prompt_len, settings, cached, scored=scored)
+            valid = [c.valid for c in chunks]
+            assert [c.start for c in chunks] == list(itertools.accumulate(valid, initial=cached))[:-1]
+            assert ready == cached + sum(valid) <= prompt_len
+            assert all(c.start + c.length <= settings.positions for c in chunks)
+            assert all(c.end <= c.key_len <= 300 for c in chunks)
+            assert scored or all(c.length > 1 for c in chunks)
+            if scored:
+                assert ready == prompt_len
+                assert all(c.length <= 64 for c in chunks)
+            else:
+                assert prompt_len - ready < min((b for b in settings.buckets if b > 1), default=301)
+
+
+def test_what_a_full_warm_up_compiles() -> None:
+    """docs/architecture.md: for one slot, for eight, and for eight of which each keeps its bits."""
+    for settings, expected in (
+        (config(2048), 9 + 3 + 1 + 1 + 2 + 2),
+        (config(2048, max_batch_size=8), 9 + 4 * 3 + 1 + 4 + 2 + 2 + 3 + 1),
+        (config(2048, max_batch_size=8, batch_invariant=True), 9 + 1 + 1 + 2 + 2 + 2 + 3 + 1),
+    ):
+        programs = all_programs(settings)
+        assert len(programs) == len(set(programs)) == expected
+
+
+@pytest.mark.parametrize("prompt_len", [0, -1, 2049])
+def test_a_length_that_cannot_be_planned_is_refused(prompt_len: int) -> None:
+    """Zero tokens, or more than the cache has positions."""
+    with pytest.raises(ConfigError, match="expected 1 to max_seq_len=2048"):
+        plan(prompt_len, config(2048))
+
+
+def test_planning_needs_no_torch() -> None:
+    """The plan command answers at once, on a machine without a device."""
+    code = "import sys, llama.engine.chunks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
