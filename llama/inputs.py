@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama.errors import PromptError
+from llama.errors import PromptError, setting
 from llama.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -44,9 +44,9 @@ def check_fit(index: int, prompt_tokens: int, max_gen_len: int, max_seq_len: int
     wanted = prompt_tokens + max_gen_len
     if wanted <= max_seq_len:
         return
-    cures = [f"--max_seq_len {wanted}"]
+    cures = [f"{setting('max_seq_len')} {wanted}"]
     if prompt_tokens < max_seq_len:
-        cures.append(f"--max_gen_len {max_seq_len - prompt_tokens} at most")
+        cures.append(f"{setting('max_gen_len')} {max_seq_len - prompt_tokens} at most")
     if max_gen_len < max_seq_len:
         cures.append(f"a prompt of {max_seq_len - max_gen_len} tokens at most")
     raise PromptError(

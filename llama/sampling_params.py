@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from llama.errors import ConfigError
+from llama.errors import ConfigError, setting
 
 MAX_BIASED_IDS = 300
 MAX_LOGPROBS = 20
@@ -176,7 +176,7 @@ class SamplingParams:
                 "prompt_logprobs: needs logprobs (0 is enough), hidden_states or logits, which say what is wanted of the prompt"
             )
         if self.json_schema is not None and self.regex is not None:
-            raise ConfigError("got both json_schema and regex, expected one of them")
+            raise ConfigError(f"got both {setting('json_schema')} and {setting('regex')}, expected one of them")
         if self.is_constrained and self.ignore_eos:
             raise ConfigError(f"ignore_eos: with a {self.constraint_name} the generation must be able to end")
         if self.is_constrained and self.allowed_token_ids is not None:

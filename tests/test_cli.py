@@ -18,12 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import PROCESS_TIMEOUT_S, Outcome, Run, exit_code, finished, process, refused, refused_at_once
 
 from llama import __version__, cli
+from llama.cli.flags import shown
 from llama.cli.generate import SYNTHETIC_PROMPT_LEN
 from llama.cli.output import SEPARATOR
-from llama.errors import LLaMAError, PromptError, RecompileError, UserError
+from llama.compiled.memory import check_fits
+from llama.config import EngineConfig, ModelArgs
+from llama.errors import ConfigError, LLaMAError, PromptError, RecompileError, UserError, setting
+from llama.inputs import check_fit
+from llama.sampling_params import SamplingParams
 
 FIELDS = [
     "index",
@@ -681,6 +687,60 @@ def test_help_shows_the_defaults(run: Run) -> None:
     for name in ("max_gen_len", "dtype", "bucket_policy", "repeat"):
         default = inspect.signature(cli.generate).parameters[name].default
         assert re.search(rf"^ +--{name} .*\[{re.escape(str(default))}\]$", out, re.MULTILINE), name
+
+
+def test_a_message_names_settings_in_python_and_flags_on_the_command_line() -> None:
+    """Marked names, and a ConfigError's leading name, become flags if the command has them; other words stay."""
+    marked = PromptError(f"prompt 0: the seed of stop; give {setting('max_gen_len')} 3 or {setting('max_turns')} 4")
+    assert str(marked) == "prompt 0: the seed of stop; give max_gen_len 3 or max_turns 4"
+    assert marked.args == (str(marked),)
+    assert shown(marked, cli.generate) == "prompt 0: the seed of stop; give --max_gen_len 3 or max_turns 4"
+    assert shown(marked, cli.plan) == str(marked)
+    leading = ConfigError("top_p: got 2, expected a number; top_p: 1")
+    assert str(leading) == "top_p: got 2, expected a number; top_p: 1"
+    assert shown(leading, cli.generate) == "--top_p: got 2, expected a number; top_p: 1"
+    assert shown(leading, cli.plan) == str(leading)
+    assert shown(PromptError("prompt: x"), cli.generate) == "prompt: x"
+
+
+@pytest.mark.parametrize(
+    ("refuse", "python", "flags"),
+    [
+        (
+            lambda: check_fit(0, 9, 4, 10),
+            "it takes max_seq_len 13, or max_gen_len 1 at most",
+            ["--max_seq_len 13", "--max_gen_len 1 at"],
+        ),
+        (
+            lambda: check_fits(ModelArgs(vocab_size=320), EngineConfig(), torch.float32, torch.float32, 2**30),
+            "a narrower dtype, or",
+            ["narrower --dtype"],
+        ),
+        (lambda: SamplingParams(top_p=2), "top_p: got 2", ["--top_p: got 2"]),
+        (
+            lambda: SamplingParams(regex="a", json_schema="{}"),
+            "both json_schema and regex,",
+            ["--json_schema and --regex,"],
+        ),
+    ],
+    ids=["fit", "memory", "range", "two"],
+)
+def test_library_messages_have_no_flags(refuse: Callable[[], object], python: str, flags: list[str]) -> None:
+    """The same refusal, as Python reads it and as the command line shows it."""
+    with pytest.raises(LLaMAError) as caught:
+        refuse()
+    assert python in str(caught.value)
+    assert "--" not in str(caught.value)
+    assert [word for word in flags if word not in shown(caught.value, cli.generate)] == []
+
+
+def test_a_refusal_on_the_command_line_begins_with_the_flag(run: Run) -> None:
+    """Whether the value or its type is wrong, the message names the flag; another command's message does not."""
+    assert run("generate", "--top_p", "2").message.startswith("llama-xla: --top_p: got 2.0, ")
+    assert run("generate", "--top_p", "x").message.startswith("llama-xla: --top_p: got 'x', ")
+    assert run("plan", "--prompt_len", "5", "--max_seq_len", "1").message.startswith(
+        "llama-xla: --max_seq_len: got 1, "
+    )
 
 
 @pytest.mark.parametrize(

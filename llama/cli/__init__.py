@@ -18,7 +18,7 @@ from llama import __version__
 from llama.cli.bench import bench, kernels
 from llama.cli.chat import chat
 from llama.cli.checkpoints import convert, inspect as inspect_directory, reshard
-from llama.cli.flags import Command, help_text, normalise, parser_for
+from llama.cli.flags import Command, help_text, normalise, parser_for, shown
 from llama.cli.generate import generate
 from llama.cli.plan import plan
 from llama.errors import FlagError, InterruptedRunError, LLaMAError
@@ -88,7 +88,8 @@ def _exit_code(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # here, where a closed pipe is expected
         return code
     except LLaMAError as error:
-        print(f"llama-xla: {error}", file=sys.stderr)
+        command = COMMANDS.get(arguments[0]) if arguments else None
+        print(f"llama-xla: {error if command is None else shown(error, command)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llama-xla: interrupted", file=sys.stderr)

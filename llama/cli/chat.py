@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from llama.chat import choose_format
-from llama.cli.flags import one_of
+from llama.cli.flags import one_of, shown
 from llama.cli.loading import readable_tokenizer
 from llama.cli.output import interruptible, log_to_stderr, write
 from llama.cli.sampling import SamplingFlags, takes_sampling_flags
@@ -120,7 +120,7 @@ def _talk(llm: LLaMA, conversation: Conversation) -> None:
                 with interruptible(llm):
                     _answer(conversation, line)
         except UserError as error:
-            print(f"llama-xla: {error}", file=sys.stderr)
+            print(f"llama-xla: {shown(error, chat)}", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llama.cli.flags import one_of
+from llama.cli.flags import one_of, shown
 from llama.cli.output import json_line, log_to_stderr, write
 from llama.config import DTYPES, EngineConfig
-from llama.errors import ProblemsFoundError
+from llama.errors import ProblemsFoundError, UserError
 
 
 def inspect(
@@ -41,10 +41,14 @@ def inspect(
     log_to_stderr(quiet=False)
     config = EngineConfig(max_seq_len=max_seq_len, max_batch_size=max_batch_size, dtype=one_of("dtype", dtype, DTYPES))
     found = inspect_checkpoint(Path(directory), Path(tokenizer_path) if tokenizer_path else None, config, check_tensors)
+
+    def spell(problem: UserError) -> str:
+        return shown(problem, inspect)
+
     if json:
-        write(json_line({"directory": directory, **found.facts, "problems": found.problems}))
+        write(json_line({"directory": directory, **found.facts, "problems": list(map(spell, found.problems))}))
     else:
-        write("\n".join(report(found)) + "\n")
+        write("\n".join(report(found, spell)) + "\n")
     if found.problems:
         raise ProblemsFoundError(f"{directory}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)} found")
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama.errors import FlagError
+from llama.errors import FlagError, LLaMAError
 
 Command = Callable[..., None]
 
@@ -181,3 +181,9 @@ def one_of(flag: str, value: str, allowed: Sequence[Any]) -> Any:
     if value not in allowed:
         raise FlagError(f"--{flag}: got {value!r}, expected one of {', '.join(allowed)}")
     return value
+
+
+def shown(error: LLaMAError, command: Command) -> str:
+    """Return an error's message with the settings for which the command has a flag written as ``--flag``."""
+    known = inspect.signature(command).parameters
+    return error.shown(lambda name: f"--{name}" if name in known else name)
