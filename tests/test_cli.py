@@ -22,7 +22,7 @@ import torch
 from commands import PROCESS_TIMEOUT_S, Outcome, Run, exit_code, finished, process, refused, refused_at_once
 
 from llama import __version__, cli
-from llama.cli.flags import shown
+from llama.cli.flags import HELP_COLUMN, HELP_WIDTH, help_text, shown
 from llama.cli.generate import SYNTHETIC_PROMPT_LEN
 from llama.cli.output import SEPARATOR
 from llama.compiled.memory import check_fits
@@ -79,8 +79,7 @@ def generate(run: Run, generate_flags: Callable[..., list[str]]) -> Run:
     return call
 
 
-# ------------------------------------------------------------------------------------------------------- refused before
-# loading
+# --- refused before loading
 
 
 @pytest.mark.parametrize(
@@ -237,8 +236,7 @@ def test_bad_stdin_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     refused_at_once(run("generate", "--prompts_file", "-"), "stdin", "not UTF-8", "line 2")
 
 
-# -------------------------------------------------------------------------------------------- refused when the model is
-# known
+# --- refused when the model is known
 
 
 def test_a_prompt_that_does_not_fit_says_what_would(generate: Run) -> None:
@@ -293,8 +291,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(
     refused(run(*(a.format(**places) for a in arguments), "--prompt", "a"), *(w.format(**places) for w in words))
 
 
-# --------------------------------------------------------------------------------------------------------- prompts as
-# typed
+# --- prompts as typed
 
 
 HARD_TEXTS = [
@@ -415,8 +412,7 @@ def test_a_switch_may_be_given_a_value(generate: Run, flags: str, is_json: bool)
     assert outcome.out.startswith('{"index": 0') == is_json
 
 
-# -------------------------------------------------------------------------------------------------------------- what is
-# printed
+# --- what is printed
 
 
 def test_json_is_one_object_a_prompt_with_exactly_these_fields(generate: Run) -> None:
@@ -644,8 +640,7 @@ def test_a_terminal_that_cannot_show_a_character_is_no_crash(
     assert b" noir" in buffer.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------- commands and
-# the help
+# --- commands and the help
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]])
@@ -687,6 +682,46 @@ def test_help_shows_the_defaults(run: Run) -> None:
     for name in ("max_gen_len", "dtype", "bucket_policy", "repeat"):
         default = inspect.signature(cli.generate).parameters[name].default
         assert re.search(rf"^ +--{name} .*\[{re.escape(str(default))}\]$", out, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_is_wrapped_within_its_column(command: str) -> None:
+    """No line of a flag is wider than the help, and a text that goes on does so below its beginning."""
+    lines = help_text(command, cli.COMMANDS[command]).splitlines()
+    within = False
+    for line in lines:
+        within = line.startswith("  --") or (within and line.startswith(" "))
+        if within:
+            assert len(line) <= HELP_WIDTH, line
+            assert line[HELP_COLUMN - 1] == " ", line
+            assert line.startswith("  --") or line[:HELP_COLUMN].isspace(), line
+
+
+def test_help_joins_the_lines_of_a_docstring() -> None:
+    """A flag's text may go on over several lines, one of which begins like another flag's; sections stay apart."""
+
+    def command(*, size: int = 3, color: str = "red") -> None:
+        """Summary.
+
+        Flags:
+            size: One
+                color: two
+            three.
+            color: Four words that are so many that they cannot stand on one line of the help, as they are too
+                long.
+
+        Other:
+            text
+        """
+
+    assert help_text("x", command) == (
+        "llama-xla x: Summary.\n\nFlags:\n"
+        "  --size N                     One color: two three. [3]\n"
+        "  --color TEXT                 Four words that are so many that they cannot stand on one line of the help, "
+        "as\n"
+        "                               they are too long. [red]\n"
+        "\nOther:\n    text"
+    )
 
 
 def test_a_message_names_settings_in_python_and_flags_on_the_command_line() -> None:
@@ -780,8 +815,7 @@ def test_main_exits_with_the_code_and_reads_the_process_arguments(
     assert end.value.code == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# plan
+# --- plan
 
 
 def test_plan_prints_the_sections_of_the_original(run: Run) -> None:
@@ -834,8 +868,7 @@ def test_plan_refuses_what_cannot_be_planned(run: Run, flags: str, words: list[s
     refused_at_once(run("plan", *flags.split()), *words)
 
 
-# -------------------------------------------------------------------------------------------------------- in their own
-# process
+# --- in their own process
 
 
 @pytest.mark.parametrize(
@@ -845,10 +878,13 @@ def test_plan_refuses_what_cannot_be_planned(run: Run, flags: str, words: list[s
 )
 def test_torch_is_not_imported_for_it(arguments: list[str], code: int) -> None:
     """Planning, helping and refusing flags take a moment, not the seconds that importing torch takes."""
-    program = "import sys; from llama import cli; c = cli._exit_code(sys.argv[1:]); print(*sys.modules, sep='\\n'); sys.exit(c)"
+    program = (
+        "import sys; from llama import cli; c = cli._exit_code(sys.argv[1:]); "
+        "print(*sys.modules, sep='\\n'); sys.exit(c)"
+    )
     outcome = finished(["-c", program, *arguments])
     assert outcome.code == code, outcome.err
-    assert "llama.buckets" in outcome.out.splitlines()
+    assert "llama.engine.chunks" in outcome.out.splitlines()
     assert {"torch", "torch_xla", "sentencepiece"}.isdisjoint(outcome.out.splitlines())
 
 
@@ -1034,8 +1070,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_loaded(run: Ru
     refused(outcome, "prompt 0 does not fit", "--max_seq_len")
 
 
-# ---------------------------------------------------------------------------------------------------- how tokens are
-# chosen
+# --- how tokens are chosen
 
 
 @pytest.mark.parametrize("flag", ["--max_tokens", "--max-tokens", "--max_new_tokens"])
