@@ -72,7 +72,8 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
         if found:
             names = ", ".join(p.name for p in found)
             raise TokenizerError(
-                f"{directory} has {len(found)} tokenizers ({names}), expected one; choose with {setting('tokenizer_path')}"
+                f"{directory} has {len(found)} tokenizers ({names}), expected one; "
+                f"choose with {setting('tokenizer_path')}"
             )
     raise TokenizerError(
         f"no tokenizer (tokenizer.json or *.model) in {ckpt_dir} or its parent; "
