@@ -1,8 +1,7 @@
-"""The frozen dataclasses that say everything static: a checkpoint's shape and wishes, the engine's shapes, one
-request's wishes.
+"""The frozen dataclasses of static settings: a checkpoint's shape and sampling defaults, and the engine's shapes.
 
-No tensor and no device here. Validation happens at construction, so that a wrong number is refused before any file is
-opened.
+No tensor and no device here. Values are checked when an object is made, so that a wrong number is refused before any
+file is opened.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.errors import ConfigError
+from llama.sampling_params import controls
 
 DType = Literal["auto", "float32", "bfloat16", "int8"]
 BucketPolicy = Literal["greedy", "pad"]
@@ -65,16 +65,16 @@ class RopeScaling:
         _check_size("rope_scaling original_max_seq_len", self.original_max_seq_len)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(
-                f"rope_scaling: got low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}, "
-                "expected the first to be the smaller"
+                f"rope_scaling: got low_freq_factor {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}, expected the first to be the smaller"
             )
 
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> RopeScaling | None:
-        """Take the scaling out of the content of a params.json; the keys that say it are removed from ``params``.
+        """Read the scaling from the content of a params.json, and remove its keys from ``params``.
 
-        Meta spells it ``use_scaled_rope``, with ``rope_scaling_factor`` where that is not 8; what Meta has no spelling
-        for is an object ``rope_scaling`` with this class's fields.
+        Meta spells it ``use_scaled_rope``, with ``rope_scaling_factor`` where that is not 8. Scalings that Meta cannot
+        spell are an object ``rope_scaling`` with this class's fields.
 
         Raises:
             ConfigError: both spellings at once, an unknown field, or a value out of its range.
@@ -92,7 +92,8 @@ class RopeScaling:
             known = {f.name for f in fields(cls)}
             if not isinstance(spelled_out, dict) or not set(spelled_out) <= known:
                 raise ConfigError(
-                    f"rope_scaling: got {_short(spelled_out)}, expected an object with the keys {', '.join(sorted(known))}"
+                    f"rope_scaling: got {_short(spelled_out)}, "
+                    f"expected an object with the keys {', '.join(sorted(known))}"
                 )
             return cls(**spelled_out)
         if factor is not None:
@@ -102,8 +103,9 @@ class RopeScaling:
         return cls() if factor is None else cls(factor=float(factor))
 
     def to_params(self) -> dict[str, Any]:
-        """The entries of a params.json that ``from_params`` reads back as this object, in Meta's spelling where there
-        is one.
+        """Return the entries of a params.json that ``from_params`` reads back as this object.
+
+        They are in Meta's spelling where there is one.
         """
         if self != RopeScaling(factor=self.factor):
             return {"rope_scaling": asdict(self)}
@@ -163,13 +165,15 @@ class ModelArgs:
             _check_size("vocab_size", self.vocab_size, "; or -1 for the embedding's own")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ConfigError(
-                f"dim: got {self.dim} for {self.n_heads} heads, expected n_heads times an even number (rotary embedding turns pairs)"
+                f"dim: got {self.dim} for {self.n_heads} heads, "
+                "expected n_heads times an even number (rotary embedding turns pairs)"
             )
         if self.n_heads % self.kv_heads:
             raise ConfigError(f"n_kv_heads: got {self.kv_heads}, expected a divisor of n_heads={self.n_heads}")
         if not 1 <= 8 * self.dim / 3 * (self.ffn_dim_multiplier or 1.0) <= LARGEST_SIZE:
             raise ConfigError(
-                f"ffn_dim_multiplier: got {self.ffn_dim_multiplier}, which makes the feed-forward width of dim={self.dim} absurd"
+                f"ffn_dim_multiplier: got {self.ffn_dim_multiplier}, "
+                f"which makes the feed-forward width of dim={self.dim} absurd"
             )
 
     @property
@@ -184,9 +188,7 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer: two thirds of four times ``dim``, scaled and rounded up as Meta's code
-        does.
-        """
+        """Width of the feed-forward layer: two thirds of four times ``dim``, scaled and rounded up as Meta does."""
         if self.ffn_hidden_dim is not None:
             return self.ffn_hidden_dim
         hidden = int(2 * (4 * self.dim) / 3)
@@ -200,11 +202,10 @@ class ModelArgs:
 
         Args:
             params: the parsed file. Meta's ``use_scaled_rope`` becomes ``rope_scaling`` (see RopeScaling.from_params);
-                ``max_seq_len`` and ``max_batch_size``, which some releases carry, are the engine's business and are
-                ignored.
+                ``max_seq_len`` and ``max_batch_size``, which some releases carry, belong to the engine and are ignored.
 
         Raises:
-            ConfigError: a key that is not known (it would change what must be computed), or a value out of its range.
+            ConfigError: an unknown key, which may change the computation, or a value out of its range.
         """
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in params.items() if k not in ("max_seq_len", "max_batch_size")}
@@ -218,10 +219,10 @@ class ModelArgs:
         return cls(**values, rope_scaling=scaling)
 
     def to_params(self) -> dict[str, Any]:
-        """The content of a params.json that ``from_params`` reads back as this object.
+        """Return the content of a params.json that ``from_params`` reads back as this object.
 
-        Keys that Meta's code does not know stand in it only where they say something. ``rope_theta`` always does:
-        Meta's generations of code differ in what they assume without it.
+        Keys that Meta's code does not know are left out at their defaults. ``rope_theta`` is always written, because
+        Meta's releases differ in its default.
         """
         values = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope_scaling", "tie_word_embeddings")
@@ -232,7 +233,7 @@ class ModelArgs:
         return values | ({"tie_word_embeddings": True} if self.tie_word_embeddings else {})
 
     def with_vocab_size(self, vocab_size: int) -> ModelArgs:
-        """The same shape with another number of embedding rows."""
+        """Return the same shape with another number of embedding rows."""
         return replace(self, vocab_size=vocab_size)
 
 
@@ -241,25 +242,25 @@ def _check_size(name: str, value: object, also: str = "") -> None:
         raise ConfigError(f"{name}: got {_short(value)}, expected a positive whole number{also}")
 
 
-def _check_number(name: str, value: object, also: str = "", most: float = sys.float_info.max) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= most:
-        raise ConfigError(f"{name}: got {_short(value)}, expected a positive finite number{also}")
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{name}: got {_short(value)}, expected a positive finite number")
 
 
 def _short(value: object) -> str:
-    """A value for an error; a damaged file can hold one of any length."""
+    """Shorten a value for an error; a damaged file can hold one of any length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What a checkpoint's generation_config.json wishes; a flag or an argument of the caller overrides it.
+    """The sampling defaults of a checkpoint's generation_config.json; the caller's values override them.
 
     Attributes:
         temperature, top_p, top_k, min_p, typical_p, repetition_penalty: as in SamplingParams, or None where the file
-            says nothing.
-        stop_ids: ids that end a generation besides the tokenizer's own; empty where the file says nothing.
+            has no value.
+        stop_ids: ids that end a generation besides the tokenizer's own; empty where the file has none.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -274,17 +275,9 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and (self.temperature != 0 or isinstance(self.temperature, bool)):
-            _check_number("temperature", self.temperature, "; or 0")
-        for name in ("top_p", "typical_p"):
-            if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), " of at most 1", most=1.0)
-        if self.min_p is not None and (self.min_p != 0 or isinstance(self.min_p, bool)):
-            _check_number("min_p", self.min_p, " of at most 1; or 0", most=1.0)
-        if self.repetition_penalty is not None:
-            _check_number("repetition_penalty", self.repetition_penalty)
-        if self.top_k is not None and (self.top_k != 0 or isinstance(self.top_k, bool)):
-            _check_size("top_k", self.top_k, "; or 0")
+        for name, control in controls().items():
+            if getattr(self, name, None) is not None:
+                control.range.check(name, getattr(self, name))
         for stop_id in self.stop_ids:
             if not isinstance(stop_id, int) or isinstance(stop_id, bool) or not 0 <= stop_id <= LARGEST_SIZE:
                 raise ConfigError(f"eos_token_id: got {_short(stop_id)}, expected token ids")
@@ -308,7 +301,7 @@ class EngineConfig:
         batch_invariant: a request's bits depend on nothing but the request itself: every decode step runs all slots
             and reads all positions. By default neighbours may change them by rounding.
         dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and
-            bfloat16 elsewhere. ``int8`` is for linear layers, one scale an output channel.
+            bfloat16 elsewhere. ``int8`` stores the linear layers with one scale per output channel.
         fail_on_recompile: a program compiled after warm-up is an error.
         read_every: the host reads generated tokens back once in so many decode steps (1 to 16). After a stop token at
             most this many steps, and the one in flight, are computed before the host learns of it.
@@ -390,7 +383,7 @@ class EngineConfig:
         return tuple(sorted(chosen | {self.max_batch_size}))
 
     def _complete_key_buckets(self) -> tuple[int, ...]:
-        """Ascending key buckets below max_seq_len, and max_seq_len itself, so that every position falls into one."""
+        """Return ascending key buckets that end with max_seq_len, so that every position falls into one."""
         chosen = set(self.key_buckets)
         if not chosen:
             size = SMALLEST_KEY_BUCKET

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llama.chat import ChatFormat, Message
 from llama.config import OVERFLOWS, Overflow
-from llama.errors import ChatError, ConfigError
+from llama.errors import ChatError, ConfigError, setting
 from llama.generation import LLaMA
 from llama.outputs import Generation
 from llama.sampling_params import SamplingParams
@@ -101,7 +101,8 @@ class Conversation:
                 what = "the message alone" if len(dialog) - first < 3 else "the dialog"
                 raise ChatError(
                     f"{what} does not fit: {len(ids)} tokens, and {self._min_answer} for an answer, max_seq_len is "
-                    f"{self._llm.config.max_seq_len}; /undo or /reset, --on_overflow drop, or a larger --max_seq_len"
+                    f"{self._llm.config.max_seq_len}; /undo or /reset, {setting('on_overflow')} drop, or a larger "
+                    f"{setting('max_seq_len')}"
                 )
             del dialog[first : first + 2]
             dropped += 1

@@ -6,23 +6,51 @@
     │   ├── ConfigError        two settings contradict each other, or one is out of its range
     │   ├── CheckpointError    a checkpoint directory, its params.json or its tensors
     │   ├── TokenizerError     a tokenizer file, or one that does not match the model
-    │   ├── PromptError        a prompt that cannot be served as asked
-    │   └── ChatError          a dialog that no prompt can be made of, or a chat template that does not work
+    │   ├── PromptError        a prompt that cannot be read or does not fit
+    │   └── ChatError          a dialog that cannot become a prompt, or a chat template that does not work
     ├── ProblemsFoundError     exit code 2: `inspect` found problems, which have been printed
     ├── EngineError            exit code 1: the engine lost its state, and with it the requests that ran
     ├── QueueFullError         exit code 1: more requests wait than may
     ├── RecompileError         exit code 3: a program was compiled after warm-up
     └── InterruptedRunError    exit code 130: Ctrl-C, after what had been generated was printed
 
-A message says what happened, what was got, what was expected, and how to mend it. The command line prints the message
-without a traceback and exits with ``exit_code``. ``assert`` is kept for invariants that no input can break.
+A message says what happened, what was got, what was expected, and how to mend it. It names settings as Python does
+(``max_seq_len``), by ``setting("max_seq_len")`` where the name stands within the message; a command shows those that
+it has as flags (``--max_seq_len``). The command line prints the message without a traceback and exits with
+``exit_code``. ``assert`` is kept for invariants that no input can break.
 """
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_MARK = "\x1f"  # ASCII's unit separator, which no other part of a message contains
+_SETTING = re.compile(f"{_MARK}(\\w+){_MARK}")
+_LEADING = re.compile(r"^\w+(?=: )")
+
+
+def setting(name: str) -> str:
+    """Mark a setting's name for an error's message: plain in ``str(error)``, a flag on the command line."""
+    return f"{_MARK}{name}{_MARK}"
 
 
 class LLaMAError(Exception):
-    """The root of the tree; catch it to catch all of them."""
+    """The root of the tree; catch it to catch all of them.
+
+    Args:
+        message: one line; names that ``setting`` marked become plain in ``str(error)``.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_SETTING.sub(r"\1", message))
+        self._message = message
+
+    def shown(self, spell: Callable[[str], str]) -> str:
+        """Return the message with the name of each setting as ``spell`` writes it."""
+        return _SETTING.sub(lambda found: spell(found[1]), self._message)
 
 
 class UserError(LLaMAError):
@@ -36,7 +64,13 @@ class FlagError(UserError):
 
 
 class ConfigError(UserError, ValueError):
-    """A setting out of its range, or two that contradict each other."""
+    """A setting out of its range, or two that contradict each other.
+
+    A message that begins with a name and a colon (``top_p: got 2, ...``) begins with a setting.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_LEADING.sub(lambda found: setting(found[0]), message))
 
 
 class CheckpointError(UserError):
@@ -52,13 +86,11 @@ class PromptError(UserError, ValueError):
 
 
 class ChatError(UserError, ValueError):
-    """A dialog whose roles or contents are not allowed, or a chat template that is absent, damaged, or takes too
-    much.
-    """
+    """A dialog that is not allowed, or a chat template that is absent, damaged, or exceeds its limits."""
 
 
 class ProblemsFoundError(UserError):
-    """A checkpoint was looked at, and something stands in the way of using it."""
+    """``inspect`` found problems in a checkpoint and has printed them."""
 
 
 class QueueFullError(LLaMAError):
@@ -70,7 +102,7 @@ class EngineError(LLaMAError):
 
 
 class RecompileError(LLaMAError):
-    """A program was compiled after warm-up although ``fail_on_recompile`` promised that none would be."""
+    """A program would be compiled after warm-up, which ``fail_on_recompile`` forbids."""
 
     exit_code = 3
 

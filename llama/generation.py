@@ -26,7 +26,7 @@ from llama.engine.callers import Call, Callers
 from llama.engine.engine import Engine
 from llama.engine.runner import XlaRunner
 from llama.engine.sequence import Sequence as Request
-from llama.errors import ConfigError, RecompileError, TokenizerError
+from llama.errors import ConfigError, RecompileError, TokenizerError, setting
 from llama.grammar import Grammars
 from llama.inputs import Prompt, make_sequences
 from llama.outputs import (
@@ -429,7 +429,7 @@ def _matched(
         if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
             raise ConfigError(
                 f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to {source.sliding_window} positions, "
-                f"which is not computed; --max_seq_len {source.sliding_window} at most"
+                f"which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
             )
     assert args is not None
     if args.vocab_size == -1:
@@ -437,6 +437,6 @@ def _matched(
     if tokenizer.n_words > args.vocab_size:
         raise TokenizerError(
             f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: it belongs to another "
-            "model; give the right one with --tokenizer_path"
+            f"model; give the right one with {setting('tokenizer_path')}"
         )
     return args

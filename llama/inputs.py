@@ -12,7 +12,7 @@ from dataclasses import replace
 from llama.config import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_STOP_IDS
 from llama.detokenizer import Detokenizer
 from llama.engine.sequence import Sequence
-from llama.errors import ConfigError, PromptError
+from llama.errors import ConfigError, PromptError, setting
 from llama.grammar import Grammars
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer
@@ -54,9 +54,9 @@ def check_fit(index: int, prompt_tokens: int, max_gen_len: int, max_seq_len: int
     wanted = prompt_tokens + max_gen_len
     if wanted <= max_seq_len:
         return
-    cures = [f"--max_seq_len {wanted}"]
+    cures = [f"{setting('max_seq_len')} {wanted}"]
     if prompt_tokens < max_seq_len:
-        cures.append(f"--max_gen_len {max_seq_len - prompt_tokens} at most")
+        cures.append(f"{setting('max_gen_len')} {max_seq_len - prompt_tokens} at most")
     if max_gen_len < max_seq_len:
         cures.append(f"a prompt of {max_seq_len - max_gen_len} tokens at most")
     raise PromptError(

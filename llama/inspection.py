@@ -8,7 +8,7 @@ far as the rest can still be told.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
 from llama.compiled.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.config import EngineConfig
-from llama.errors import UserError
+from llama.errors import CheckpointError, ConfigError, TokenizerError, UserError, setting
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.xla import backend
 
@@ -32,12 +32,12 @@ class Inspection:
     Attributes:
         directory: where.
         facts: label to value, plain JSON types, in the order they are shown.
-        problems: what stands in the way of using it, each with its cure.
+        problems: an error for each reason why it cannot be used, with its cure.
     """
 
     directory: Path
     facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[UserError] = field(default_factory=list)
 
 
 def inspect_checkpoint(
@@ -57,12 +57,12 @@ def inspect_checkpoint(
         source = open_checkpoint(directory)
         found.facts |= weight_facts(source)
     except UserError as error:
-        found.problems.append(str(error))
+        found.problems.append(error)
     try:
         tokenizer = Tokenizer(tokenizer_path or find_tokenizer(directory))
         found.facts |= tokenizer_facts(tokenizer)
     except UserError as error:
-        found.problems.append(str(error))
+        found.problems.append(error)
     if source is not None:
         _look_together(found, source, tokenizer, config)
         if check_tensors:
@@ -84,15 +84,19 @@ def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | Non
     try:
         check_fits(*planned)
     except UserError as error:
-        found.problems.append(str(error))
+        found.problems.append(error)
     if tokenizer is not None and tokenizer.n_words > source.args.vocab_size:
         found.problems.append(
-            f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows"
+            TokenizerError(
+                f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows"
+            )
         )
     if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
         found.problems.append(
-            f"attention is limited to {source.sliding_window} positions, which is not computed: "
-            f"--max_seq_len {source.sliding_window} at most"
+            ConfigError(
+                f"attention is limited to {source.sliding_window} positions, which is not computed: "
+                f"{setting('max_seq_len')} {source.sliding_window} at most"
+            )
         )
 
 
@@ -134,26 +138,26 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def bad_tensors(source: Source) -> Iterator[str]:
-    """Read every weight; yield what is wrong with each that is."""
+def bad_tensors(source: Source) -> Iterator[UserError]:
+    """Read every weight; yield an error for each that cannot be read or is not finite."""
     for name, info in source.infos().items():
         try:
             finite = is_finite(source.read(name))
         except UserError as error:
-            yield str(error)
+            yield error
             continue
         if not finite:
-            yield f"{info.file.name}: tensor {source.label(name)} holds NaN or infinity"
+            yield CheckpointError(f"{info.file.name}: tensor {source.label(name)} holds NaN or infinity")
 
 
-def report(found: Inspection) -> Iterator[str]:
-    """The lines that people read."""
+def report(found: Inspection, spell: Callable[[UserError], str] = str) -> Iterator[str]:
+    """Yield the lines that people read; ``spell`` writes a problem's message."""
     yield f"{found.directory}"
     for label, value in found.facts.items():
         yield f"  {label.replace('_', ' ') + ':':<16} {_shown(label, value)}"
     yield "  no problems found" if not found.problems else "  problems:"
     for problem in found.problems:
-        yield f"    - {problem}"
+        yield f"    - {spell(problem)}"
 
 
 def _shown(label: str, value: Any) -> str:

@@ -1,104 +1,369 @@
-"""What one request wants of its tokens: the dataclass SamplingParams, and whether its wishes go together.
+"""The controls of one request: the dataclass SamplingParams, whose fields declare them once.
 
-No tensor and no device here: a value out of its range is refused before any file is opened. Names, ranges and meanings
-    are those
-of OpenAI's API where it has them, else of vLLM and transformers; the README's table says which.
+Each field carries its range, its meaning and where else it is found. Checks, the class's documentation, the command
+line's flags and their help, and the table of controls in the documentation are made from these declarations. There is
+no tensor and no device here: a value out of its range is refused before any file is opened.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
-from llama.errors import ConfigError
+from llama.errors import ConfigError, setting
 
 MAX_BIASED_IDS = 300
 MAX_LOGPROBS = 20
 LARGEST_BIAS = 100
-LARGEST_PENALTY = 2  # of presence and frequency
-LARGEST_REPETITION_PENALTY = 1e6  # and the least is its inverse: float32 must be able to multiply a logit by it
+LARGEST_REPETITION_PENALTY = 1e6  # the smallest is its inverse: float32 must be able to multiply a logit by it
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a control takes, in words; subclasses check them.
+
+    Attributes:
+        expected: completes "expected ..." in an error, and is the range in the documentation.
+    """
+
+    expected: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Accept any value: what depends on other fields is checked by SamplingParams as a whole.
+
+        Raises:
+            ConfigError: the value of the control ``name`` is out of its range.
+        """
+
+
+@dataclass(frozen=True)
+class Number(Range):
+    """A number from ``low`` to ``high``, both included unless ``above_low`` or ``below_high``."""
+
+    low: float = 0
+    high: float = math.inf
+    above_low: bool = False
+    below_high: bool = False
+    whole: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """See Range."""
+        is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
+        if (
+            not is_number
+            or not self.low <= value <= self.high
+            or (self.above_low and value == self.low)
+            or (self.below_high and value == self.high)
+        ):
+            raise ConfigError(f"{name}: got {value!r:.60}, expected {self.expected}")
+
+
+@dataclass(frozen=True)
+class Biases(Range):
+    """A number for each of a few token ids."""
+
+    def check(self, name: str, value: Mapping[int, float]) -> None:
+        """See Range."""
+        if len(value) > MAX_BIASED_IDS:
+            raise ConfigError(f"{name}: got {len(value)} ids, expected at most {MAX_BIASED_IDS}")
+        for token_id, bias in value.items():
+            if not abs(bias) <= LARGEST_BIAS:
+                raise ConfigError(f"{name}: got {bias} for id {token_id}, expected a number from -100 to 100")
+
+
+@dataclass(frozen=True)
+class Ids(Range):
+    """Token ids, at least one."""
+
+    def check(self, name: str, value: tuple[int, ...]) -> None:
+        """See Range."""
+        if not value:
+            raise ConfigError(f"{name}: got no ids, expected at least one; leave it out to allow all")
+
+
+@dataclass(frozen=True)
+class Texts(Range):
+    """Texts or sequences of token ids, none of them empty."""
+
+    def check(self, name: str, value: tuple[str | tuple[int, ...], ...]) -> None:
+        """See Range."""
+        if not all(value):
+            raise ConfigError(f"{name}: got an empty one, expected at least one character in each")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a field of SamplingParams declares beside its type and its default.
+
+    Attributes:
+        help: what the control does, in full sentences.
+        group: the heading under which ``--help`` and the documentation list it.
+        range: the values that it takes.
+        same_in: other systems that have the same control, under its name there where that differs.
+        flag: help of the command line's flag, where the flag takes something else than the field.
+    """
+
+    help: str
+    group: str
+    range: Range = Range()
+    same_in: str = ""
+    flag: str = ""
+
+    @property
+    def described(self) -> str:
+        """The help with the range as a sentence of its own."""
+        expected = self.range.expected
+        return f"{self.help} {expected[0].upper()}{expected[1:]}." if expected else self.help
+
+
+def control(default: Any, **declared: Any) -> Any:
+    """Declare a field of SamplingParams; the keywords are the attributes of Control."""
+    return field(default=default, metadata={"control": Control(**declared)})
+
+
+def controls(params: type[SamplingParams] | None = None) -> dict[str, Control]:
+    """Return the declaration of each field by its name, group by group, the groups in the order of the fields."""
+    found = {f.name: f.metadata["control"] for f in fields(params or SamplingParams)}
+    groups = list(dict.fromkeys(each.group for each in found.values()))
+    return dict(sorted(found.items(), key=lambda item: groups.index(item[1].group)))
+
+
+def controls_table(params: type[SamplingParams] | None = None) -> str:
+    """Render all controls as the Markdown table of the documentation."""
+    defaults = {f.name: f.default for f in fields(params or SamplingParams)}
+    lines = ["| control | default | range | what it does | the same in |", "|---|---|---|---|---|"]
+    for name, each in controls(params).items():
+        default = "none" if defaults[name] in (None, ()) else defaults[name]
+        cells = (f"`{name}`", default, each.range.expected, each.help, each.same_in)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _attributes() -> Iterator[str]:
+    """Yield the lines that document the fields of SamplingParams in its docstring."""
+    for name, each in controls().items():
+        yield from textwrap.wrap(f"{name}: {each.described}", 108, subsequent_indent="    ")
+
+
+LENGTH = "Length"
+SAMPLING = "Sampling"
+CONSTRAINTS = "Penalties and constraints"
+STOPPING = "Stopping"
+DETAILS = "Token details"
+PROBABILITY = Number("a number above 0 and at most 1", 0, 1, above_low=True)
+PENALTY = Number("a number from -2 to 2", -2, 2)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request wants. Every field reaches the device as data, so that no value compiles a program for itself.
+    """The controls of one request. All of them reach the device as data, so that no value compiles a program.
 
     Attributes:
-        max_gen_len: most tokens to generate, at least 1.
-        temperature: 0 takes the likeliest token; above, logits are divided by it before sampling.
-        top_p: sample from the smallest set of likeliest tokens whose probabilities sum to at least this, in (0, 1].
-        seed: 0 to 2**63 - 1. The same seed gives the same text whatever the batch size and the row; None draws a new
-            one. The samples of one prompt take the seeds that follow.
-        top_k: sample from so many of the likeliest tokens; 0 or -1 for all of them.
-        min_p: sample from tokens of at least this share of the likeliest one's probability, in [0, 1].
-        typical_p: sample from the smallest set of the tokens nearest to the entropy whose probabilities sum to at least
-            this, in (0, 1].
-        repetition_penalty: 1e-6 to 1e6; logits of tokens in the prompt or the output are divided by it where positive,
-            else multiplied.
-        presence_penalty: -2 to 2, subtracted from the logit of every token in the output.
-        frequency_penalty: -2 to 2, subtracted for each time that the token is in the output.
-        logit_bias: token id to a number from -100 to 100 that is added to its logit; at most 300 ids.
-        bad_words: texts, or lists of token ids, that are never completed, in the prompt's continuation.
-        allowed_token_ids: nothing else is chosen; None allows all.
-        min_tokens: no stop token is chosen, and no stop string looked for, in the first so many tokens.
-        ignore_eos: the tokenizer's and the checkpoint's own stop tokens do not stop.
-        stop_token_ids: tokens that stop, besides those.
-        stop: texts that stop wherever they appear in the generation, also across tokens.
-        include_stop: what stopped the generation stays a part of it.
-        n: samples of the prompt; it is prefilled once.
-        best_of: samples to generate; the ``n`` of them whose tokens have the highest mean log-probability are returned,
-            best first.
-        logprobs: log-probabilities of the chosen tokens and of so many likeliest ones, 0 to 20: the log-softmax of the
-            raw logits, before any of the above. None computes nothing.
-        prompt_logprobs: of the prompt's tokens, too. Needs ``logprobs``, or one of the next two.
-        hidden_states: return the last layer's hidden states, behind its norm, from which each token was chosen.
-        logits: return the raw logits from which each token was chosen.
-        json_schema: a JSON schema, as an object or as text; the generation is an instance of it.
-        regex: the generation matches this regular expression as a whole.
+        {attributes}
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other.
     """
 
-    max_gen_len: int = 256
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int | None = None
+    max_gen_len: int = control(
+        256,
+        group=LENGTH,
+        help="Most tokens to generate.",
+        range=Number("at least 1", 1, whole=True),
+        same_in="OpenAI and vLLM `max_tokens`, transformers `max_new_tokens`",
+    )
+    temperature: float = control(
+        0.8,
+        group=SAMPLING,
+        help="Divides the logits before sampling; 0 takes the likeliest token.",
+        range=Number("a finite number of 0 or more", below_high=True),
+        same_in="all",
+    )
+    top_p: float = control(
+        0.95,
+        group=SAMPLING,
+        help="Sample from the likeliest tokens that together hold this probability.",
+        range=PROBABILITY,
+        same_in="all",
+    )
+    seed: int | None = control(
+        None,
+        group=SAMPLING,
+        help="The same seed gives the same text in any batch. Without one each prompt draws its own. The samples of a "
+        "prompt take the seeds that follow.",
+        range=Number("0 to 2**63 - 1", 0, 2**63 - 1, whole=True),
+        same_in="vLLM",
+    )
     _: KW_ONLY
-    top_k: int = 0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    bad_words: tuple[str | tuple[int, ...], ...] = ()
-    allowed_token_ids: tuple[int, ...] | None = None
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    n: int = 1
-    best_of: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: bool = False
-    hidden_states: bool = False
-    logits: bool = False
-    json_schema: str | Mapping[str, Any] | None = None
-    regex: str | None = None
+    top_k: int = control(
+        0,
+        group=SAMPLING,
+        help="Sample from this many of the likeliest tokens.",
+        range=Number("a whole number of 0 or more (0 and -1 keep all tokens)", -1, 2**31 - 1, whole=True),
+        same_in="transformers, vLLM, llama.cpp, TGI",
+    )
+    min_p: float = control(
+        0.0,
+        group=SAMPLING,
+        help="Sample from tokens with at least this share of the likeliest one's probability.",
+        range=Number("a number from 0 to 1", 0, 1),
+        same_in="transformers, vLLM, llama.cpp",
+    )
+    typical_p: float = control(
+        1.0,
+        group=SAMPLING,
+        help="Sample from the tokens nearest to the entropy that together hold this probability.",
+        range=PROBABILITY,
+        same_in="transformers, TGI, llama.cpp `typical`",
+    )
+    repetition_penalty: float = control(
+        1.0,
+        group=CONSTRAINTS,
+        help="Divides positive logits of tokens in the prompt or the output, and multiplies negative ones: above 1 "
+        "they become less likely.",
+        range=Number("a number above 0, from 1e-6 to 1e6", 1 / LARGEST_REPETITION_PENALTY, LARGEST_REPETITION_PENALTY),
+        same_in="transformers, vLLM, TGI; llama.cpp looks at the last 64 tokens",
+    )
+    presence_penalty: float = control(
+        0.0,
+        group=CONSTRAINTS,
+        help="Subtracted from the logit of every token in the output.",
+        range=PENALTY,
+        same_in="OpenAI, vLLM",
+    )
+    frequency_penalty: float = control(
+        0.0,
+        group=CONSTRAINTS,
+        help="Subtracted from a token's logit for each time that it is in the output.",
+        range=PENALTY,
+        same_in="OpenAI, vLLM",
+    )
+    logit_bias: Mapping[int, float] | None = control(
+        None,
+        group=CONSTRAINTS,
+        help="Added to the logits of these token ids, before the penalties.",
+        range=Biases("a number from -100 to 100 for each of at most 300 ids"),
+        same_in="OpenAI, vLLM",
+    )
+    bad_words: tuple[str | tuple[int, ...], ...] = control(
+        (),
+        group=CONSTRAINTS,
+        help="Texts, or lists of token ids, that are never completed, within a word or after a space.",
+        range=Texts("at most 64 of several tokens, each of up to 16"),
+        same_in="transformers `bad_words_ids`; vLLM looks at the output only",
+        flag="A text that is never completed, within a word or after a space.",
+    )
+    allowed_token_ids: tuple[int, ...] | None = control(
+        None,
+        group=CONSTRAINTS,
+        help="Only these token ids are chosen.",
+        range=Ids("at least one id"),
+        same_in="vLLM",
+    )
+    json_schema: str | Mapping[str, Any] | None = control(
+        None,
+        group=CONSTRAINTS,
+        help="The text is an instance of this JSON schema.",
+        range=Range("an object, or its text"),
+        same_in="OpenAI, vLLM, TGI, llama.cpp",
+        flag="A file with a JSON schema; the text is an instance of it.",
+    )
+    regex: str | None = control(
+        None,
+        group=CONSTRAINTS,
+        help="The whole text matches this regular expression.",
+        same_in="vLLM, TGI",
+    )
+    stop: tuple[str, ...] = control(
+        (),
+        group=STOPPING,
+        help="Texts that end the generation where they appear, also across tokens; removed unless include_stop.",
+        range=Texts("texts of at least one character"),
+        same_in="OpenAI, vLLM, TGI, llama.cpp",
+        flag="A text that ends the generation where it appears; removed unless include_stop.",
+    )
+    stop_token_ids: tuple[int, ...] = control(
+        (),
+        group=STOPPING,
+        help="Token ids that end the generation, besides the model's own stop tokens.",
+        range=Range("at most 16 with the model's own"),
+        same_in="vLLM, transformers `eos_token_id`",
+    )
+    include_stop: bool = control(
+        False,
+        group=STOPPING,
+        help="Keep the stop token or stop text in the result.",
+        same_in="vLLM `include_stop_str_in_output`",
+    )
+    min_tokens: int = control(
+        0,
+        group=STOPPING,
+        help="Choose no stop token, and look for no stop text, before this many tokens.",
+        range=Range("0 to max_gen_len"),
+        same_in="vLLM, transformers `min_new_tokens`",
+    )
+    ignore_eos: bool = control(
+        False,
+        group=STOPPING,
+        help="The model's own stop tokens do not end the generation.",
+        same_in="vLLM, llama.cpp",
+    )
+    n: int = control(
+        1,
+        group=LENGTH,
+        help="Samples of each prompt, which is prefilled once.",
+        range=Number("at least 1", 1, whole=True),
+        same_in="OpenAI, vLLM, transformers `num_return_sequences`",
+    )
+    best_of: int | None = control(
+        None,
+        group=LENGTH,
+        help="Generate this many samples, and return the n whose tokens have the highest mean log-probability, best "
+        "first.",
+        range=Range("at least n"),
+        same_in="OpenAI (completions), TGI",
+    )
+    logprobs: int | None = control(
+        None,
+        group=DETAILS,
+        help="Return the log-probabilities of the chosen tokens and of this many of the likeliest: the log-softmax of "
+        "the raw logits, before any other control.",
+        range=Number(f"0 to {MAX_LOGPROBS}", 0, MAX_LOGPROBS, whole=True),
+        same_in="OpenAI, vLLM",
+    )
+    prompt_logprobs: bool = control(
+        False,
+        group=DETAILS,
+        help="Return the requested details of the prompt's tokens, too; needs logprobs, hidden_states or logits.",
+        same_in="OpenAI `echo`, vLLM",
+    )
+    hidden_states: bool = control(
+        False,
+        group=DETAILS,
+        help="Return the last layer's hidden states, after its norm, from which each token was chosen.",
+        same_in="transformers `output_hidden_states`",
+    )
+    logits: bool = control(
+        False,
+        group=DETAILS,
+        help="Return the raw logits from which each token was chosen.",
+        same_in="transformers `output_logits`",
+    )
 
     def __post_init__(self) -> None:
         self._settle()
-        self._check_numbers()
-        self._check_collections()
+        for f in fields(self):
+            if getattr(self, f.name) is not None:
+                f.metadata["control"].range.check(f.name, getattr(self, f.name))
         self._check_together()
 
     def _settle(self) -> None:
-        """Bring what may be written in several ways into one."""
+        """Convert fields that may be written in several ways to one."""
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             texts = (value,) if isinstance(value, str) else tuple(value or ())
@@ -108,58 +373,17 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         if self.logit_bias is not None:
             try:
-                object.__setattr__(
-                    self, "logit_bias", {int(name): float(value) for name, value in self.logit_bias.items()}
-                )
+                biases = {int(name): float(value) for name, value in self.logit_bias.items()}
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"logit_bias: got {self.logit_bias}, expected a number for each token id") from error
+            object.__setattr__(self, "logit_bias", biases)
         if isinstance(self.json_schema, Mapping):
             object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
 
-    def _check_numbers(self) -> None:
-        if self.max_gen_len < 1:
-            raise ConfigError(f"max_gen_len: got {self.max_gen_len}, expected at least 1")
-        if not (0 <= self.temperature < math.inf):
-            raise ConfigError(f"temperature: got {self.temperature}, expected a finite number of 0 or more")
-        for name in ("top_p", "typical_p"):
-            if not (0 < getattr(self, name) <= 1):
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise ConfigError(f"min_p: got {self.min_p}, expected a number from 0 to 1")
-        if not 1 / LARGEST_REPETITION_PENALTY <= self.repetition_penalty <= LARGEST_REPETITION_PENALTY:
-            raise ConfigError(
-                f"repetition_penalty: got {self.repetition_penalty}, expected a number above 0, from 1e-6 to 1e6"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) <= LARGEST_PENALTY:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number from -2 to 2")
-        if not 0 <= self.top_k < 2**31:
-            raise ConfigError(
-                f"top_k: got {self.top_k}, expected a whole number of 0 or more (0 and -1 keep all tokens)"
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed: got {self.seed}, expected 0 to 2**63 - 1")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ConfigError(f"logprobs: got {self.logprobs}, expected 0 to {MAX_LOGPROBS}")
-        if self.n < 1:
-            raise ConfigError(f"n: got {self.n}, expected at least 1")
-
-    def _check_collections(self) -> None:
-        bias = self.logit_bias or {}
-        if len(bias) > MAX_BIASED_IDS:
-            raise ConfigError(f"logit_bias: got {len(bias)} ids, expected at most {MAX_BIASED_IDS}")
-        for token_id, value in bias.items():
-            if not abs(value) <= LARGEST_BIAS:
-                raise ConfigError(f"logit_bias: got {value} for id {token_id}, expected a number from -100 to 100")
-        if self.allowed_token_ids == ():
-            raise ConfigError("allowed_token_ids: got no ids, expected at least one; leave it out to allow all")
-        for name in ("stop", "bad_words"):
-            if not all(getattr(self, name)):
-                raise ConfigError(f"{name}: got an empty one, expected at least one character in each")
-
     def _check_together(self) -> None:
+        """Refuse what depends on two fields."""
         if not 0 <= self.min_tokens <= self.max_gen_len:
             raise ConfigError(f"min_tokens: got {self.min_tokens}, expected 0 to max_gen_len={self.max_gen_len}")
         if self.best_of is not None and self.best_of < self.n:
@@ -169,14 +393,16 @@ class SamplingParams:
         if self.temperature == 0 and self.samples > 1:
             name = "n" if self.n > 1 else "best_of"
             raise ConfigError(
-                f"{name}: got {self.samples} at temperature 0, where all samples are the same; expected 1, or a temperature above 0"
+                f"{name}: got {self.samples} at temperature 0, where all samples are the same; "
+                "expected 1, or a temperature above 0"
             )
         if self.prompt_logprobs and not self.wants_details:
             raise ConfigError(
-                "prompt_logprobs: needs logprobs (0 is enough), hidden_states or logits, which say what is wanted of the prompt"
+                "prompt_logprobs: needs logprobs (0 is enough), hidden_states or logits, "
+                "which choose the details of the prompt"
             )
         if self.json_schema is not None and self.regex is not None:
-            raise ConfigError("got both json_schema and regex, expected one of them")
+            raise ConfigError(f"got both {setting('json_schema')} and {setting('regex')}, expected one of them")
         if self.is_constrained and self.ignore_eos:
             raise ConfigError(f"ignore_eos: with a {self.constraint_name} the generation must be able to end")
         if self.is_constrained and self.allowed_token_ids is not None:
@@ -191,27 +417,27 @@ class SamplingParams:
 
     @property
     def is_ranked(self) -> bool:
-        """More samples are generated than are returned."""
+        """Whether more samples are generated than are returned."""
         return self.samples > self.n
 
     @property
     def is_constrained(self) -> bool:
-        """A grammar says what may come next."""
+        """Whether a grammar restricts the tokens."""
         return self.json_schema is not None or self.regex is not None
 
     @property
     def constraint_name(self) -> str:
-        """What the grammar is called."""
+        """The control that gives the grammar."""
         return "json_schema" if self.json_schema is not None else "regex"
 
     @property
     def wants_details(self) -> bool:
-        """Something is to be known about each token."""
+        """Whether details of each token are returned."""
         return self.logprobs is not None or self.hidden_states or self.logits
 
     @property
     def reshapes_logits(self) -> bool:
-        """Something is asked that greedy choice and plain sampling do not read."""
+        """Whether a control is used that greedy choice and plain sampling do not read."""
         return (
             (self.typical_p != 1 and self.temperature > 0)
             or self.repetition_penalty != 1
@@ -225,7 +451,7 @@ class SamplingParams:
         )
 
     def token_ids(self) -> dict[str, tuple[int, ...]]:
-        """Every token id that the caller gave, by the field that has it."""
+        """Return every token id that the caller gave, by the field that has it."""
         words = [word for word in self.bad_words if not isinstance(word, str)]
         return {
             "logit_bias": tuple(self.logit_bias or ()),
@@ -233,3 +459,7 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids,
             "bad_words": tuple(i for word in words for i in word),
         }
+
+
+if SamplingParams.__doc__:  # absent under python -OO
+    SamplingParams.__doc__ = SamplingParams.__doc__.replace("{attributes}", "\n        ".join(_attributes()))

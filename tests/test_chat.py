@@ -149,7 +149,8 @@ def test_a_dialog_that_no_longer_fits_is_refused_and_stays_as_it_was(
     assert len(before) >= 2
     with pytest.raises(
         ChatError,
-        match=r"the dialog does not fit: \d+ tokens, and 16 for an answer, .* 256; /undo .* --on_overflow drop",
+        match=r"the dialog does not fit: \d+ tokens, and 16 for an answer, .* 256; "
+        r"/undo .* on_overflow drop, or a larger max_seq_len$",
     ):
         ended(conversation, question)
     assert conversation.messages == before

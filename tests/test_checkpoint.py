@@ -238,7 +238,14 @@ def test_a_tokenizer_beside_the_weights_comes_first(tiny_checkpoint: Path) -> No
 def test_no_tokenizer_is_refused(tiny_checkpoint: Path) -> None:
     """The message says where it was looked for and how to give one."""
     (tiny_checkpoint / "tokenizer.model").unlink()
-    refusal(tiny_checkpoint, "no tokenizer", str(tiny_checkpoint), "parent", "--tokenizer_path", kind=TokenizerError)
+    refusal(
+        tiny_checkpoint,
+        "no tokenizer",
+        str(tiny_checkpoint),
+        "parent",
+        "its path with tokenizer_path",
+        kind=TokenizerError,
+    )
 
 
 @pytest.mark.parametrize("where", ["beside", "parent"])
@@ -248,7 +255,12 @@ def test_several_tokenizers_are_refused_by_name(tiny_checkpoint: Path, where: st
     (tiny_checkpoint / "tokenizer.model").rename(directory / "a.model")
     shutil.copy(directory / "a.model", directory / "b.model")
     refusal(
-        tiny_checkpoint, "2 tokenizers", "a.model, b.model", "expected one", "--tokenizer_path", kind=TokenizerError
+        tiny_checkpoint,
+        "2 tokenizers",
+        "a.model, b.model",
+        "expected one",
+        "choose with tokenizer_path",
+        kind=TokenizerError,
     )
 
 
@@ -260,7 +272,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_checkpoint: Path,
         tiny_checkpoint,
         lambda t: t.update({n: torch.zeros(300, 64) for n in ("tok_embeddings.weight", "output.weight")}),
     )
-    refusal(tiny_checkpoint, "320 ids", "300 rows", "--tokenizer_path", kind=TokenizerError)
+    refusal(tiny_checkpoint, "320 ids", "300 rows", "tokenizer_path", kind=TokenizerError)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -18,12 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import PROCESS_TIMEOUT_S, Outcome, Run, exit_code, finished, process, refused, refused_at_once
 
 from llama import __version__, cli
+from llama.cli.flags import HELP_COLUMN, HELP_WIDTH, help_text, shown
 from llama.cli.generate import SYNTHETIC_PROMPT_LEN
 from llama.cli.output import SEPARATOR
-from llama.errors import LLaMAError, PromptError, RecompileError, UserError
+from llama.compiled.memory import check_fits
+from llama.config import EngineConfig, ModelArgs
+from llama.errors import ConfigError, LLaMAError, PromptError, RecompileError, UserError, setting
+from llama.inputs import check_fit
+from llama.sampling_params import SamplingParams
 
 FIELDS = [
     "index",
@@ -39,7 +45,7 @@ FIELDS = [
     "seed",
 ]
 USAGE_FIELDS = ["prompt_tokens", "cached_tokens", "completion_tokens"]
-TIMING_FIELDS = ["load_s", "compile_s", "ttft_s", "prefill_s", "decode_s", "prefill_tok_s", "decode_tok_s"]
+TIMING_FIELDS = ["load_s", "compile_s", "queue_s", "ttft_s", "prefill_s", "decode_s", "prefill_tok_s", "decode_tok_s"]
 TINY_SHAPE = ("--random_weights", "--dim", "64", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2")
 
 
@@ -73,8 +79,7 @@ def generate(run: Run, generate_flags: Callable[..., list[str]]) -> Run:
     return call
 
 
-# ------------------------------------------------------------------------------------------------------- refused before
-# loading
+# --- refused before loading
 
 
 @pytest.mark.parametrize(
@@ -231,8 +236,7 @@ def test_bad_stdin_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     refused_at_once(run("generate", "--prompts_file", "-"), "stdin", "not UTF-8", "line 2")
 
 
-# -------------------------------------------------------------------------------------------- refused when the model is
-# known
+# --- refused when the model is known
 
 
 def test_a_prompt_that_does_not_fit_says_what_would(generate: Run) -> None:
@@ -287,8 +291,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(
     refused(run(*(a.format(**places) for a in arguments), "--prompt", "a"), *(w.format(**places) for w in words))
 
 
-# --------------------------------------------------------------------------------------------------------- prompts as
-# typed
+# --- prompts as typed
 
 
 HARD_TEXTS = [
@@ -409,8 +412,7 @@ def test_a_switch_may_be_given_a_value(generate: Run, flags: str, is_json: bool)
     assert outcome.out.startswith('{"index": 0') == is_json
 
 
-# -------------------------------------------------------------------------------------------------------------- what is
-# printed
+# --- what is printed
 
 
 def test_json_is_one_object_a_prompt_with_exactly_these_fields(generate: Run) -> None:
@@ -435,18 +437,18 @@ def test_json_is_one_object_a_prompt_with_exactly_these_fields(generate: Run) ->
         assert result["programs"]["compiled"] > 0
 
 
-def test_more_prompts_than_rows_run_in_batches_in_order(generate: Run) -> None:
-    """Three prompts in two rows are two batches; results keep the order, and the batch that a prompt fell into does not
-    show.
-    """
+def test_more_prompts_than_slots_wait_for_one_and_keep_their_order(generate: Run) -> None:
+    """Three prompts in two slots: the third one waits until another has ended, and nothing else of it differs."""
     prompts = ["a", "b c d e f", "the house"]
     flags = [word for prompt in prompts for word in ("--prompt", prompt)]
-    batches = generate(*flags, "--json", "--max_batch_size", "2")
+    waiting = generate(*flags, "--json", "--max_batch_size", "2")
     together = generate(*flags, "--json", "--max_batch_size", "4")
-    assert [(r["index"], r["prompt"]) for r in batches.results] == list(enumerate(prompts))
-    assert [r["token_ids"] for r in batches.results] == [r["token_ids"] for r in together.results]
-    assert batches.err.count("Processed prompts") == 2
-    assert together.err.count("Processed prompts") == 1
+    assert [(r["index"], r["prompt"]) for r in waiting.results] == list(enumerate(prompts))
+    assert [r["token_ids"] for r in waiting.results] == [r["token_ids"] for r in together.results]
+    queued = [r["timing"]["queue_s"] for r in waiting.results]
+    assert queued[2] > 10 * max(queued[:2])
+    assert queued[2] >= min(r["timing"]["ttft_s"] for r in waiting.results)
+    assert waiting.err.count("Processed prompts") == together.err.count("Processed prompts") == 1
 
 
 def test_text_output_is_the_generations_with_a_line_between(generate: Run) -> None:
@@ -638,8 +640,7 @@ def test_a_terminal_that_cannot_show_a_character_is_no_crash(
     assert b" noir" in buffer.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------- commands and
-# the help
+# --- commands and the help
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]])
@@ -683,6 +684,100 @@ def test_help_shows_the_defaults(run: Run) -> None:
         assert re.search(rf"^ +--{name} .*\[{re.escape(str(default))}\]$", out, re.MULTILINE), name
 
 
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_is_wrapped_within_its_column(command: str) -> None:
+    """No line of a flag is wider than the help, and a text that goes on does so below its beginning."""
+    lines = help_text(command, cli.COMMANDS[command]).splitlines()
+    within = False
+    for line in lines:
+        within = line.startswith("  --") or (within and line.startswith(" "))
+        if within:
+            assert len(line) <= HELP_WIDTH, line
+            assert line[HELP_COLUMN - 1] == " ", line
+            assert line.startswith("  --") or line[:HELP_COLUMN].isspace(), line
+
+
+def test_help_joins_the_lines_of_a_docstring() -> None:
+    """A flag's text may go on over several lines, one of which begins like another flag's; sections stay apart."""
+
+    def command(*, size: int = 3, color: str = "red") -> None:
+        """Summary.
+
+        Flags:
+            size: One
+                color: two
+            three.
+            color: Four words that are so many that they cannot stand on one line of the help, as they are too
+                long.
+
+        Other:
+            text
+        """
+
+    assert help_text("x", command) == (
+        "llama-xla x: Summary.\n\nFlags:\n"
+        "  --size N                     One color: two three. [3]\n"
+        "  --color TEXT                 Four words that are so many that they cannot stand on one line of the help, "
+        "as\n"
+        "                               they are too long. [red]\n"
+        "\nOther:\n    text"
+    )
+
+
+def test_a_message_names_settings_in_python_and_flags_on_the_command_line() -> None:
+    """Marked names, and a ConfigError's leading name, become flags if the command has them; other words stay."""
+    marked = PromptError(f"prompt 0: the seed of stop; give {setting('max_gen_len')} 3 or {setting('max_turns')} 4")
+    assert str(marked) == "prompt 0: the seed of stop; give max_gen_len 3 or max_turns 4"
+    assert marked.args == (str(marked),)
+    assert shown(marked, cli.generate) == "prompt 0: the seed of stop; give --max_gen_len 3 or max_turns 4"
+    assert shown(marked, cli.plan) == str(marked)
+    leading = ConfigError("top_p: got 2, expected a number; top_p: 1")
+    assert str(leading) == "top_p: got 2, expected a number; top_p: 1"
+    assert shown(leading, cli.generate) == "--top_p: got 2, expected a number; top_p: 1"
+    assert shown(leading, cli.plan) == str(leading)
+    assert shown(PromptError("prompt: x"), cli.generate) == "prompt: x"
+
+
+@pytest.mark.parametrize(
+    ("refuse", "python", "flags"),
+    [
+        (
+            lambda: check_fit(0, 9, 4, 10),
+            "it takes max_seq_len 13, or max_gen_len 1 at most",
+            ["--max_seq_len 13", "--max_gen_len 1 at"],
+        ),
+        (
+            lambda: check_fits(ModelArgs(vocab_size=320), EngineConfig(), torch.float32, torch.float32, 2**30),
+            "a narrower dtype, or",
+            ["narrower --dtype"],
+        ),
+        (lambda: SamplingParams(top_p=2), "top_p: got 2", ["--top_p: got 2"]),
+        (
+            lambda: SamplingParams(regex="a", json_schema="{}"),
+            "both json_schema and regex,",
+            ["--json_schema and --regex,"],
+        ),
+    ],
+    ids=["fit", "memory", "range", "two"],
+)
+def test_library_messages_have_no_flags(refuse: Callable[[], object], python: str, flags: list[str]) -> None:
+    """The same refusal, as Python reads it and as the command line shows it."""
+    with pytest.raises(LLaMAError) as caught:
+        refuse()
+    assert python in str(caught.value)
+    assert "--" not in str(caught.value)
+    assert [word for word in flags if word not in shown(caught.value, cli.generate)] == []
+
+
+def test_a_refusal_on_the_command_line_begins_with_the_flag(run: Run) -> None:
+    """Whether the value or its type is wrong, the message names the flag; another command's message does not."""
+    assert run("generate", "--top_p", "2").message.startswith("llama-xla: --top_p: got 2.0, ")
+    assert run("generate", "--top_p", "x").message.startswith("llama-xla: --top_p: got 'x', ")
+    assert run("plan", "--prompt_len", "5", "--max_seq_len", "1").message.startswith(
+        "llama-xla: --max_seq_len: got 1, "
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -720,8 +815,7 @@ def test_main_exits_with_the_code_and_reads_the_process_arguments(
     assert end.value.code == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# plan
+# --- plan
 
 
 def test_plan_prints_the_sections_of_the_original(run: Run) -> None:
@@ -774,8 +868,7 @@ def test_plan_refuses_what_cannot_be_planned(run: Run, flags: str, words: list[s
     refused_at_once(run("plan", *flags.split()), *words)
 
 
-# -------------------------------------------------------------------------------------------------------- in their own
-# process
+# --- in their own process
 
 
 @pytest.mark.parametrize(
@@ -785,7 +878,10 @@ def test_plan_refuses_what_cannot_be_planned(run: Run, flags: str, words: list[s
 )
 def test_torch_is_not_imported_for_it(arguments: list[str], code: int) -> None:
     """Planning, helping and refusing flags take a moment, not the seconds that importing torch takes."""
-    program = "import sys; from llama import cli; c = cli._exit_code(sys.argv[1:]); print(*sys.modules, sep='\\n'); sys.exit(c)"
+    program = (
+        "import sys; from llama import cli; c = cli._exit_code(sys.argv[1:]); "
+        "print(*sys.modules, sep='\\n'); sys.exit(c)"
+    )
     outcome = finished(["-c", program, *arguments])
     assert outcome.code == code, outcome.err
     assert "llama.engine.chunks" in outcome.out.splitlines()
@@ -974,8 +1070,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_loaded(run: Ru
     refused(outcome, "prompt 0 does not fit", "--max_seq_len")
 
 
-# ---------------------------------------------------------------------------------------------------- how tokens are
-# chosen
+# --- how tokens are chosen
 
 
 @pytest.mark.parametrize("flag", ["--max_tokens", "--max-tokens", "--max_new_tokens"])

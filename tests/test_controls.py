@@ -1,19 +1,22 @@
-"""Every control through the whole engine: mixed in one batch, the same alone and beside others, several samples, where
-a text ends.
-"""
+"""Every control: its declaration, and its effect through the whole engine, mixed in one batch and alone."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
 from conftest import LLMFactory
 
 from llama import Generation, LLaMA, SamplingParams
+from llama.cli.flags import help_text, normalise, parser_for
+from llama.cli.sampling import takes_controls
+from llama.config import GenerationDefaults
 from llama.errors import ConfigError, PromptError
+from llama.sampling_params import Control, Number, control, controls, controls_table
 from llama.xla.counters import counters, xla_compilations
 
 PLAIN = SamplingParams(20, 1.0, 1.0, 11)
@@ -60,6 +63,87 @@ def alone(make_llm: LLMFactory) -> list[Generation]:
     """Each of the eight by itself in a batch of one."""
     llm = make_llm()
     return [llm.generate([prompt], params=params)[0] for prompt, params in zip(PROMPTS, EIGHT, strict=True)]
+
+
+# --- declarations -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Warmer(SamplingParams):
+    """SamplingParams with one more field."""
+
+    warmth: float | None = control(
+        0.5, group="Sampling", help="How warm it is.", range=Number("a number from 0 to 1", 0, 1), same_in="nothing"
+    )
+
+
+def test_a_control_that_is_declared_is_checked_documented_and_a_flag() -> None:
+    """One more field, and nothing else: its check, its row of the table, its flag with its help, and its value."""
+    seen: dict[str, Any] = {}
+
+    @takes_controls(params=Warmer, without=("n",), warmth=0.25)
+    def command(*, sampling: dict[str, Any], quiet: bool = False) -> None:
+        """Do it.
+
+        {sampling}
+
+        Output:
+            quiet: Log nothing.
+        """
+        seen.update(sampling)
+
+    assert Warmer().warmth == 0.5
+    with pytest.raises(ConfigError, match=r"^warmth: got 2, expected a number from 0 to 1$"):
+        Warmer(warmth=2)
+    assert "| `warmth` | 0.5 | a number from 0 to 1 | How warm it is. | nothing |\n" in controls_table(Warmer)
+    shown = help_text("command", command)
+    assert "\n  --warmth X                   How warm it is. A number from 0 to 1. [0.25]\n" in shown
+    assert shown.index("Sampling:") < shown.index("--warmth") < shown.index("Penalties and constraints:")
+    parameters = inspect.signature(command).parameters
+    assert "n" not in parameters
+    (flag,) = normalise(command, ["--warmth", "0.75"])
+    name, _, text = flag.removeprefix("--").partition("=")
+    command(**{name: parser_for(name, str(parameters[name].annotation))(text)})
+    assert seen == dict.fromkeys(controls(Warmer).keys() - {"n"}) | {
+        name: p.default for name, p in parameters.items() if name != "quiet"
+    } | {"warmth": 0.75}
+
+
+def test_every_field_is_a_control() -> None:
+    """The table and the class's documentation name each once, with its meaning; the first four keep their places."""
+    names = [f.name for f in fields(SamplingParams)]
+    assert names[:4] == ["max_gen_len", "temperature", "top_p", "seed"]
+    assert sorted(controls()) == sorted(names)
+    assert re.findall(r"^\| `(\w+)`", controls_table(), re.MULTILINE) == list(controls())
+    documented = inspect.getdoc(SamplingParams) or ""
+    for name, each in controls().items():
+        assert isinstance(each, Control)
+        assert each.help.endswith("."), name
+        assert each.same_in, name
+        assert len(re.findall(rf"^    {name}: {re.escape(each.help[:40])}", documented, re.MULTILINE)) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_k", -2),
+        ("min_p", 2.0),
+        ("typical_p", 1.5),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_a_checkpoint_s_defaults_have_the_ranges_of_the_controls(field: str, value: float) -> None:
+    """The same check, with the same words, for a request and for generation_config.json."""
+    with pytest.raises(ConfigError) as of_request:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as of_checkpoint:
+        GenerationDefaults(**{field: value})  # type: ignore[arg-type]
+    assert str(of_request.value) == str(of_checkpoint.value)
+    for wrong in ("x", True, [1]):
+        with pytest.raises(ConfigError, match=f"^{field}: got "):
+            GenerationDefaults(**{field: wrong})  # type: ignore[arg-type]
 
 
 # --- one batch --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from llama import SamplingParams
 from llama.cli import COMMANDS
 from llama.cli.flags import help_text
 from llama.config import DEMO_DIR
+from llama.sampling_params import controls_table
 
 ROOT = Path(llama.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -104,6 +105,11 @@ def test_help_names_every_flag(name: str) -> None:
     """A parameter that its command's docstring forgets would be a secret flag."""
     shown = set(re.findall(r"^  --(\w+)", help_text(name, COMMANDS[name]), flags=re.MULTILINE))
     assert shown == set(inspect.signature(COMMANDS[name]).parameters)
+
+
+def test_the_table_of_controls_is_made_from_the_fields() -> None:
+    """The README's table is the one that the declarations of SamplingParams give, to the letter."""
+    assert controls_table() in README
 
 
 def test_the_table_of_controls_is_complete() -> None:

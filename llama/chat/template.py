@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.chat.formats import ChatFormat, Dialog, Message, check_dialog
-from llama.errors import ChatError, TokenizerError
+from llama.errors import ChatError, TokenizerError, setting
 from llama.tokenizer import Part, Tokenizer
 from llama.tokenizer.files import read_object
 
@@ -126,8 +126,9 @@ class TemplateFormat(ChatFormat):
         for key in own.keys() & names.keys():
             if len(tokenizer.encode_parts([Part(names[key], True)])) != 1:
                 raise ChatError(
-                    f"{source}: the template's {key} {names[key]!r} is no token of the {tokenizer.kind} tokenizer: they belong to "
-                    "different models, or a tokenizer.json is needed; give it with --tokenizer_path"
+                    f"{source}: the template's {key} {names[key]!r} is no token of the {tokenizer.kind} tokenizer: "
+                    f"they belong to different models, or a tokenizer.json is needed; give it with "
+                    f"{setting('tokenizer_path')}"
                 )
 
     def encode(self, dialog: Dialog, add_generation_prompt: bool = True) -> list[int]:

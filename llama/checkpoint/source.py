@@ -18,7 +18,7 @@ import torch
 from llama.checkpoint import names
 from llama.checkpoint.files import read_json
 from llama.config import GenerationDefaults, ModelArgs
-from llama.errors import CheckpointError, ConfigError
+from llama.errors import CheckpointError, ConfigError, setting
 
 log = logging.getLogger("llama")
 
@@ -162,7 +162,8 @@ def checked(source: Source, allow_nan: bool = False) -> Iterator[tuple[str, torc
             where = f"{source.infos()[name].file}: tensor {source.label(name)} holds NaN or infinity"
             if not allow_nan:
                 raise CheckpointError(
-                    f"{where}: the checkpoint is damaged, or its training went wrong; --allow_nan goes on all the same"
+                    f"{where}: the checkpoint is damaged, or its training went wrong; "
+                    f"{setting('allow_nan')} loads it all the same"
                 )
             log.warning("%s", where)
         yield name, tensor

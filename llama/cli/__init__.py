@@ -1,8 +1,8 @@
-"""The command line, `llama-xla`: one module a command, and what all of them share in flags.py and output.py.
+"""The command line, `llama-xla`: one module per command; flags.py and output.py hold the code that they share.
 
-A command is a function whose signature declares its flags, once: name, type, default; its docstring is their help.
-    stdout is the
-result, stderr is the log. Errors of errors.py are shown without a traceback and set the exit code; 130 is Ctrl-C.
+A command is a function. Its signature declares its flags with their types and defaults, and its docstring is their
+help. Results go to stdout, the log to stderr. Errors of errors.py are shown without a traceback and set the exit code;
+130 is Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama import __version__
 from llama.cli.bench import bench, kernels
 from llama.cli.chat import chat
 from llama.cli.checkpoints import convert, inspect as inspect_directory, reshard
-from llama.cli.flags import Command, help_text, normalise, parser_for
+from llama.cli.flags import Command, help_text, normalise, parser_for, shown
 from llama.cli.generate import generate
 from llama.cli.plan import plan
 from llama.errors import FlagError, InterruptedRunError, LLaMAError
@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
 }
 USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorch/XLA
 
-  llama-xla generate   continue prompts                            (llama-xla generate --help lists its flags, and so on)
+  llama-xla generate   continue prompts
   llama-xla chat       talk with a chat model
   llama-xla plan       show how a prompt is cut into chunks
   llama-xla inspect    show what a checkpoint holds and needs
@@ -47,6 +47,8 @@ USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorc
   llama-xla bench      measure speed, alone or beside transformers and llama.cpp
   llama-xla kernels    time the ways to compute a linear layer
   llama-xla --version
+
+llama-xla COMMAND --help lists a command's flags.
 """
 
 
@@ -54,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
     """Run one command from raw arguments, the command's name first.
 
     Raises:
-        LLaMAError: whatever the user has to mend; ``main`` shows it.
+        LLaMAError: the command failed; ``main`` shows the message.
     """
     import fire
     from fire.decorators import SetParseFns
@@ -78,25 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _exit_code(arguments: Sequence[str]) -> int:
-    """Run the command line and say how it ended."""
+    """Run the command line and return the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that lacks a character shows a question mark, and the run goes on
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, where a closed pipe is expected
         return code
     except LLaMAError as error:
-        print(f"llama-xla: {error}", file=sys.stderr)
+        command = COMMANDS.get(arguments[0]) if arguments else None
+        print(f"llama-xla: {error if command is None else shown(error, command)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llama-xla: interrupted", file=sys.stderr)
         return InterruptedRunError.exit_code
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes stdout once more at exit
+        # the interpreter flushes stdout once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
 
 

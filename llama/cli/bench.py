@@ -1,4 +1,4 @@
-"""The commands `llama-xla bench` and `llama-xla kernels`: how fast, beside what."""
+"""The commands `llama-xla bench` and `llama-xla kernels`: measure speed, alone or beside other programs."""
 
 from __future__ import annotations
 
@@ -35,23 +35,22 @@ def bench(
 
     Workload:
         shape: demo, tiny, 110m, 1.1b or 7b: the demo model, or random weights of that size.
-        ckpt_dir: A checkpoint instead.
+        ckpt_dir: A checkpoint instead of random weights.
         prompt_len: Prompt tokens; also -p.
         gen_len: Generated tokens; also -n.
         repetitions: Runs that are counted; also -r.
-        batch: Rows, one or several: 1,8 measures both. Without it: 1.
+        batch: Rows that run together; 1,8 measures both. Default: 1.
         dtype: How weights are stored: float32, bfloat16 or int8.
-        max_seq_len: Positions of the cache. Without it: as many as are needed.
-        buckets: Chunk lengths. Without it: the engine's.
+        max_seq_len: Positions of the cache. Default: as many as the workload needs.
+        buckets: Chunk lengths. Default: the engine's.
         bucket_policy: greedy, or pad.
-        vocab_size: Tokens of the random model's vocabulary. Without it: the shape's own.
-        heads: Also time a decode step with each of these heads: greedy, sample, full, logprobs; may be given several
-            times.
-        compare: hf (transformers) or llama.cpp, on the same weights, alternating with ours; may be given several times.
+        vocab_size: Tokens of the random model's vocabulary. Default: the shape's own.
+        heads: Time a decode step with this head, too: greedy, sample, full or logprobs.
+        compare: Run hf (transformers) or llama.cpp on the same weights, alternating with llama-xla.
 
     Output:
         output: md, csv, json or jsonl; also -o. The last line is always one JSON object.
-        plot: A PNG of tokens per second and time per step over position.
+        plot: Write a PNG of tokens per second and time per step over the position to this file.
     """
     from llama.bench import child, report
     from llama.bench.ceiling import read_ceiling
@@ -115,8 +114,8 @@ def kernels(*, shape: str = "110m", rows: list[int] | None = None, save: str | N
 
     Flags:
         shape: tiny, 110m, 1.1b or 7b: its feed-forward layer, and its attention to 512 keys.
-        rows: Rows that go through the layer at once. Without it: 1,8,64,512.
-        save: A file that the table is also written to.
+        rows: Rows that go through the layer at once. Default: 1,8,64,512.
+        save: Write the table to this file, too.
         json: Print one JSON object per line and lowering.
     """
     from llama.bench import kernels as timing

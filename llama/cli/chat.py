@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from llama.chat import choose_format
-from llama.cli.flags import one_of
+from llama.cli.flags import one_of, shown
 from llama.cli.loading import readable_tokenizer
 from llama.cli.output import interruptible, log_to_stderr, write
-from llama.cli.sampling import SamplingFlags, takes_sampling_flags
+from llama.cli.sampling import checked, takes_controls
 from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
 from llama.errors import InterruptedRunError, PromptError, UserError
 from llama.sampling_params import SamplingParams
@@ -25,57 +25,59 @@ if TYPE_CHECKING:
 log = logging.getLogger("llama")
 turns = logging.getLogger("llama.turns")
 
-DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # Meta's, for chat
+DEFAULTS = SamplingParams(max_gen_len=512, temperature=0.6, top_p=0.9)  # Meta's, for chat
 HELP = """/system TEXT   set the system prompt (none takes it away)     /undo        take back the last turn
 /reset         forget all turns                               /save FILE   write the dialog as JSON
 /help          this                                           /exit        end (so does Ctrl-D)
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 
-@takes_sampling_flags(temperature=DEFAULTS.temperature, top_p=DEFAULTS.top_p, result="answer")
+@takes_controls(
+    without=("n", "best_of", "logprobs", "prompt_logprobs", "hidden_states", "logits"),
+    max_gen_len=DEFAULTS.max_gen_len,
+    temperature=DEFAULTS.temperature,
+    top_p=DEFAULTS.top_p,
+)
 def chat(
     *,
-    sampling: SamplingFlags,
+    sampling: dict[str, Any],
     ckpt_dir: str,
     tokenizer_path: str | None = None,
     chat_format: str | None = None,
     system_prompt: str | None = None,
     on_overflow: str = "refuse",
-    max_gen_len: int = 512,
     max_seq_len: int = 2048,
     dtype: str = "auto",
     quiet: bool = False,
     verbose: bool = False,
 ) -> None:
-    """Talk with a chat model. A question in a pipe is answered once.
+    """Talk with a chat model, or answer one question from a pipe.
 
     llama-xla chat --ckpt_dir path/to/Llama-3.2-1B-Instruct
     echo "Why is the sky blue?" | llama-xla chat --ckpt_dir path/to/Llama-3.2-1B-Instruct --quiet
 
     Model:
-        ckpt_dir: A chat model's directory, in any format that is read.
-        tokenizer_path: Its tokenizer. Without it: the one beside the weights.
-        chat_format: llama2, llama3 or template (the checkpoint's own). Without it: the checkpoint's own, or what its
-            tokenizer says.
-        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else
-            bfloat16.
+        ckpt_dir: A chat model's directory, in Meta's, Hugging Face's or llama-xla's own format.
+        tokenizer_path: Its tokenizer. Default: the one beside the weights.
+        chat_format: llama2, llama3 or template (the checkpoint's own). Default: the checkpoint's template, else the
+            format of its tokenizer.
+        dtype: Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16.
 
     Dialog:
-        system_prompt: What the model is told first.
-        on_overflow: When the dialog no longer fits: refuse, or drop the oldest turns.
-        max_seq_len: Positions of the cache: the whole dialog.
-        max_gen_len: Most tokens of an answer (also --max_tokens).
+        system_prompt: Instructions that open the dialog.
+        on_overflow: When the dialog no longer fits: refuse it, or drop the oldest turns.
+        max_seq_len: Positions of the cache, for the whole dialog.
 
     {sampling}
 
     Output:
-        quiet: No log on stderr.
-        verbose: A longer log, as llama-xla generate has it.
+        quiet: Log nothing to stderr.
+        verbose: Log the memory plan, too, and every program that is compiled.
     """
     log_to_stderr(quiet, verbose)
     config = EngineConfig(max_seq_len=max_seq_len, dtype=one_of("dtype", dtype, DTYPES))
     overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
-    given = sampling.given(max_gen_len=max_gen_len)
+    given = checked(sampling)
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
         raise PromptError(
@@ -97,7 +99,7 @@ def chat(
     assert chosen is not None  # a model without a tokenizer has been refused by now
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)
     turns.setLevel(log.level)
-    if not verbose:  # from here on one line a turn: what else is logged would stand in the middle of the answers
+    if not verbose:  # from here on one line per turn: other lines would interrupt the answers
         log.setLevel(max(log.level, logging.WARNING))
     if question is None:
         _talk(llm, conversation)
@@ -109,7 +111,7 @@ def chat(
 
 
 def _talk(llm: LLaMA, conversation: Conversation) -> None:
-    """Read lines until the user has had enough; nothing that he types ends the program but /exit and Ctrl-D."""
+    """Answer line after line until /exit or Ctrl-D; an error is shown and the conversation goes on."""
     write("/help lists the commands.\n")
     for line in _lines():
         try:
@@ -120,11 +122,11 @@ def _talk(llm: LLaMA, conversation: Conversation) -> None:
                 with interruptible(llm):
                     _answer(conversation, line)
         except UserError as error:
-            print(f"llama-xla: {error}", file=sys.stderr)
+            print(f"llama-xla: {shown(error, chat)}", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line; one that ends in a backslash goes on in the next."""
+    """Yield the lines that the user types; one that ends in a backslash goes on in the next."""
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history at the prompt, where the platform has it
     while True:
@@ -141,7 +143,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(conversation: Conversation, text: str) -> None:
-    """Stream one answer, and say in the log what it took."""
+    """Stream one answer, and log its tokens and times."""
     for piece in conversation.say(text):
         write(piece)
     write("\n")
@@ -159,7 +161,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 
 def _command(line: str, conversation: Conversation) -> bool:
-    """Carry out a /command; False ends the conversation."""
+    """Carry out a /command; return False to end the conversation."""
     name, _, rest = line.strip().partition(" ")
     path = Path(rest.strip() or "conversation.json")
 

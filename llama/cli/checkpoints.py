@@ -1,16 +1,14 @@
-"""The commands `llama-xla inspect`, `convert` and `reshard`: what a checkpoint holds, and writing it in another
-layout.
-"""
+"""The commands `llama-xla inspect`, `convert` and `reshard`: examine a checkpoint, or write it in another layout."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from llama.cli.flags import one_of
+from llama.cli.flags import one_of, shown
 from llama.cli.output import json_line, log_to_stderr, write
 from llama.config import DTYPES, EngineConfig
-from llama.errors import ProblemsFoundError
+from llama.errors import ProblemsFoundError, UserError
 
 
 def inspect(
@@ -23,15 +21,15 @@ def inspect(
     check_tensors: bool = False,
     json: bool = False,
 ) -> None:
-    """Show what a checkpoint directory holds, what it needs, and what is wrong with it.
+    """Show the contents of a checkpoint directory, its memory needs, and its problems.
 
     llama-xla inspect path/to/checkpoint --max_seq_len 4096
 
     Flags:
         directory: The checkpoint; the name of the flag may be left out.
-        tokenizer_path: Its tokenizer. Without it: the one beside the weights.
-        max_seq_len: Positions that the memory plan is made for.
-        max_batch_size: Prompts that it is made for.
+        tokenizer_path: Its tokenizer. Default: the one beside the weights.
+        max_seq_len: Positions in the memory plan.
+        max_batch_size: Prompts in the memory plan.
         dtype: How weights would be stored: float32, bfloat16, int8, or auto.
         check_tensors: Read all weights and look for NaN and infinity.
         json: Print one JSON object.
@@ -41,10 +39,14 @@ def inspect(
     log_to_stderr(quiet=False)
     config = EngineConfig(max_seq_len=max_seq_len, max_batch_size=max_batch_size, dtype=one_of("dtype", dtype, DTYPES))
     found = inspect_checkpoint(Path(directory), Path(tokenizer_path) if tokenizer_path else None, config, check_tensors)
+
+    def spell(problem: UserError) -> str:
+        return shown(problem, inspect)
+
     if json:
-        write(json_line({"directory": directory, **found.facts, "problems": found.problems}))
+        write(json_line({"directory": directory, **found.facts, "problems": list(map(spell, found.problems))}))
     else:
-        write("\n".join(report(found)) + "\n")
+        write("\n".join(report(found, spell)) + "\n")
     if found.problems:
         raise ProblemsFoundError(f"{directory}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)} found")
 
@@ -58,11 +60,11 @@ def convert(
 
     Flags:
         src: The checkpoint; the name of the flag may be left out.
-        dst: A directory that does not exist yet; likewise.
-        dtype: float32, bfloat16, float16, or int8 (linear layers, with a scale for each output). Without it: as every
-            weight is stored.
-        max_shard_size: Most bytes in a file, with a unit such as 5GB. Without it: one file.
-        quiet: No log on stderr.
+        dst: A directory that does not exist yet; the name of the flag may be left out.
+        dtype: float32, bfloat16, float16, or int8 (linear layers, with a scale per output channel). Default: keep
+            every weight's dtype.
+        max_shard_size: Most bytes in a file, with a unit such as 5GB. Default: one file.
+        quiet: Log nothing to stderr.
     """
     from llama.checkpoint import reshard as rewriting
 
@@ -77,9 +79,9 @@ def reshard(src: str, dst: str, *, model_parallel: int, quiet: bool = False) -> 
 
     Flags:
         src: The checkpoint; the name of the flag may be left out.
-        dst: A directory that does not exist yet; likewise.
+        dst: A directory that does not exist yet; the name of the flag may be left out.
         model_parallel: Number of files; 1 joins all.
-        quiet: No log on stderr.
+        quiet: Log nothing to stderr.
     """
     from llama.checkpoint import reshard as rewriting
 

@@ -1,8 +1,8 @@
-"""Flags: what is typed, checked against a command's signature; and the help, made from its docstring.
+"""Flags: arguments checked against a command's signature, and the help made from its docstring.
 
-fire dispatches, but would read ``--prompt "1, 2"`` as a tuple, keep the last of a repeated flag only, and answer a
-misspelt one with a trace. So arguments are checked and written out before it sees them, and each value is parsed as its
-parameter is annotated.
+fire dispatches, but would read ``--prompt "1, 2"`` as a tuple, keep only the last of a repeated flag, and answer a
+misspelt one with a trace. So arguments are checked and written out before fire sees them, and each value is parsed by
+the annotation of its parameter.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama.errors import FlagError
+from llama.errors import FlagError, LLaMAError
 
 Command = Callable[..., None]
 
@@ -26,20 +27,20 @@ NOT_YET = {"mp": "splitting a model over several devices is not supported yet; r
 
 
 def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
-    """Check raw arguments against a command's signature and write each as ``--name=value``, as fire takes it without
-    guessing.
+    """Check raw arguments against a command's signature and write each as ``--name=value``.
 
     Args:
-        arguments: what follows the command's name. A flag is ``--name value``, ``--name=value``, or ``--name`` for a
+        command: its attribute ``short``, if any, names one-letter forms of flags.
+        arguments: those after the command's name. A flag is ``--name value``, ``--name=value``, or ``--name`` for a
             boolean; dashes and underscores within a name are the same. Parameters that are not keyword-only may come
-            without their names, in order. ``command.short`` may name one-letter forms of some.
+            without their names, in order.
 
     Returns:
-        One string a flag; a repeatable flag's values are joined into one JSON list.
+        One string per flag; the values of a repeatable flag are joined into one JSON list.
 
     Raises:
-        FlagError: an unknown flag (the nearest right one is named), a missing or repeated value, or an argument that is
-            no flag.
+        FlagError: an unknown flag (the message names the nearest known one), a missing or repeated value, or an
+            argument that is no flag.
     """
     parameters = inspect.signature(command).parameters
     kinds = {name: str(p.annotation) for name, p in parameters.items()}
@@ -68,7 +69,7 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
         elif not has_value:
             if not queue or _is_flag(queue[0], kinds):
                 hint = f"; if {queue[0]!r} is meant as its value, write --{name}={queue[0]}" if queue else ""
-                raise FlagError(f"--{name}: got no value, expected one behind it{hint}")
+                raise FlagError(f"--{name}: got no value, expected one after it{hint}")
             value = queue.pop(0)
         values.setdefault(name, []).append(value)
     return [f"--{name}={_joined(name, kinds[name], found)}" for name, found in values.items()]
@@ -87,7 +88,7 @@ def _unknown(written: str, name: str, known: dict[str, str]) -> str:
 
 
 def _joined(name: str, kind: str, values: list[str]) -> str:
-    """The one value of a flag, or the JSON list of a repeatable one's."""
+    """Return the one value of a flag, or the values of a repeatable one as a JSON list."""
     if not kind.startswith("list[str]"):
         if len(values) > 1:
             raise FlagError(f"--{name}: got it {len(values)} times, expected once")
@@ -105,7 +106,7 @@ def _joined(name: str, kind: str, values: list[str]) -> str:
 
 
 def parser_for(name: str, kind: str) -> Callable[[str], Any]:
-    """How the text behind a flag becomes its value."""
+    """Return the function that turns the text after a flag into its value."""
 
     def parse(text: str) -> Any:
         try:
@@ -117,7 +118,7 @@ def parser_for(name: str, kind: str) -> Callable[[str], Any]:
 
 
 def _biases(text: str) -> dict[int, float]:
-    """``15043:-100,29889:5``, or a JSON object."""
+    """Parse ``15043:-100,29889:5``, or a JSON object."""
     if text.startswith("{"):
         return {int(name): float(value) for name, value in json.loads(text).items()}
     pairs = [part.split(":") for part in text.split(",")]
@@ -143,24 +144,50 @@ EXPECTED = {
 
 
 def help_text(name: str, command: Command) -> str:
-    """A command's docstring with its flags as they are typed: the one source of ``--help``, and of the README's
-    table.
+    """Render a command's docstring with its flags as they are typed: the text of ``--help``.
+
+    A flag is a line ``name: text`` in the docstring; the lines after it that are indented at least as
+    far continue its text.
     """
     parameters = inspect.signature(command).parameters
-    text = f"llama-xla {name}: {inspect.getdoc(command)}"
-    return "\n".join(_help_line(line, parameters) for line in text.split("\n"))
+    entries: list[tuple[str, str]] = []  # (flag or "", text)
+    for line in f"llama-xla {name}: {inspect.getdoc(command)}".split("\n"):
+        words = line.strip()
+        flag, _, text = words.partition(": ")
+        indent = len(line) - len(words)
+        if flag in parameters and indent == FLAG_INDENT:
+            entries.append((flag, text))
+        elif words and indent >= FLAG_INDENT and entries[-1][0]:
+            entries[-1] = entries[-1][0], f"{entries[-1][1]} {words}"
+        else:
+            entries.append(("", line))
+    return "\n".join(_flag_help(flag, text, parameters[flag]) if flag else text for flag, text in entries)
 
 
-def _help_line(line: str, parameters: Mapping[str, inspect.Parameter]) -> str:
-    flag, colon, text = line.strip().partition(": ")
-    if not colon or flag not in parameters:
-        return line
-    kind, default = str(parameters[flag].annotation).removesuffix(" | None"), parameters[flag].default
-    required = " Required." if default is inspect.Parameter.empty else ""
-    shown = f" [{default}]" if isinstance(default, (int, float, str)) and not isinstance(default, bool) else ""
-    return f"  --{flag}{PLACEHOLDERS[kind]}".ljust(31) + f"{text}{required}{shown}"
+def _flag_help(flag: str, text: str, parameter: inspect.Parameter) -> str:
+    """Render a flag, its help, its other names and its default, wrapped within the help's column."""
+    kind, default = str(parameter.annotation).removesuffix(" | None"), parameter.default
+    others = [f"--{other}" for other, meant in ALIASES.items() if meant == flag]
+    text += REPEATABLE.get(kind, "")
+    text += f" Also {', '.join(others)}." if others else ""
+    text += " Required." if default is inspect.Parameter.empty else ""
+    text += f" [{default}]" if isinstance(default, (int, float, str)) and not isinstance(default, bool) else ""
+    label = f"  --{flag}{PLACEHOLDERS[kind]}".ljust(HELP_COLUMN - 1) + " "
+    joined = text.replace(" --", f"{JOINT}--")  # a line that began with another flag would look like its entry
+    filled = textwrap.fill(
+        joined, HELP_WIDTH, initial_indent=label, subsequent_indent=" " * HELP_COLUMN, break_on_hyphens=False
+    )
+    return filled.replace(JOINT, " ")
 
 
+FLAG_INDENT = 4
+HELP_COLUMN = 31
+HELP_WIDTH = 110
+JOINT = "\N{NO-BREAK SPACE}"
+REPEATABLE = {
+    "list[str]": " May be repeated, or be a JSON list of strings.",
+    "dict[int, float]": " Also as a JSON object.",
+}
 PLACEHOLDERS = {
     "str": " TEXT",
     "int": " N",
@@ -173,7 +200,7 @@ PLACEHOLDERS = {
 
 
 def one_of(flag: str, value: str, allowed: Sequence[Any]) -> Any:
-    """The value, where it is among those that the flag takes.
+    """Return the value if it is one of those that the flag takes.
 
     Raises:
         FlagError: it is not.
@@ -181,3 +208,9 @@ def one_of(flag: str, value: str, allowed: Sequence[Any]) -> Any:
     if value not in allowed:
         raise FlagError(f"--{flag}: got {value!r}, expected one of {', '.join(allowed)}")
     return value
+
+
+def shown(error: LLaMAError, command: Command) -> str:
+    """Return an error's message with the settings for which the command has a flag written as ``--flag``."""
+    known = inspect.signature(command).parameters
+    return error.shown(lambda name: f"--{name}" if name in known else name)

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama.cli.flags import one_of
 from llama.cli.loading import readable_tokenizer
 from llama.cli.output import Printer, interruptible, log_to_stderr
-from llama.cli.sampling import SamplingFlags, takes_sampling_flags
-from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, EngineConfig, ModelArgs
+from llama.cli.sampling import checked, takes_controls
+from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, SCHEDULES, EngineConfig, ModelArgs
 from llama.errors import FlagError, InterruptedRunError, PromptError
 from llama.inputs import check_fit, encode_prompt
 from llama.sampling_params import SamplingParams
@@ -32,10 +32,10 @@ LARGEST_DEFAULT_BATCH = 32
 TRACED_TOKENS = 8
 
 
-@takes_sampling_flags(temperature=SamplingParams.temperature, top_p=SamplingParams.top_p, result="generation")
+@takes_controls(without=("prompt_logprobs", "hidden_states", "logits"))
 def generate(
     *,
-    sampling: SamplingFlags,
+    sampling: dict[str, Any],
     prompt: list[str] | None = None,
     prompts_file: str | None = None,
     prompt_len: int | None = None,
@@ -43,16 +43,15 @@ def generate(
     tokenizer_path: str | None = None,
     dtype: str = "auto",
     allow_nan: bool = False,
-    max_gen_len: int = 256,
-    n: int = 1,
-    best_of: int | None = None,
-    logprobs: int | None = None,
     hidden_states: str | None = None,
     logits: str | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
     buckets: list[int] | None = None,
     bucket_policy: str = "greedy",
+    batch_invariant: bool = False,
+    prefill_budget: int = EngineConfig.prefill_budget,
+    schedule: str = EngineConfig.schedule,
     fail_on_recompile: bool = False,
     random_weights: bool = False,
     dim: int | None = None,
@@ -75,76 +74,66 @@ def generate(
     llama-xla generate --ckpt_dir llama-2-7b --prompts_file prompts.txt --temperature 0 --json > out.jsonl
 
     Prompts:
-        prompt: Text to continue. May be repeated, or be a JSON list of strings.
-        prompts_file: A UTF-8 file with one prompt a line, blank lines skipped. - is stdin.
-        prompt_len: Instead of a text: a synthetic prompt of so many tokens behind BOS, for timings.
+        prompt: Text to continue.
+        prompts_file: A UTF-8 file with one prompt per line; blank lines are skipped, - is stdin.
+        prompt_len: Run a synthetic prompt of this many tokens after BOS instead of a text, for timings.
 
     Model:
-        ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format. Without it: the demo model.
-        tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Without it: the one in ckpt_dir or its
+        ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format. Default: the demo model.
+        tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Default: the one in ckpt_dir or its
             parent.
-        allow_nan: Go on where a weight holds NaN or infinity.
-        dtype: How weights are stored: float32, bfloat16, int8 (linear layers), or auto: float32 on a CPU device, else
-            bfloat16.
-
-    How much:
-        max_gen_len: Most tokens to generate for a prompt (also --max_tokens).
-        n: Generations of each prompt, which is prefilled once.
-        best_of: Generate so many, and print the n whose tokens have the highest mean log-probability. Without it: n.
+        allow_nan: Load weights that hold NaN or infinity.
+        dtype: Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16.
 
     {sampling}
 
-    What is known of each token:
-        logprobs: Log-probabilities of the chosen tokens and of so many likeliest ones, 0 to 20; with --echo of the
-            prompt's tokens, too.
-        hidden_states: A directory for the last layer's hidden states, one .npy file a generation; with --echo of the
-            prompt, too.
-        logits: A directory for the raw logits, likewise.
-
     Shapes, fixed when the programs are compiled:
-        max_seq_len: Positions of the cache, prompt and generated tokens together. Without it: 2048, or 512 for the demo
+        max_seq_len: Positions of the cache, for a prompt and its generated tokens. Default: 2048, or 512 for the demo
             model.
-        max_batch_size: Prompts that run together. Without it: as many as there are, at most 32.
-        buckets: Chunk lengths that prompts are cut into. Without it: 512,64,8,1.
-        bucket_policy: greedy covers a prompt exactly; pad may fill up its last chunk to run fewer programs.
+        max_batch_size: Prompts that run together. Default: the number of prompts, at most 32.
+        buckets: Chunk lengths that prompts are cut into. Default: 512,64,8,1.
+        bucket_policy: greedy covers a prompt exactly; pad may fill up its last chunk.
+        batch_invariant: The text of a prompt depends on nothing but the prompt, to the last bit; slower.
+        prefill_budget: Prompt tokens that may run before the running prompts get their next token.
+        schedule: fcfs starts the prompts in their order; shortest starts short ones first.
         fail_on_recompile: A program compiled after warm-up is an error with exit code 3.
 
     Random weights, for tests and timings:
-        random_weights: Random weights instead of a checkpoint; needs --dim, --n_layers and --n_heads.
+        random_weights: Run random weights instead of a checkpoint; needs --dim, --n_layers and --n_heads.
         dim: Width of the random model.
         n_layers: Its layers.
         n_heads: Its query heads.
-        n_kv_heads: Its key and value heads. Without it: as many as query heads.
-        vocab_size: Its vocabulary. Without it: the tokenizer's.
+        n_kv_heads: Its key and value heads. Default: as many as query heads.
+        vocab_size: Its vocabulary. Default: the tokenizer's.
 
     Output:
-        echo: Print the prompt before its generation.
+        echo: Print the prompt before its generation; with --logprobs, --hidden_states or --logits, include the
+            prompt's tokens there.
         stream: Print text as it is generated.
-        json: Print one JSON object per prompt and line.
-        quiet: No log on stderr.
-        verbose: A longer log: the memory plan, and every program that is compiled.
+        json: Print one JSON object per generation and line.
+        hidden_states: Write the last layer's hidden states to this directory, one .npy file per generation.
+        logits: Write the raw logits to this directory, one .npy file per generation.
+        quiet: Log nothing to stderr.
+        verbose: Log the memory plan, too, and every program that is compiled.
         repeat: Timed passes over all prompts.
-        profile: A directory for a trace of a few steps, run behind the last pass, that TensorBoard and Perfetto open.
-        dump_hlo: A directory for the compiled programs as XLA writes them; what they hold is summed up in its
-            summary.txt.
+        profile: Write a trace of a few steps, run after the last pass, to this directory; TensorBoard and Perfetto
+            open it.
+        dump_hlo: Write the compiled programs to this directory, as XLA prints them, with a summary in summary.txt.
     """
     log_to_stderr(quiet, verbose)
     if repeat < 1:
         raise FlagError(f"--repeat: got {repeat}, expected at least 1")
-    knows = logprobs is not None or hidden_states is not None or logits is not None
-    given = sampling.given(
-        max_gen_len=max_gen_len,
-        n=n,
-        best_of=best_of,
-        logprobs=logprobs,
+    has_details = sampling["logprobs"] is not None or hidden_states is not None or logits is not None
+    given = checked(
+        sampling,
         hidden_states=hidden_states is not None,
         logits=logits is not None,
-        prompt_logprobs=echo and knows,
+        prompt_logprobs=echo and has_details,
     )
-    wish = SamplingParams(**given)
-    if stream and wish.is_ranked:
+    request = SamplingParams(**given)
+    if stream and request.is_ranked:
         raise FlagError(
-            f"--stream with --best_of {best_of}: which {n} of them are the best is known at the end; leave one of them out"
+            f"--stream with --best_of {request.best_of}: the best are known only at the end; leave one of them out"
         )
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
     random_args = _random_shape(random_weights, ckpt_dir, shape)
@@ -153,19 +142,21 @@ def generate(
     config = EngineConfig(
         max_batch_size=max_batch_size
         if max_batch_size is not None
-        else min(max(len(texts), 1) * wish.samples, LARGEST_DEFAULT_BATCH),
+        else min(max(len(texts), 1) * request.samples, LARGEST_DEFAULT_BATCH),
         max_seq_len=max_seq_len if max_seq_len is not None else (DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len),
         buckets=tuple(buckets or DEFAULT_BUCKETS),
         bucket_policy=one_of("bucket_policy", bucket_policy, BUCKET_POLICIES),
         dtype=one_of("dtype", dtype, DTYPES),
         fail_on_recompile=fail_on_recompile,
+        batch_invariant=batch_invariant,
+        prefill_budget=prefill_budget,
+        schedule=one_of("schedule", schedule, SCHEDULES),
     )
     tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
     if tokenizer is not None:
-        for index, text in enumerate(texts):  # weights can take minutes: what does not fit is told before
-            check_fit(
-                index, len(encode_prompt(tokenizer, index, text, tokenizer.n_words)), max_gen_len, config.max_seq_len
-            )
+        for index, text in enumerate(texts):  # before the weights, whose loading can take minutes
+            ids = encode_prompt(tokenizer, index, text, tokenizer.n_words)
+            check_fit(index, len(ids), request.max_gen_len, config.max_seq_len)
     if dump_hlo is not None:
         from llama.xla import backend
 
@@ -188,11 +179,9 @@ def generate(
     params = llm.sampling(**given)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
     prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size
-    printer = Printer([llm.prompt_text(p) for p in prompts], n, as_json=json, stream=stream, echo=echo)
+    printer = Printer([llm.prompt_text(p) for p in prompts], params.n, as_json=json, stream=stream, echo=echo)
     with interruptible(llm):
         for number in range(1, repeat + 1):
-            if llm.take_interrupt():  # Ctrl-C between two passes
-                raise InterruptedRunError("interrupted; what had been generated is printed")
             if repeat > 1:
                 log.info("Pass %d of %d", number, repeat)
             results = printer.print_pieces(llm.pieces(prompts, [params] * len(prompts)))
@@ -200,7 +189,7 @@ def generate(
             if params.is_constrained:
                 _warn_of_cuts(results, params.constraint_name)
             _log_summary(results)
-            if any(result.finish_reason == "interrupted" for result in results):
+            if any(result.finish_reason == "interrupted" for result in results) or llm.take_interrupt():
                 raise InterruptedRunError("interrupted; what had been generated is printed")
     if profile is not None:
         _trace(llm, prompts, params, Path(profile))
@@ -208,18 +197,18 @@ def generate(
         from llama.xla import reports as hlo
 
         (Path(dump_hlo) / "summary.txt").write_text("\n".join(hlo.report(Path(dump_hlo))) + "\n", encoding="utf-8")
-        log.info("Wrote the programs to %s; summary.txt tells what they hold", dump_hlo)
+        log.info("Wrote the programs to %s, with a summary in summary.txt", dump_hlo)
 
 
 def _warn_of_cuts(results: Sequence[Generation], grammar: str) -> None:
-    """Say which generations ended before their grammar did."""
+    """Log which generations were cut before their grammar was satisfied."""
     for result in results:
         if result.finish_reason == "length":
             log.warning("prompt %d: cut at --max_gen_len before the %s was satisfied", result.index, grammar)
 
 
 def _save(results: Sequence[Generation], hidden_states: str | None, logits: str | None) -> None:
-    """Write what is known of each generation's tokens to files of its own."""
+    """Write each generation's arrays to files."""
     import numpy as np
 
     for result in results:
@@ -233,7 +222,7 @@ def _save(results: Sequence[Generation], hidden_states: str | None, logits: str 
 
 
 def _made_directory(flag: str, name: str) -> Path:
-    """A directory that the run may write to."""
+    """Make a directory for a flag, and return its absolute path."""
     path = Path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -246,9 +235,8 @@ def _trace(llm: LLaMA, prompts: Sequence[Prompt], params: SamplingParams, direct
     """Run the first batch again for a few tokens, with everything compiled, under the profiler."""
     from llama.xla import backend
 
-    few = replace(
-        params, max_gen_len=(count := min(params.max_gen_len, TRACED_TOKENS)), min_tokens=min(params.min_tokens, count)
-    )
+    count = min(params.max_gen_len, TRACED_TOKENS)
+    few = replace(params, max_gen_len=count, min_tokens=min(params.min_tokens, count))
     batch = prompts[: max(llm.config.max_batch_size // params.samples, 1)]
     with backend.profiled(directory):
         llm.generate(batch, params=[few] * len(batch))
@@ -258,15 +246,16 @@ def _trace(llm: LLaMA, prompts: Sequence[Prompt], params: SamplingParams, direct
 
 
 def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, int | None]) -> ModelArgs | None:
-    """The random model that the flags describe, or None; half a description is refused, never guessed."""
+    """Return the random model's shape, or None without one; an incomplete shape is refused."""
     given = {name: value for name, value in shape.items() if value is not None}
     flags = ", ".join(f"--{name}" for name in given)
     if not random_weights:
         if given and ckpt_dir is not None:
-            raise FlagError(f"{flags}: the shape of a checkpoint is what its params.json says; leave them out")
+            raise FlagError(f"{flags}: a checkpoint's shape is in its params.json; leave them out")
         if given:
             raise FlagError(
-                f"{flags}: there is no checkpoint of this shape; give --ckpt_dir, or --random_weights to run random ones"
+                f"{flags}: there is no checkpoint of this shape; "
+                "give --ckpt_dir, or --random_weights to run random ones"
             )
         return None
     if ckpt_dir is not None:
@@ -280,7 +269,7 @@ def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, i
 
 
 def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int | None, is_demo: bool) -> list[str]:
-    """All prompts that the flags give as text, in order; none where a synthetic one is wanted."""
+    """Return all prompts that the flags give as text, in order; none for a synthetic prompt."""
     texts = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
     if texts and prompt_len is not None:
         raise FlagError(
@@ -292,7 +281,7 @@ def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int |
 
 
 def _read_prompts(name: str) -> list[str]:
-    """The lines of a prompts file, or of stdin."""
+    """Return the prompts in a file or in stdin, one per line."""
     where = "stdin" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -314,27 +303,20 @@ def _read_prompts(name: str) -> list[str]:
 
 
 def _log_summary(results: Sequence[Generation]) -> None:
-    """What the pass took: the times of each batch added up, once a batch (its rows share them)."""
-    batches = list({id(r.timing): r for r in results}.values())
-    prefill_s, decode_s = sum(r.timing.prefill_s for r in batches), sum(r.timing.decode_s for r in batches)
-    prompt_tokens, generated = (
-        sum(r.timing.prefill_tok_s * r.timing.prefill_s for r in batches),
-        sum(len(r.token_ids) for r in results),
-    )
-    decoded = sum(r.timing.decode_tok_s * r.timing.decode_s for r in batches)
-    first = batches[0]
+    """Log the times and rates of a pass over all prompts."""
+    first, totals = results[0], results[0].totals
     log.info(
-        "load %.2f s, compile %.2f s (%d programs), first token %.3f s, prefill %.3f s (%.0f tokens, %.1f tok/s), "
+        "load %.2f s, compile %.2f s (%d programs), first token %.3f s, prefill %.3f s (%d tokens, %.1f tok/s), "
         "decode %.3f s (%d tokens, %.1f tok/s), %d program runs",
         first.timing.load_s,
         first.timing.compile_s,
         first.programs.compiled,
-        first.timing.ttft_s,
-        prefill_s,
-        prompt_tokens,
-        prompt_tokens / prefill_s if prefill_s else 0.0,
-        decode_s,
-        generated,
-        decoded / decode_s if decode_s else 0.0,
-        sum(r.programs.runs for r in batches),
+        totals.ttft_s,
+        totals.prefill_s,
+        totals.prompt_tokens,
+        totals.prompt_tokens / totals.prefill_s if totals.prefill_s else 0.0,
+        totals.decode_s,
+        totals.generated_tokens,
+        totals.decoded_tokens / totals.decode_s if totals.decode_s else 0.0,
+        totals.runs,
     )

@@ -1,4 +1,4 @@
-"""What commands can know of a model before they load it."""
+"""The tokenizer of a model, for the checks that commands make before they load the weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 
 
 def readable_tokenizer(ckpt_dir: str | None, tokenizer_path: str | None) -> Tokenizer | None:
-    """The tokenizer, or None where it cannot be read: ``LLaMA.build`` tells why, after what is wrong with the
-    checkpoint.
+    """Return the tokenizer, or None if it cannot be read.
+
+    ``LLaMA.build`` raises the reason later, after the errors of the checkpoint.
     """
     try:
         return Tokenizer(tokenizer_path or find_tokenizer(DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)))

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, whole or as they grow, and the log on stderr."""
+"""The output of commands: results on stdout, whole or as they grow, and the log on stderr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Printer:
 
     Args:
         prompts: the prompts' texts, for ``echo``.
-        samples: results of each.
+        samples: results per prompt.
     """
 
     def __init__(self, prompts: Sequence[str], samples: int, as_json: bool, stream: bool, echo: bool) -> None:
@@ -35,7 +35,7 @@ class Printer:
         self._separate = False
 
     def print_pieces(self, pieces: Iterable[Piece]) -> list[Generation]:
-        """Consume a call's pieces; text of a result whose turn has not come is held back until it has."""
+        """Print a call's pieces and return its results; text of later results waits for its turn."""
         held: dict[tuple[int, int], list[Piece]] = {turn: [] for turn in self._order}
         results: list[Generation] = []
         self._begun = None
@@ -66,7 +66,7 @@ class Printer:
                 write("\n" + "".join(f"{line}\n" for line in _logprob_table(piece.result)))
 
     def _begin(self, piece: Piece) -> None:
-        """Before a result's first text: a line between two results, and the prompt where it is to be echoed."""
+        """Print the line between two results, and the echoed prompt, before a result's first text."""
         if (piece.index, piece.sample) == self._begun:
             return
         write((SEPARATOR if self._separate else "") + (self._prompts[piece.index] if self._echo else ""))
@@ -74,11 +74,11 @@ class Printer:
 
 
 def _logprob_table(result: Generation) -> Iterator[str]:
-    """A line for each token: its log-probability, its rank, and the likeliest ones."""
-    told = [*(result.prompt_logprobs or ()), *(result.logprobs or ())]
-    width = max((len(repr(each.token)) for each in told if each is not None), default=0)
+    """Yield a line for each token: its log-probability, its rank, and the likeliest tokens."""
+    tokens = [*(result.prompt_logprobs or ()), *(result.logprobs or ())]
+    width = max((len(repr(each.token)) for each in tokens if each is not None), default=0)
     yield f"{'logprob':>9} {'rank':>6}  {'token':{width}}  likeliest"
-    for each in told:
+    for each in tokens:
         if each is not None:
             likeliest = "  ".join(f"{top.token!r} {top.logprob:.3f}" for top in each.top)
             yield f"{each.logprob:9.3f} {each.rank:6}  {each.token!r:{width}}  {likeliest}".rstrip()
@@ -91,14 +91,12 @@ def write(text: str) -> None:
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """An object on one line; characters stay readable where stdout can carry all of them."""
+    """Return an object as one line of JSON, without escapes if stdout's encoding has all characters."""
     return json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")) + "\n"
 
 
 def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
-    """Send the package's log to stderr as plain lines, above any progress bar; ``quiet`` leaves errors only,
-    ``verbose`` adds details.
-    """
+    """Send the package's log to stderr as plain lines; ``quiet`` keeps only errors, ``verbose`` adds details."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
@@ -108,7 +106,7 @@ def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
 
 @contextmanager
 def interruptible(llm: LLaMA) -> Iterator[None]:
-    """Within: the first Ctrl-C ends the generation after its current step, the second one ends the process."""
+    """Let the first Ctrl-C end the generation after its current step, and the second one the process."""
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:
         llm.interrupt()

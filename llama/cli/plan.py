@@ -1,4 +1,4 @@
-"""The command `llama-xla plan`: how a prompt is cut into chunks, without a device."""
+"""The command `llama-xla plan`: show how a prompt is cut into chunks, without a device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def plan(
     llama-xla plan --prompt_len 1501 --max_seq_len 2048
 
     Flags:
-        prompt_len: Tokens of the prompt, BOS included.
+        prompt_len: Tokens of the prompt, including BOS.
         max_seq_len: Positions of the cache.
-        buckets: Chunk lengths. Without it: 512,64,8,1.
+        buckets: Chunk lengths. Default: 512,64,8,1.
         bucket_policy: greedy covers the prompt exactly; pad may fill up its last chunk.
         json: Print one JSON object per chunk and line.
     """
@@ -37,11 +37,11 @@ def plan(
         else:
             padding = f", {chunk.length - chunk.valid} of it padding" if chunk.valid < chunk.length else ""
             print(
-                f"prompt pos [{chunk.start}, {chunk.end}), section length {chunk.length}{padding}, reads keys [0, {chunk.key_len})"
+                f"prompt pos [{chunk.start}, {chunk.end}), section length {chunk.length}{padding}, "
+                f"reads keys [0, {chunk.key_len})"
             )
     if not json:
-        # the token behind a last chunk of one token is chosen in its program, that behind a longer one in a program of
-        # its own
+        # a last chunk of one token chooses the next token in its own program; a longer one needs a second program
         headless = chunks[:-1] if chunks[-1].length == 1 else chunks
         programs = len({(c.length, c.key_len) for c in headless}) + 1
         print(f"{len(chunks)} sections, {programs} programs, {prompt_len} of {max_seq_len} positions")

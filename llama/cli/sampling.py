@@ -1,123 +1,108 @@
-"""The flags that say how tokens are chosen, declared once for all commands that generate."""
+"""The flags of a request's controls, made from the declarations of SamplingParams for all commands that generate."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from llama.cli.flags import Command
+from llama.config import GenerationDefaults
 from llama.errors import FlagError
-from llama.sampling_params import SamplingParams
+from llama.sampling_params import Control, SamplingParams, controls
+
+FROM_CHECKPOINT = {f.name for f in fields(GenerationDefaults)}
+KINDS = {  # how a flag writes a field's type, where that differs
+    "Mapping[int, float]": "dict[int, float]",
+    "tuple[str | tuple[int, ...], ...]": "list[str]",
+    "tuple[str, ...]": "list[str]",
+    "tuple[int, ...]": "list[int]",
+    "str | Mapping[str, Any]": "str",
+}
 
 
-@dataclass(frozen=True)
-class SamplingFlags:
-    """Sampling:
-        temperature: 0 takes the likeliest token; higher is more random. Without it: the checkpoint's own wish, or
-            {temperature}.
-        top_k: Sample from so many of the likeliest tokens; 0 for all. Without it: the checkpoint's own wish, or 0.
-        top_p: Sample from the likeliest tokens that together have this probability, above 0, at most 1. Without it:
-            likewise, or {top_p}.
-        min_p: Sample from tokens of at least this share of the likeliest one's probability, 0 to 1. Without it:
-            likewise, or 0.
-        typical_p: Sample from the tokens nearest to the entropy that together have this probability. Without it:
-            likewise, or 1.
-        seed: Same seed, same text. Without it: a new one for each {result}.
+def takes_controls(
+    *, without: Sequence[str] = (), params: type[SamplingParams] = SamplingParams, **defaults: Any
+) -> Callable[[Callable[..., None]], Command]:
+    """Give a command a flag for each control; it receives their values in its parameter ``sampling``, by field.
 
-    What may come:
-        repetition_penalty: Above 1, tokens of prompt and output become less likely (also --repeat_penalty). Without it:
-            likewise, or 1.
-        presence_penalty: Subtracted from the logit of every token in the output, -2 to 2.
-        frequency_penalty: Subtracted for each time that the token is in the output, -2 to 2.
-        logit_bias: Added to tokens' logits, -100 to 100: ID:X,ID:X,... or a JSON object; up to 300.
-        bad_words: A text that must not be written. May be repeated, or be a JSON list of strings.
-        allowed_token_ids: The only tokens that may be chosen.
-        json_schema: A file with a JSON schema; the {result} is an instance of it.
-        regex: A regular expression that the whole {result} matches.
-
-    Where it ends:
-        stop: A text that ends the {result}. May be repeated, or be a JSON list of strings.
-        stop_token_ids: Tokens that end it, besides the model's own.
-        include_stop: What ended the {result} stays a part of it.
-        min_tokens: It does not end before so many tokens.
-        ignore_eos: The model's own stop tokens do not end it.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    seed: int | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    json_schema: str | None = None
-    regex: str | None = None
-    stop: list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop: bool = False
-    min_tokens: int | None = None
-    ignore_eos: bool = False
-
-    def given(self, **more: Any) -> dict[str, Any]:
-        """The fields of SamplingParams that the user asked for, checked as far as that goes without a model.
-
-        Args:
-            more: fields that the command has flags of its own for.
-
-        Raises:
-            FlagError: the schema cannot be read.
-            ConfigError: a value out of its range, or two that contradict each other, or a grammar that is none.
-        """
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | more
-        chosen = {name: value for name, value in values.items() if value is not None and value is not False}
-        if self.json_schema is not None:
-            try:
-                chosen["json_schema"] = Path(self.json_schema).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise FlagError(
-                    f"--json_schema {self.json_schema}: {getattr(error, 'strerror', None) or error}"
-                ) from error
-        params = SamplingParams(**chosen)
-        if params.is_constrained:
-            from llama.grammar import compile_grammar
-
-            compile_grammar(params)
-        return chosen
-
-
-def takes_sampling_flags(**words: object) -> Callable[[Callable[..., None]], Command]:
-    """Give a command the flags of SamplingFlags, in place of its parameter ``sampling``.
+    In the command's docstring ``{sampling}`` stands for the help of these flags.
 
     Args:
-        words: fill the places in the flags' help. Where the command's docstring says ``{sampling}``, that help stands.
+        without: controls that the command lacks, or has flags of its own for.
+        params: the dataclass that declares the controls.
+        defaults: the command's own defaults, for a checkpoint that has none.
     """
+    chosen = {name: each for name, each in controls(params).items() if name not in without}
+    declared = {f.name: defaults.get(f.name, f.default) for f in fields(params)}
+    kinds = {f.name: _kind(str(f.type)) for f in fields(params)}
+    absent = {name: _flag_default(name, declared[name]) for name in chosen}
 
     def decorate(command: Callable[..., None]) -> Command:
-        names = [f.name for f in fields(SamplingFlags)]
-
         @wraps(command)
         def with_flags(**values: Any) -> None:
-            own = {name: value for name, value in values.items() if name not in names}
-            command(sampling=SamplingFlags(**{name: values[name] for name in names if name in values}), **own)
+            sampling = {name: values.get(name, default) for name, default in absent.items()}
+            command(sampling=sampling, **{name: value for name, value in values.items() if name not in chosen})
 
         signature = inspect.signature(command)
         added = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in fields(SamplingFlags)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
+            for name, default in absent.items()
         ]
-        kept = [p for name, p in signature.parameters.items() if name != "sampling"]
-        with_flags.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-        help_lines = (SamplingFlags.__doc__ or "").rstrip().format(**words)
-        with_flags.__doc__ = (command.__doc__ or "").replace("{sampling}", help_lines.lstrip())
+        own = [p for name, p in signature.parameters.items() if name != "sampling"]
+        with_flags.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        with_flags.__doc__ = (inspect.getdoc(command) or "").replace("{sampling}", _help(chosen, declared))
         return with_flags
 
     return decorate
+
+
+def _kind(annotation: str) -> str:
+    """Return the type of a field's flag, as parsers are found by it."""
+    plain = annotation.removesuffix(" | None")
+    return KINDS.get(plain, plain) + (" | None" if plain not in ("bool", annotation) else "")
+
+
+def _flag_default(name: str, default: Any) -> Any:
+    """Return a flag's default: None where a checkpoint's default or an empty value stands without the flag."""
+    return None if default == () or name in FROM_CHECKPOINT else default
+
+
+def _help(chosen: Mapping[str, Control], declared: Mapping[str, Any]) -> str:
+    """Write the sections of a command's docstring that describe these controls."""
+    sections: dict[str, list[str]] = {}
+    for name, each in chosen.items():
+        text = each.flag or each.described
+        if name in FROM_CHECKPOINT:
+            text += f" Default: generation_config.json's, else {declared[name]}."
+        sections.setdefault(each.group, []).append(f"    {name}: {text}")
+    return "\n\n".join("\n".join([f"{group}:", *lines]) for group, lines in sections.items())
+
+
+def checked(sampling: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the fields of SamplingParams that the user gave, checked as far as possible without a model.
+
+    Args:
+        sampling: the values of the flags by field; None where one is absent.
+        more: fields for which the command has flags of its own.
+
+    Raises:
+        FlagError: the schema's file cannot be read.
+        ConfigError: a value is out of its range, two contradict each other, or a grammar is wrong.
+    """
+    given = {name: value for name, value in {**sampling, **more}.items() if value is not None}
+    schema = given.get("json_schema")
+    if schema is not None:
+        try:
+            given["json_schema"] = Path(schema).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FlagError(f"--json_schema {schema}: {getattr(error, 'strerror', None) or error}") from error
+    params = SamplingParams(**given)
+    if params.is_constrained:
+        from llama.grammar import compile_grammar
+
+        compile_grammar(params)
+    return given

@@ -15,7 +15,7 @@ import torch
 from llama.compiled.cache import cache_shape
 from llama.compiled.model import Linear, Transformer
 from llama.config import EngineConfig, ModelArgs
-from llama.errors import ConfigError
+from llama.errors import ConfigError, setting
 
 GIB = 2**30
 
@@ -70,7 +70,8 @@ def dtypes_for(config: EngineConfig, *, on_cpu: bool, int8_stored: bool) -> tupl
     """
     if int8_stored and config.dtype not in ("auto", "int8"):
         raise ConfigError(
-            f"dtype: got {config.dtype}, but the checkpoint's weights are int8 already; leave --dtype out, or take the original"
+            f"dtype: got {config.dtype}, but the checkpoint's weights are int8 already; "
+            f"leave {setting('dtype')} out, or take the original"
         )
     wide = torch.float32 if on_cpu else torch.bfloat16
     chosen = {
@@ -138,11 +139,12 @@ def check_fits(
     shorter = _largest(2, length, lambda value: fits(value, rows))
     fewer = _largest(1, rows, lambda value: fits(length, value))
     both = _largest(2, length, lambda value: fits(value, 1))
-    cures = [f"--max_seq_len {shorter} at most"] if shorter else []
-    cures += [f"--max_batch_size {fewer} at most"] if fewer else []
+    cures = [f"{setting('max_seq_len')} {shorter} at most"] if shorter else []
+    cures += [f"{setting('max_batch_size')} {fewer} at most"] if fewer else []
     if not cures and both:
-        cures = [f"--max_batch_size 1 with --max_seq_len {both} at most"]
-    cure = ", or ".join(cures) or "a narrower --dtype, or a device with more memory: the weights alone are too large"
+        cures = [f"{setting('max_batch_size')} 1 with {setting('max_seq_len')} {both} at most"]
+    narrower = f"a narrower {setting('dtype')}, or a device with more memory: the weights alone are too large"
+    cure = ", or ".join(cures) or narrower
     raise ConfigError(f"the model does not fit: {plan}; it takes {cure}")
 
 

@@ -23,7 +23,7 @@ from llama.engine.chunks import Chunk
 from llama.engine.programs import KINDS, Program, all_programs
 from llama.engine.scheduler import Window
 from llama.engine.sequence import Sequence, TokenDetails, bits_of
-from llama.errors import EngineError, RecompileError
+from llama.errors import EngineError, RecompileError, setting
 from llama.xla import programs as compiling, transfers
 from llama.xla.counters import counters
 
@@ -207,7 +207,7 @@ class XlaRunner:
         if self._warm and self.config.fail_on_recompile:
             raise RecompileError(
                 f"{len(missing)} programs would be compiled after warm-up: {', '.join(map(str, missing[:4]))}; warm up "
-                "with prompts of this length, or with all programs (LLaMA.warm_up()), or run without fail_on_recompile"
+                f"with prompts of this length, or with all programs (LLaMA.warm_up()), or run without {setting('fail_on_recompile')}"
             )
 
     def _compile(self, program: Program) -> None:

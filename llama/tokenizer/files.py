@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llama.errors import TokenizerError
+from llama.errors import TokenizerError, setting
 from llama.tokenizer.base import Tokenizer
 
 _HEAD = 4096  # bytes that tell the kinds apart
@@ -40,8 +40,8 @@ def class_for(path: Path) -> type[Tokenizer]:
             head = file.read(_HEAD)
     except OSError as error:
         raise TokenizerError(
-            f"no tokenizer at {path} ({error.strerror}): expected a SentencePiece model, a tiktoken ranks file or a tokenizer.json; "
-            "give its path with --tokenizer_path"
+            f"no tokenizer at {path} ({error.strerror}): expected a SentencePiece model, a tiktoken ranks file or a "
+            f"tokenizer.json; give its path with {setting('tokenizer_path')}"
         ) from error
     if head.startswith(_LFS_POINTER):
         raise TokenizerError(
@@ -72,10 +72,12 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
         if found:
             names = ", ".join(p.name for p in found)
             raise TokenizerError(
-                f"{directory} has {len(found)} tokenizers ({names}), expected one; choose with --tokenizer_path"
+                f"{directory} has {len(found)} tokenizers ({names}), expected one; "
+                f"choose with {setting('tokenizer_path')}"
             )
     raise TokenizerError(
-        f"no tokenizer (tokenizer.json or *.model) in {ckpt_dir} or its parent; give its path with --tokenizer_path"
+        f"no tokenizer (tokenizer.json or *.model) in {ckpt_dir} or its parent; "
+        f"give its path with {setting('tokenizer_path')}"
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from llama.errors import PromptError, TokenizerError
+from llama.errors import PromptError, TokenizerError, setting
 from llama.tokenizer.base import REPLACEMENT, Part, Tokenizer
 from llama.tokenizer.files import generation_ids, read_object, special_names
 
@@ -188,8 +188,9 @@ class _PieceBytes:
             or self._first_spaces not in (0, 2, 3)
         ):
             raise TokenizerError(
-                f"{path}: its decoder is {' + '.join(names) or 'absent'}, expected ByteLevel or SentencePiece's manner (Replace or "
-                "Metaspace, ByteFallback, Fuse, Strip); where a SentencePiece *.model lies beside it, give that with --tokenizer_path"
+                f"{path}: its decoder is {' + '.join(names) or 'absent'}, expected ByteLevel or SentencePiece's manner "
+                "(Replace or Metaspace, ByteFallback, Fuse, Strip); where a SentencePiece *.model lies beside it, "
+                f"give that with {setting('tokenizer_path')}"
             )
 
     def of(self, piece: str) -> bytes:
