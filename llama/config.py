@@ -296,8 +296,8 @@ class EngineConfig:
             programs.
         key_buckets: how many leading cache positions a program may read; empty means doublings from 512 up to
             ``max_seq_len``.
-        widths: row counts that decode programs exist for; empty means powers of two up to ``max_batch_size``, which is
-            always one of them.
+        widths: row counts that decode programs exist for, up to ``max_batch_size``, which is always one of them; empty
+            means powers of two.
         batch_invariant: a request's bits depend on nothing but the request itself: every decode step runs all slots
             and reads all positions. By default neighbours may change them by rounding.
         dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and
@@ -350,8 +350,8 @@ class EngineConfig:
             raise ConfigError(f"read_every: got {self.read_every}, expected 1 to 16")
         if any(k < 1 for k in self.key_buckets):
             raise ConfigError(f"key_buckets: got {list(self.key_buckets)}, expected positive lengths")
-        if any(not 1 <= w <= self.max_batch_size for w in self.widths):
-            raise ConfigError(f"widths: got {list(self.widths)}, expected 1 to max_batch_size={self.max_batch_size}")
+        if any(w < 1 for w in self.widths):
+            raise ConfigError(f"widths: got {list(self.widths)}, expected positive numbers of rows")
         if self.prefill_budget < 1:
             raise ConfigError(f"prefill_budget: got {self.prefill_budget}, expected at least 1")
         for name in ("max_waiting", "collect_s", "collect_tokens"):
@@ -380,7 +380,7 @@ class EngineConfig:
         if self.batch_invariant:
             return (self.max_batch_size,)
         chosen = set(self.widths) or {2**n for n in range(self.max_batch_size.bit_length())}
-        return tuple(sorted(chosen | {self.max_batch_size}))
+        return (*sorted(w for w in chosen if w < self.max_batch_size), self.max_batch_size)
 
     def _complete_key_buckets(self) -> tuple[int, ...]:
         """Return ascending key buckets that end with max_seq_len, so that every position falls into one."""

@@ -21,15 +21,14 @@ LADDER = [
     {"compiled"},
     {"checkpoint", "tokenizer"},
     {"chat", "engine", "grammar"},
-    {"inputs", "inspection"},
-    {"outputs"},
-    {"samples", "detokenizer"},
+    {"detokenizer", "inspection"},
+    {"inputs", "outputs"},
     {"generation"},
     {"conversation", "bench"},
     {"cli"},
 ]
 KNOWS_TORCH_XLA = {"xla"}
-HOLDS_NO_TENSORS = {"config", "errors", "sampling_params", "grammar", "samples", "tokenizer", "inputs", "chat", "cli"}
+HOLDS_NO_TENSORS = {"config", "errors", "sampling_params", "grammar", "detokenizer", "tokenizer", "inputs", "chat", "cli"}
 
 
 def modules() -> list[tuple[str, Path]]:

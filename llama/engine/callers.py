@@ -31,6 +31,7 @@ class Call:
     sequences: Sequences[Sequence]
     interrupted: bool = False
     compile_s: float = 0.0
+    _cancelled: bool = False
     _news: deque[Update] = field(default_factory=deque)
 
 
@@ -100,12 +101,7 @@ class Callers:
             for sequence in call.sequences:
                 self._calls[sequence.id] = call
                 self.engine.submit(sequence)
-            asked = False
             while left:
-                if call.interrupted and not asked:
-                    asked = True
-                    for sequence in left.values():
-                        self.engine.cancel(sequence)
                 update = self._next(call)
                 sequence = update.sequence
                 if update.is_last and sequence.error is not None:
@@ -125,6 +121,10 @@ class Callers:
     def _next(self, call: Call) -> Update:
         """The next update of a call; runs rounds, or waits while another caller runs one."""
         while True:
+            if call.interrupted and not call._cancelled:
+                call._cancelled = True
+                for sequence in call.sequences:
+                    self.engine.cancel(sequence)
             with self._changed:
                 while not call._news and self._stepping:
                     self._changed.wait()

@@ -1,7 +1,7 @@
 """The engine: submit, step, cancel. One step is a round in which every live request gets its share.
 
 A round: take what was submitted and cancelled, give free slots to waiting requests, run prompt chunks within the token
-budget, run one decode step of all running requests, and read what became known. What stays true throughout:
+budget, run one decode step of all running requests, and read what became known. Where nobody runs, a chunk is a round. What stays true throughout:
 
 - One thread at a time calls ``step``; ``submit`` and ``cancel`` may be called from any thread at any time.
 - The host counts positions and never waits for the device to know what to run next. It reads a report of the last few
@@ -84,8 +84,8 @@ class Engine:
         try:
             self._take_inbox(updates)
             self._admit()
-            self._prefill(updates)
-            self._decode(updates)
+            if not self._prefill(updates):
+                self._decode(updates)
         except Exception as error:
             self._fail(error, updates)
         if self.scheduler.waiting and not self.scheduler.live:
@@ -130,9 +130,14 @@ class Engine:
             self.runner.end(self._to_end)
             self._to_end = set()
 
-    def _prefill(self, updates: list[Update]) -> None:
-        """Run prompt chunks: one where nobody runs, else as many as the budget allows, and one at least."""
+    def _prefill(self, updates: list[Update]) -> bool:
+        """Run prompt chunks: one where nobody runs, else as many as the budget allows, and one at least.
+
+        Returns:
+            Whether that was the whole round: nobody waits for a decode step, and an interrupt may come between chunks.
+        """
         spent, scheduler = 0, self.scheduler
+        alone = not scheduler.running
         while (sequence := scheduler.next_prefilling()) is not None:
             chunk = sequence.chunks[0]
             if spent and spent + chunk.length > self.config.prefill_budget:
@@ -149,8 +154,9 @@ class Engine:
                 sequence.status = Status.RUNNING
                 if sequence.start == len(sequence.prompt_ids):
                     self._choose_first(sequence, updates)
-            if not scheduler.running:
-                break
+            if alone:
+                return True
+        return False
 
     def _choose_first(self, sequence: Sequence, updates: list[Update]) -> None:
         """Choose the token after a prompt that chunks ran to its end, and read it."""
