@@ -28,7 +28,17 @@ LADDER = [
     {"cli"},
 ]
 KNOWS_TORCH_XLA = {"xla"}
-HOLDS_NO_TENSORS = {"config", "errors", "sampling_params", "grammar", "detokenizer", "tokenizer", "inputs", "chat", "cli"}
+HOLDS_NO_TENSORS = {
+    "config",
+    "errors",
+    "sampling_params",
+    "grammar",
+    "detokenizer",
+    "tokenizer",
+    "inputs",
+    "chat",
+    "cli",
+}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama.cli.flags import one_of
 from llama.cli.output import json_line, log_to_stderr, write
-from llama.config import BUCKET_POLICIES
+from llama.config import BUCKET_POLICIES, EngineConfig
 from llama.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llama.bench.workload import Workload
 
 
 def bench(
@@ -25,6 +29,9 @@ def bench(
     bucket_policy: str = "greedy",
     vocab_size: int | None = None,
     heads: list[str] | None = None,
+    mixed: int | None = None,
+    slots: int | None = None,
+    prefill_budget: int = EngineConfig.prefill_budget,
     compare: list[str] | None = None,
     output: str = "md",
     plot: str | None = None,
@@ -46,6 +53,10 @@ def bench(
         bucket_policy: greedy, or pad.
         vocab_size: Tokens of the random model's vocabulary. Default: the shape's own.
         heads: Time a decode step with this head, too: greedy, sample, full or logprobs.
+        mixed: Instead of the workload above: this many requests of mixed lengths share --batch slots, first all at once,
+            then arriving at random at 80 % of that rate.
+        slots: Slots of our engine. Default: as many as rows.
+        prefill_budget: With --mixed: prompt tokens that may run before the running requests get their next token.
         compare: Run hf (transformers) or llama.cpp on the same weights, alternating with llama-xla.
 
     Output:
@@ -64,6 +75,22 @@ def bench(
         raise ConfigError(f"repetitions: got {repetitions}, expected at least 1")
     if plot is not None and not Path(plot).absolute().parent.is_dir():
         raise ConfigError(f"--plot: no such directory: {Path(plot).absolute().parent}")
+    if mixed is not None:
+        _bench_mixed(
+            Workload(
+                shape,
+                ckpt_dir,
+                batch=(batch or [8])[0],
+                dtype=dtype,
+                max_seq_len=max_seq_len,
+                buckets=tuple(buckets) if buckets else None,
+                vocab_size=vocab_size,
+            ),
+            mixed,
+            repetitions,
+            {"prefill_budget": prefill_budget},
+        )
+        return
     works = [
         Workload(
             shape,
@@ -77,6 +104,7 @@ def bench(
             policy,
             vocab_size,
             tuple(one_of("heads", head, HEADS) for head in heads or ()),
+            slots,
         )
         for rows in batch or (1,)
     ]
@@ -102,6 +130,16 @@ def bench(
         report.plot([row for row in rows if row["runner"] == "ours"], ceiling, Path(plot))
     brief = [{name: value for name, value in row.items() if name != "points"} for row in rows]
     write(json_line({"rows": brief, "ratios": compared, "read_ceiling_gb_s": ceiling / 1e9}))
+
+
+def _bench_mixed(work: Workload, count: int, repetitions: int, settings: dict[str, object]) -> None:
+    from llama.bench import mixed
+
+    if count < 1:
+        raise ConfigError(f"mixed: got {count}, expected at least 1")
+    row = mixed.measure(work, count, repetitions, settings)
+    write(mixed.report(row))
+    write(json_line(row))
 
 
 bench.short = {"p": "prompt_len", "n": "gen_len", "r": "repetitions", "o": "output"}  # type: ignore[attr-defined]
