@@ -19,7 +19,7 @@ from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
 from llama.compiled.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.config import EngineConfig
 from llama.errors import UserError
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
 
 SPECIAL_SHOWN = 6
@@ -59,7 +59,7 @@ def inspect_checkpoint(
     except UserError as error:
         found.problems.append(str(error))
     try:
-        tokenizer = Tokenizer(tokenizer_path or find_tokenizer(directory))
+        tokenizer = load_tokenizer(tokenizer_path or find_tokenizer(directory))
         found.facts |= tokenizer_facts(tokenizer)
     except UserError as error:
         found.problems.append(str(error))

@@ -12,7 +12,7 @@ import pytest
 from conftest import LLMFactory
 from tokenizer_files import byte_level, write_ranks
 
-from llama import SamplingParams, Tokenizer
+from llama import SamplingParams, Tokenizer, load_tokenizer
 from llama.errors import ConfigError
 from llama.grammar import Grammar, Vocabulary, compile_grammar
 
@@ -123,12 +123,12 @@ def tokenizer(
 ) -> Tokenizer:
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == "sentencepiece":
-        return Tokenizer(tokenizer_path)
+        return load_tokenizer(tokenizer_path)
     if request.param == "tiktoken":
         write_ranks(byte_level(), directory / "tokenizer.model")
-        return Tokenizer(directory / "tokenizer.model")
+        return load_tokenizer(directory / "tokenizer.model")
     byte_level().save(str(directory / "tokenizer.json"))
-    return Tokenizer(directory / "tokenizer.json")
+    return load_tokenizer(directory / "tokenizer.json")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, Tokenizer, checkpoint
+from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, checkpoint, load_tokenizer
 from llama.compiled import cache as kv_cache
 from llama.compiled.cache import CacheView
 from llama.compiled.model import Transformer, rotary_frequencies
@@ -208,7 +208,7 @@ def build_directly(shape: Shape, config: EngineConfig, tokenizer_path: Path) -> 
     model = Transformer(shape.args, config.max_seq_len)
     for _ in checkpoint.place(model, meta_weights(shape).items(), torch.float32, device):
         pass
-    return LLaMA(Engine(model, config, device), Tokenizer(tokenizer_path))
+    return LLaMA(Engine(model, config, device), load_tokenizer(tokenizer_path))
 
 
 Builder = Callable[[Shape], LLaMA]

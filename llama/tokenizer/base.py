@@ -1,12 +1,12 @@
-"""What every kind of tokenizer has in common: the class Tokenizer, which picks the kind, and the decoder of streams."""
+"""The base class of every kind of tokenizer, and the decoder of streams."""
 
 from __future__ import annotations
 
 import codecs
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 from llama.errors import PromptError
@@ -23,14 +23,8 @@ class Part(NamedTuple):
     allow_special: bool = False
 
 
-class Tokenizer:
-    """A tokenizer file of any kind; the object is of the class that reads its kind.
-
-    What the kinds differ in are the methods that raise NotImplementedError here. They are not marked abstract, because
-    type checkers refuse calls of abstract classes, and calling this one is how a tokenizer is made.
-
-    Args:
-        model_path: a SentencePiece model, a tiktoken ranks file, or a tokenizer.json; recognised by content.
+class Tokenizer(ABC):
+    """A tokenizer file of any kind; ``load_tokenizer`` returns one.
 
     Attributes:
         kind: ``sentencepiece``, ``tiktoken`` or ``tokenizers``: the library that the file is for.
@@ -39,9 +33,6 @@ class Tokenizer:
         eos_id: end of sequence.
         stop_ids: every id that ends a generation.
         special_ids: the control tokens by how they are written, for instance ``<s>``.
-
-    Raises:
-        TokenizerError: the file is absent or damaged, has no BOS or EOS, or needs a library that is not installed.
     """
 
     kind: ClassVar[TokenizerKind]
@@ -50,17 +41,6 @@ class Tokenizer:
     eos_id: int
     stop_ids: tuple[int, ...]
     special_ids: dict[str, int]
-
-    def __new__(cls, model_path: str | Path) -> Tokenizer:
-        """An object of the file's kind, whose own constructor reads it."""
-        if cls is not Tokenizer:
-            return super().__new__(cls)
-        from llama.tokenizer.files import class_for
-
-        return super().__new__(class_for(Path(model_path)))
-
-    def __init__(self, model_path: str | Path) -> None:
-        raise NotImplementedError
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, allow_special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -109,27 +89,9 @@ class Tokenizer:
                 raise PromptError(f"not valid Unicode: character {error.start} cannot be written as UTF-8") from error
         return self._encode_parts(parts)
 
+    @abstractmethod
     def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
-        """Each stretch between two control tokens is encoded by itself, as the kinds' libraries do."""
-        ids: list[int] = []
-        stretch: list[str] = []
-        for text, special_id in self._split(parts):
-            stretch.append(text)
-            if special_id is not None:
-                ids += [*self._encode_text("".join(stretch)), special_id]
-                stretch = []
-        return ids + self._encode_text("".join(stretch))
-
-    def _split(self, parts: Sequence[Part]) -> Iterator[tuple[str, int | None]]:
-        """Cut the parts behind every control token that is meant: (the text before it, its id), and (the rest,
-        None).
-        """
-        for part in parts:
-            end = 0
-            for match in self.special_pattern.finditer(part.text) if part.allow_special else ():
-                yield part.text[end : match.start()], self.special_ids[match.group()]
-                end = match.end()
-            yield part.text[end:], None
+        """``encode_parts`` of valid Unicode."""
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -158,13 +120,39 @@ class Tokenizer:
         decoder = StreamDecoder(self)
         return decoder.push(ids) + decoder.finish()
 
-    def _encode_text(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is a control token."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _bytes_of(self, token_id: int) -> bytes:
         """``token_bytes`` of an id within the vocabulary."""
-        raise NotImplementedError
+
+
+class PlainTextTokenizer(Tokenizer):
+    """A tokenizer whose library encodes only text without control tokens; this class handles the tokens."""
+
+    def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Each stretch between two control tokens is encoded by itself, as the kinds' libraries do."""
+        ids: list[int] = []
+        stretch: list[str] = []
+        for text, special_id in self._split(parts):
+            stretch.append(text)
+            if special_id is not None:
+                ids += [*self._encode_text("".join(stretch)), special_id]
+                stretch = []
+        return ids + self._encode_text("".join(stretch))
+
+    def _split(self, parts: Sequence[Part]) -> Iterator[tuple[str, int | None]]:
+        """Cut the parts behind every control token that is meant: (the text before it, its id), and (the rest,
+        None).
+        """
+        for part in parts:
+            end = 0
+            for match in self.special_pattern.finditer(part.text) if part.allow_special else ():
+                yield part.text[end : match.start()], self.special_ids[match.group()]
+                end = match.end()
+            yield part.text[end:], None
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is a control token."""
 
 
 class StreamDecoder:

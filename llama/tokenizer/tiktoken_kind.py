@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama.errors import TokenizerError
-from llama.tokenizer.base import Tokenizer
+from llama.tokenizer.base import PlainTextTokenizer
 
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_RANKS = 128_000
@@ -43,7 +43,7 @@ _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})\s*")
 _RUN = re.compile(r"\s+|\S+")
 
 
-class TiktokenTokenizer(Tokenizer):
+class TiktokenTokenizer(PlainTextTokenizer):
     """A ranks file; see Tokenizer. Smaller ones than Llama 3's have their control tokens right behind their own
     ranks.
     """
