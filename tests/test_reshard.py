@@ -20,9 +20,10 @@ from checkpoint_files import assert_equal, edit_json, random_weights, write_meta
 from safetensors import safe_open
 
 from llama import ModelArgs, RopeScaling, checkpoint
-from llama.checkpoint import open_checkpoint, writing
+from llama.checkpoint import names, open_checkpoint, writing
 from llama.checkpoint.reshard import companions, convert, parse_size, reshard
 from llama.checkpoint.writing import verify_checksums
+from llama.compiled.partition import AXES, axis_of
 from llama.errors import CheckpointError, ConfigError
 
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=320, multiple_of=32)
@@ -34,6 +35,17 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def one_file(directory: Path, args: ModelArgs = ARGS, dtype: torch.dtype = torch.float32, **params: Any) -> Path:
     return write_meta(directory, args, [random_weights(args, dtype=dtype)], **params)
+
+
+def test_every_weight_has_an_axis() -> None:
+    """The table of axes names the weights that the table of names does; an axis is one that the weight has."""
+    assert AXES.keys() == names.TABLE.keys()
+    for name, weight in names.expected_weights(ARGS):
+        axis = axis_of(name)
+        assert (axis is None) == (len(weight.shape) == 1), name
+    assert (axis_of("layers.31.attention.wo.weight"), axis_of("layers.0.feed_forward.w1.weight")) == (1, 0)
+    with pytest.raises(KeyError):
+        axis_of("layers.00.attention.wq.weight")
 
 
 @pytest.mark.parametrize("embedding_axis", [0, 1])

@@ -1,6 +1,6 @@
 """Meta's own format: params.json and consolidated.00.pth to consolidated.NN.pth, one file a model-parallel rank.
 
-How the files' parts make up a weight is fairscale's convention (names.py, partition.py). An unsplit weight stays a view
+How the files' parts make up a weight is fairscale's convention (partition.py, llama/compiled/partition.py). An unsplit weight stays a view
 of the mapped file; a split one is put together when it is read. Nothing about a split is guessed: sizes that do not fit
 are refused.
 """
@@ -16,6 +16,7 @@ import torch
 from llama.checkpoint import names, partition
 from llama.checkpoint.files import PickleFile, read_json
 from llama.checkpoint.source import Found, Settings, Source, same_bits
+from llama.compiled.partition import axis_of
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 
@@ -187,10 +188,12 @@ def _axes(shard: PickleFile, args: ModelArgs, count: int) -> Iterator[tuple[str,
         weight = names.weight_of(name)
         if weight is None:
             continue
-        if weight.meta != names.EMBEDDING or count == 1:
-            yield name, weight.axis if count > 1 else None
-            continue
-        yield name, _embedding_axis(shard.path, header.shape, args, count)
+        if count == 1:
+            yield name, None
+        elif weight.meta == names.EMBEDDING:
+            yield name, _embedding_axis(shard.path, header.shape, args, count)
+        else:
+            yield name, axis_of(name)
 
 
 def _embedding_axis(path: Path, shape: tuple[int, ...], args: ModelArgs, count: int) -> int:

@@ -25,6 +25,7 @@ from llama.checkpoint.meta_pth import NOTES
 from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, is_finite
+from llama.compiled.partition import axis_of
 from llama.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("llama")
@@ -169,7 +170,7 @@ def _write_shards(source: Source, directory: Path, parts: int, embedding_axis: i
         for name, tensor in source.tensors():
             weight = names.weight_of(name)
             assert weight is not None
-            axis = embedding_axis if name == names.EMBEDDING else weight.axis
+            axis = embedding_axis if name == names.EMBEDDING else axis_of(name)
             replicated = partition.replicates_heads(weight, source.args, parts)
             for rank, scratch in enumerate(scratches):
                 place, count = (partition.head_of(rank, heads, parts), heads) if replicated else (rank, parts)
