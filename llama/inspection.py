@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
+from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.compiled.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.config import EngineConfig
 from llama.errors import UserError
@@ -41,7 +42,11 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    directory: Path, tokenizer_path: Path | None, config: EngineConfig, check_tensors: bool = False
+    directory: Path,
+    tokenizer_path: Path | None,
+    config: EngineConfig,
+    check_tensors: bool = False,
+    check_sums: bool = False,
 ) -> Inspection:
     """Look at a checkpoint and its tokenizer.
 
@@ -50,6 +55,7 @@ def inspect_checkpoint(
         tokenizer_path: None means the one beside the weights.
         config: what the memory plan is made for.
         check_tensors: read every weight and look for NaN and infinity.
+        check_sums: read every file and compare it with checksums.json.
     """
     found = Inspection(directory)
     source = tokenizer = None
@@ -68,7 +74,20 @@ def inspect_checkpoint(
         if check_tensors:
             found.problems += bad_tensors(source)
             found.facts["tensors_checked"] = len(source.infos())
+    if check_sums and directory.is_dir():
+        _check_sums(found)
     return found
+
+
+def _check_sums(found: Inspection) -> None:
+    """Compare the files with their sums, whether or not the weights could be opened."""
+    try:
+        sums = read_checksums(found.directory)
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    found.problems += differing_files(found.directory, sums)
+    found.facts["files_checked"] = len(sums)
 
 
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:

@@ -21,8 +21,8 @@ from safetensors import safe_open
 
 from llama import ModelArgs, RopeScaling, checkpoint
 from llama.checkpoint import names, open_checkpoint, writing
+from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.checkpoint.reshard import companions, convert, parse_size, reshard
-from llama.checkpoint.writing import verify_checksums
 from llama.compiled.partition import AXES, axis_of
 from llama.errors import CheckpointError, ConfigError
 
@@ -330,6 +330,7 @@ def test_a_signal_in_the_middle(tmp_path: Path, command: str, number: signal.Sig
     code = f"""
 import sys, time
 from llama.checkpoint import source, reshard as module
+from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.checkpoint.reshard import convert, reshard
 read = source.Source.read
 def slow(self, name):
@@ -398,8 +399,9 @@ def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_checksums(tmp_path: Path) -> None:
-    """Of every file but their own, as sha256sum makes them; a flipped bit and a missing file are named. Opening does
-    not read them.
+    """Every file but checksums.json has one, as sha256sum computes it.
+
+    A changed, a missing and an added file are named. Opening a checkpoint does not read the sums.
     """
     source = one_file(tmp_path / "src")
     (source / "tokenizer.model").write_bytes(b"sentences")
@@ -411,19 +413,38 @@ def test_checksums(tmp_path: Path) -> None:
         ["sha256sum", "tokenizer.model"], cwd=directory, capture_output=True, text=True, check=True
     ).stdout
     assert sums["tokenizer.model"] == said.split()[0]
-    assert set(verify_checksums(directory)) == set(sums)
+    assert read_checksums(directory) == sums
+    assert list(differing_files(directory, sums)) == []
     path = sorted(directory.glob("*.safetensors"))[1]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     open_checkpoint(directory)
-    with pytest.raises(CheckpointError, match=rf"{path.name} was changed after it had been written"):
-        verify_checksums(directory)
+    (changed,) = differing_files(directory, sums)
+    assert changed.startswith(f"{path.name} was changed after it had been written")
     path.unlink()
-    with pytest.raises(CheckpointError, match=rf"{path.name} is missing"):
-        verify_checksums(directory)
-    with pytest.raises(CheckpointError, match=r"checksums\.json is not readable"):
-        verify_checksums(source)
+    (directory / "notes.txt").write_text("added")
+    (directory / ".hidden").write_text("hidden")
+    missing, added = sorted(differing_files(directory, sums))
+    assert missing == f"{path.name} is missing: checksums.json names it"
+    assert added.startswith("notes.txt has no sum in checksums.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"has no checksums\.json"),
+        ("{", r"checksums\.json is not readable"),
+        ('{"../params.json": "00"}', r"got '\.\./params\.json'"),
+        ('{"params.json": 1}', r"got 'params\.json': '1'"),
+    ],
+)
+def test_checksums_that_cannot_be_used(tmp_path: Path, content: str | None, words: str) -> None:
+    """Absent, not JSON, with a path out of the directory, with a sum that is no text."""
+    if content is not None:
+        (tmp_path / "checksums.json").write_text(content)
+    with pytest.raises(CheckpointError, match=words):
+        read_checksums(tmp_path)
 
 
 def test_a_bar_shows_the_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -460,6 +481,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from llama.checkpoint import checked, open_checkpoint
+from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.checkpoint.reshard import convert, reshard
 
 def status(name):

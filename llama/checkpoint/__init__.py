@@ -3,10 +3,12 @@ on the device.
 
 In here:
 
-    files.py       one file: JSON, or tensors mapped from it     names.py       one table: names, shapes, axes of a
-    split source.py      an opened checkpoint, whatever its format     partition.py   fairscale's arithmetic of a split
-    meta_pth.py, hf_safetensors.py, native.py: the formats       recognise.py   which of them a directory holds
-    reshard.py     writing whole checkpoints                     writing.py     writing files
+    recognise.py   which format a directory holds     source.py      an opened checkpoint of any format
+    meta_pth.py, hf_safetensors.py, native.py         the formats
+    files.py       one file: JSON or mapped tensors   names.py       one table: names and shapes of the weights
+    partition.py   cutting weights for several ranks  quantize.py    int8 weights
+    reshard.py     writing whole checkpoints          writing.py     writing files
+    checksums.py   comparing files with their sha256
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from llama.checkpoint import names, native, partition, writing
+from llama.checkpoint.checksums import CHECKSUMS
 from llama.checkpoint.meta_pth import NOTES
 from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
@@ -251,7 +252,7 @@ def _write_companions(source: Source, directory: Path, sums: dict[str, str], par
     for path in companions(source.directory):
         sums[path.name] = writing.write_bytes(directory / path.name, path.read_bytes())
     sums["params.json"] = hashlib.sha256(params).hexdigest()
-    writing.write_bytes(directory / writing.CHECKSUMS, writing.json_bytes(sums))
+    writing.write_bytes(directory / CHECKSUMS, writing.json_bytes(sums))
     writing.write_bytes(directory / "params.json", params)
 
 

@@ -24,13 +24,12 @@ from typing import IO, Any, NoReturn, cast
 
 import torch
 
-from llama.checkpoint.files import KNOWN, read_json
+from llama.checkpoint.checksums import sha256_of
+from llama.checkpoint.files import KNOWN
 from llama.errors import CheckpointError
 from llama.xla.transfers import ALIGNMENT
 
-CHECKSUMS = "checksums.json"
 RELEASE_AFTER = 16 * 2**20  # bytes
-BLOCK = 2**22  # bytes read in one go
 DTYPE_NAMES = {dtype: name for name, dtype in KNOWN.items()}
 TERMINATED = 128 + signal.SIGTERM
 
@@ -125,15 +124,6 @@ class HashedFile:
                 f"{self.path}: what was read back is not what was written: the disk or the file system is at fault"
             )
         return self._hash.hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """The hexadecimal sha256 of a file's bytes."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> str:
@@ -242,25 +232,3 @@ def safetensors_table(infos: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) 
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     return table
-
-
-def verify_checksums(directory: Path) -> list[str]:
-    """Compare every file that a directory's checksums.json names with its sha256.
-
-    Returns:
-        The names of the files, all of which are what they were when they were written.
-
-    Raises:
-        CheckpointError: there is no checksums.json, or a file is missing or was changed.
-    """
-    sums = read_json(directory / CHECKSUMS)
-    for name, expected in sums.items():
-        path = directory / Path(name).name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {CHECKSUMS} names it")
-        found = sha256_of(path)
-        if found != expected:
-            raise CheckpointError(
-                f"{path} was changed after it had been written: its sha256 is {found}, {CHECKSUMS} says {expected}"
-            )
-    return list(sums)
