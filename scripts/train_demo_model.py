@@ -312,9 +312,8 @@ def train(plan: Plan, model: Transformer, tokens: Tokens, seed: int, compiled: b
             minutes = (time.monotonic() - started) / 60
             log(f"step {step:5d} of {plan.steps}  loss {recent:.3f}  {minutes:5.1f} min  {seen / 1e6:.2f} M tokens")
         if step % 250 == 249:
-            log(
-                f"    copies {greedy_accuracy(model, tokens, probes):.0%}; {generate(model, tokens, *SAMPLES[0], limit=80)}"
-            )
+            sample = generate(model, tokens, *SAMPLES[0], limit=80)
+            log(f"    copies {greedy_accuracy(model, tokens, probes):.0%}; {sample}")
 
 
 # ---- saving and measuring
@@ -425,8 +424,9 @@ def measure(plan: Plan, out: Path, tokens: Tokens, seed: int) -> Report:
 
 README = """# The demo model
 
-A toy for demonstrations and tests: a LLaMA of {parameters:.2f} million parameters that tells small stories, answers questions
-about a passage and repeats what it is shown. It knows a thousand English words and nothing of the world; it is no chat model.
+A toy for demonstrations and tests: a LLaMA of {parameters:.2f} million parameters that tells small stories,
+answers questions about a passage and repeats what it is shown. It knows a thousand English words and nothing of the
+world; it is no chat model.
 
 {files}
 
@@ -437,11 +437,12 @@ with LLaMA's settings (byte fallback, digits one by one).
 
     {command}
 
-Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is made as training goes, by
-`demo_text.py` beside that script, from templates and word lists: {shapes} distinct sentence shapes in {shape_documents}
-documents (wordings with names, things and places left open). A drill in copying random tokens comes first, and names
-and words that are made up on the spot see to it that copying is learnt and not the words. The same seed gives the same
-text, tokenizer and order of training; weights may differ in their last bits from machine to machine.
+Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is made as
+training goes, by `demo_text.py` beside that script, from templates and word lists: {shapes} distinct sentence shapes in
+{shape_documents} documents (wordings with names, things and places left open). A drill in copying random tokens comes
+first, and names and words that are made up on the spot see to it that copying is learnt and not the words. The same
+seed gives the same text, tokenizer and order of training; weights may differ in their last bits from machine to
+machine.
 
 ## What it can do
 

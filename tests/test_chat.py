@@ -334,7 +334,10 @@ class Terminal:
 
     def __init__(self, arguments: list[str]) -> None:
         self._fd, child = pty.openpty()
-        own_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        own_terminal = (
+            "import fcntl, os, sys, termios; "
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        )
         command = [sys.executable, "-c", own_terminal, sys.executable, "-m", "llama.cli", "chat", *arguments]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True

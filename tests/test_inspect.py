@@ -220,7 +220,10 @@ def test_bad_flags_are_refused(run: Run, arguments: list[str], words: list[str])
 
 def test_inspect_starts_no_device(made: Path) -> None:
     """torch_xla is not imported: the command answers in the time that importing torch takes."""
-    code = f"import sys; from llama import cli; cli._exit_code(['inspect', {str(made / 'meta')!r}]); print('torch_xla' in sys.modules)"
+    code = (
+        f"import sys; from llama import cli; cli._exit_code(['inspect', {str(made / 'meta')!r}]); "
+        "print('torch_xla' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_TIMEOUT_S, check=True
     )

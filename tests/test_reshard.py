@@ -481,11 +481,11 @@ MEASURE = """
 import sys
 from pathlib import Path
 from llama.checkpoint import checked, open_checkpoint
-from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.checkpoint.reshard import convert, reshard
 
 def status(name):
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 def read(name):
     for _ in checked(open_checkpoint(root / name)):

@@ -329,7 +329,8 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.model", tmp_path):
         with pytest.raises(
             TokenizerError,
-            match=r"no tokenizer at .*expected a SentencePiece model, a tiktoken ranks file or a tokenizer\.json.*--tokenizer_path",
+            match=r"no tokenizer at .*expected a SentencePiece model, a tiktoken ranks file or a tokenizer\.json"
+            r".*--tokenizer_path",
         ) as caught:
             load_tokenizer(path)
         assert str(path) in str(caught.value)

@@ -60,5 +60,6 @@ def choose_format(tokenizer: Tokenizer, directory: Path, name: str | None = None
     if name == "llama2" or Llama2Format.fits(tokenizer):
         return Llama2Format(tokenizer)
     raise ChatError(
-        f"{directory} has no chat template, and its tokenizer is neither Llama 2's nor Llama 3's: choose a format, {choices}"
+        f"{directory} has no chat template, and its tokenizer is neither Llama 2's nor Llama 3's: "
+        f"choose a format, {choices}"
     )

@@ -79,8 +79,8 @@ def check_dialog(dialog: Dialog) -> None:
         expected = "assistant" if index % 2 else "user"
         if message["role"] != expected:
             raise ChatError(
-                f"message {index + offset}: its role is {message['role']!r:.50}, expected {expected!r}: after an optional system message, "
-                "user and assistant take turns"
+                f"message {index + offset}: its role is {message['role']!r:.50}, expected {expected!r}: "
+                "after an optional system message, user and assistant take turns"
             )
     if len(turns) % 2 == 0:
         got = f"the last of {len(dialog)} messages is the {dialog[-1]['role']}'s" if dialog else "got no messages"
@@ -135,7 +135,8 @@ class Llama3Format(ChatFormat):
         absent = [name for name in (self._HEADER, self._END_HEADER, self._EOT) if name not in tokenizer.special_ids]
         if absent:
             raise ChatError(
-                f"the tokenizer has no {', '.join(absent)}, which Llama 3's format is made of; choose another chat format"
+                f"the tokenizer has no {', '.join(absent)}, which Llama 3's format is made of; "
+                "choose another chat format"
             )
 
     @classmethod

@@ -126,14 +126,15 @@ class TemplateFormat(ChatFormat):
         for key in own.keys() & names.keys():
             if len(tokenizer.encode_parts([Part(names[key], True)])) != 1:
                 raise ChatError(
-                    f"{source}: the template's {key} {names[key]!r} is no token of the {tokenizer.kind} tokenizer: they belong to "
-                    "different models, or a tokenizer.json is needed; give it with --tokenizer_path"
+                    f"{source}: the template's {key} {names[key]!r} is no token of the {tokenizer.kind} tokenizer: "
+                    "they belong to different models, or a tokenizer.json is needed; give it with --tokenizer_path"
                 )
 
     def encode(self, dialog: Dialog, add_generation_prompt: bool = True) -> list[int]:
         """See ChatFormat."""
         check_dialog(dialog)
-        mark = f"\U000f0000{secrets.randbelow(10**20):020}\U000f0001"  # no filter changes it: neither letters nor white space
+        # neither letters nor white space, so no filter changes the mark
+        mark = f"\U000f0000{secrets.randbelow(10**20):020}\U000f0001"
         plain, marked = self._render([dialog, self._mark(dialog, mark)], add_generation_prompt)
         if plain.text is None:
             raise ChatError(f"{self._source}: {plain.problem}")
@@ -164,8 +165,8 @@ class TemplateFormat(ChatFormat):
             match = self.tokenizer.special_pattern.search(message["content"])
             if match:
                 raise ChatError(
-                    f"message {index} holds {match.group()}, and {self._source} changes messages in a way that does not let it be told "
-                    "from the template's own control tokens; write it differently"
+                    f"message {index} holds {match.group()}, and {self._source} changes messages in a way that "
+                    "does not let it be told from the template's own control tokens; write it differently"
                 )
 
     def _render(self, dialogs: Sequence[Dialog], add_generation_prompt: bool) -> list[_Rendered]:

@@ -146,8 +146,8 @@ class PickleFile(TensorFile):
             with self.path.open("rb") as file:
                 start = file.read(16)
             raise CheckpointError(
-                f"{self.path} is not a checkpoint: got {self.path.stat().st_size} bytes that begin with {start!r}, expected the zip "
-                f"archive that torch.save writes since 1.6; it may be cut short{_hint(self.path)}"
+                f"{self.path} is not a checkpoint: got {self.path.stat().st_size} bytes that begin with {start!r}, "
+                f"expected the zip archive that torch.save writes since 1.6; it may be cut short{_hint(self.path)}"
             )
         try:
             loaded: Any = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)

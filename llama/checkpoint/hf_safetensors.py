@@ -295,7 +295,8 @@ def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     spelled = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
     if not all(isinstance(each, dict) for each in spelled) or any(each != spelled[0] for each in spelled[1:]):
         raise CheckpointError(
-            f"{path}: rope_scaling and rope_parameters, got {str(spelled)[:200]}, expected one object, or two equal ones"
+            f"{path}: rope_scaling and rope_parameters, got {str(spelled)[:200]}, "
+            "expected one object, or two equal ones"
         )
     rope = spelled[0] if spelled else {}
     thetas = [theta for theta in (rope.get("rope_theta"), config.get("rope_theta")) if theta is not None]
@@ -312,7 +313,8 @@ def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if wrong or rope.get("partial_rotary_factor") not in (None, 1.0):
         named = ", ".join(wrong) or "partial_rotary_factor"
         raise CheckpointError(
-            f"{path}: rope type {kind} expects exactly {', '.join(fields) or 'no settings'}; too many or missing: {named}"
+            f"{path}: rope type {kind} expects exactly {', '.join(fields) or 'no settings'}; "
+            f"too many or missing: {named}"
         )
     values = {ours: rope[theirs] for theirs, ours in fields.items()}
     scaling = None if kind == "default" else RopeScaling(**values, kind="linear" if kind == "linear" else "llama3")

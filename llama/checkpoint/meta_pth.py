@@ -1,8 +1,8 @@
 """Meta's own format: params.json and consolidated.00.pth to consolidated.NN.pth, one file a model-parallel rank.
 
-How the files' parts make up a weight is fairscale's convention (partition.py, llama/compiled/partition.py). An unsplit weight stays a view
-of the mapped file; a split one is put together when it is read. Nothing about a split is guessed: sizes that do not fit
-are refused.
+The files are split as fairscale splits weights (partition.py, llama/compiled/partition.py). An unsplit weight stays a
+view of the mapped file; a split one is joined when it is read. The split is never guessed: sizes that do not fit are
+refused.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class MetaSource(Source):
         for other in shards[1:]:
             if not same_bits(first, other.read(name)):
                 raise CheckpointError(
-                    f"{other.path}: tensor {name} differs from the one in {shards[0].path.name}, expected equal copies: "
-                    "the files belong to two models, or one is damaged"
+                    f"{other.path}: tensor {name} differs from the one in {shards[0].path.name}, expected equal "
+                    "copies: the files belong to two models, or one is damaged"
                 )
         return first.contiguous()
 
@@ -109,7 +109,8 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in ckpt_dir.iterdir())[:10]) if ckpt_dir.is_dir() else "no such directory"
         raise CheckpointError(
-            f"{ckpt_dir} has no params.json (found: {found or 'nothing'}), which Meta's format and that of llama-xla convert need"
+            f"{ckpt_dir} has no params.json (found: {found or 'nothing'}), which Meta's format "
+            "and that of llama-xla convert need"
         )
     try:
         return ModelArgs.from_params(read_json(path))
@@ -153,8 +154,8 @@ def _check_alike(shards: Sequence[PickleFile]) -> None:
         for name, header in first.headers.items():
             if other.headers[name] != header:
                 raise CheckpointError(
-                    f"{other.path}: tensor {name} is {_described(other, name)}, but {_described(first, name)} in {first.path.name}: "
-                    "a shard of another model, or damaged"
+                    f"{other.path}: tensor {name} is {_described(other, name)}, but {_described(first, name)} in "
+                    f"{first.path.name}: a shard of another model, or damaged"
                 )
 
 
@@ -173,8 +174,8 @@ def _check_count(shards: Sequence[PickleFile], args: ModelArgs) -> None:
         return
     expected = f"consolidated.00.pth to consolidated.{count - 1:02}.pth" if count > 1 else "one file"
     raise CheckpointError(
-        f"{shards[0].path.parent} has {len(shards)} shards, but {name} in {shards[0].path.name} is one of {count} parts of {args.dim}: "
-        f"expected {expected}"
+        f"{shards[0].path.parent} has {len(shards)} shards, but {name} in {shards[0].path.name} is one of "
+        f"{count} parts of {args.dim}: expected {expected}"
     )
 
 
@@ -206,8 +207,8 @@ def _embedding_axis(path: Path, shape: tuple[int, ...], args: ModelArgs, count: 
     if width == args.dim and args.vocab_size in (-1, rows * count):
         return 0
     raise CheckpointError(
-        f"{path}: tensor {names.EMBEDDING} is {list(shape)}, expected [{args.vocab_size}, {args.dim / count:g}] as LLaMA 1 and 2 split it "
-        f"into {count}, or [{abs(args.vocab_size) / count:g}, {args.dim}] as Llama 3 does"
+        f"{path}: tensor {names.EMBEDDING} is {list(shape)}, expected [{args.vocab_size}, {args.dim / count:g}] as "
+        f"LLaMA 1 and 2 split it into {count}, or [{abs(args.vocab_size) / count:g}, {args.dim}] as Llama 3 does"
     )
 
 

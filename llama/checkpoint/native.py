@@ -99,7 +99,8 @@ def _checked_metadata(file: TensorFile, args: ModelArgs, directory: Path) -> dic
         )
     if metadata["params"] != json.dumps(args.to_params(), sort_keys=True):
         raise CheckpointError(
-            f"{file.path} belongs to another params.json than {directory / 'params.json'}, which was changed or mistaken"
+            f"{file.path} belongs to another params.json than {directory / 'params.json'}, which was changed "
+            "or mistaken"
         )
     return metadata
 

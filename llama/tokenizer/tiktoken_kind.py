@@ -15,7 +15,10 @@ from pathlib import Path
 from llama.errors import TokenizerError
 from llama.tokenizer.base import PlainTextTokenizer
 
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_RANKS = 128_000
 N_SPECIAL = 256
 BOS, EOS, EOM, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"
@@ -92,7 +95,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token = b""
         if match is None or not token or token in ranks:
             raise TokenizerError(
-                f"{path}, line {number}: got {line[:60]!r}, expected 'base64 rank' with a token that was not there before"
+                f"{path}, line {number}: got {line[:60]!r}, expected 'base64 rank' with a token "
+                "that was not there before"
             )
         ranks[token] = int(match.group(2))
     if sorted(ranks.values()) != list(range(len(ranks))):

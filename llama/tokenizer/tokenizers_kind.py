@@ -64,8 +64,8 @@ class JSONTokenizer(Tokenizer):
         ids = [*generation_ids(directory, f"{which}_token_id"), *known]
         if not ids:
             raise TokenizerError(
-                f"{self._path} has no {which.upper()} token: LLaMA needs one; expected {which}_token in tokenizer_config.json beside "
-                f"it, or a token {' or '.join(_WELL_KNOWN[which])}"
+                f"{self._path} has no {which.upper()} token: LLaMA needs one; expected {which}_token in "
+                f"tokenizer_config.json beside it, or a token {' or '.join(_WELL_KNOWN[which])}"
             )
         return ids[0]
 
@@ -75,8 +75,8 @@ class JSONTokenizer(Tokenizer):
         ids = tuple(dict.fromkeys([self.eos_id, *generation_ids(self._path.parent, "eos_token_id"), *known]))
         if max(self.bos_id, *ids) >= self.n_words:
             raise TokenizerError(
-                f"{self._path.parent}: its files give token ids {self.bos_id} and {list(ids)}, of which {self._path.name} has only "
-                f"those below {self.n_words}: they belong to different models"
+                f"{self._path.parent}: its files give token ids {self.bos_id} and {list(ids)}, of which "
+                f"{self._path.name} has only those below {self.n_words}: they belong to different models"
             )
         return ids
 
@@ -188,8 +188,9 @@ class _PieceBytes:
             or self._first_spaces not in (0, 2, 3)
         ):
             raise TokenizerError(
-                f"{path}: its decoder is {' + '.join(names) or 'absent'}, expected ByteLevel or SentencePiece's manner (Replace or "
-                "Metaspace, ByteFallback, Fuse, Strip); where a SentencePiece *.model lies beside it, give that with --tokenizer_path"
+                f"{path}: its decoder is {' + '.join(names) or 'absent'}, expected ByteLevel or SentencePiece's "
+                "manner (Replace or Metaspace, ByteFallback, Fuse, Strip); where a SentencePiece *.model lies beside "
+                "it, give that with --tokenizer_path"
             )
 
     def of(self, piece: str) -> bytes:
