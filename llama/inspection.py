@@ -1,8 +1,7 @@
-"""What a checkpoint directory holds and whether it can be used, without loading it: the content of ``llama-xla
-inspect``.
+"""Inspect a checkpoint directory without loading it: the content of ``llama-xla inspect``.
 
-Headers are read, weights are not, unless they are asked to be checked. What is wrong ends in the list of problems, as
-far as the rest can still be told.
+Headers are read; weights and checksums only on request. Every problem is added to a list, and the rest is still
+reported.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ SPECIAL_SHOWN = 6
 
 @dataclass
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        directory: where.
-        facts: label to value, plain JSON types, in the order they are shown.
-        problems: what stands in the way of using it, each with its cure.
+        directory: that was inspected.
+        facts: values of plain JSON types by label, in the order of the report.
+        problems: reasons why the checkpoint cannot be used, each with its cure.
     """
 
     directory: Path
@@ -48,12 +47,12 @@ def inspect_checkpoint(
     check_tensors: bool = False,
     check_sums: bool = False,
 ) -> Inspection:
-    """Look at a checkpoint and its tokenizer.
+    """Inspect a checkpoint and its tokenizer.
 
     Args:
-        directory: in any format that is read.
-        tokenizer_path: None means the one beside the weights.
-        config: what the memory plan is made for.
+        directory: of a checkpoint of any format.
+        tokenizer_path: default: the one beside the weights.
+        config: for the memory plan.
         check_tensors: read every weight and look for NaN and infinity.
         check_sums: read every file and compare it with checksums.json.
     """
@@ -91,7 +90,7 @@ def _check_sums(found: Inspection) -> None:
 
 
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
-    """What only the weights, the tokenizer and the wished-for shapes together show."""
+    """Add the memory plan, and problems that weights, tokenizer and config only show together."""
     dtypes = dtypes_for(config, on_cpu=True, int8_stored=source.is_int8)
     planned = (source.args, config, *dtypes, backend.host_memory())  # this machine's CPU device; none is started
     plan = plan_memory(*planned)
@@ -116,7 +115,7 @@ def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | Non
 
 
 def weight_facts(source: Source) -> dict[str, Any]:
-    """What headers and settings say of the weights."""
+    """Return the facts in headers and settings about the weights."""
     args, infos = source.args, source.infos()
     counts: Counter[str] = Counter()
     for info in infos.values():
@@ -140,7 +139,7 @@ def weight_facts(source: Source) -> dict[str, Any]:
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the tokenizer says of itself."""
+    """Return the facts about a tokenizer."""
     return {
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -154,7 +153,7 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def bad_tensors(source: Source) -> Iterator[str]:
-    """Read every weight; yield what is wrong with each that is."""
+    """Read every weight; yield a problem for each that is unreadable or not finite."""
     for name, info in source.infos().items():
         try:
             finite = is_finite(source.read(name))
@@ -166,7 +165,7 @@ def bad_tensors(source: Source) -> Iterator[str]:
 
 
 def report(found: Inspection) -> Iterator[str]:
-    """The lines that people read."""
+    """Yield the report line by line, for people."""
     yield f"{found.directory}"
     for label, value in found.facts.items():
         yield f"  {label.replace('_', ' ') + ':':<16} {_shown(label, value)}"

@@ -1,5 +1,6 @@
-"""Write the results of scripts/bench.sh into a document, between its two marks: where and when it was measured, and one
-line a run.
+"""Write the results of scripts/bench.sh into documents, between two marks.
+
+A heading says where and when they were measured; each run is one line.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""The text that the demo model learns from: little stories, questions about a passage, and passages to repeat or
-complete.
+"""The text that the demo model learns from: stories, questions, and passages to copy or complete.
 
-All of it is made here, from templates and word lists, by one seeded random generator: the same seed gives the same
-    documents. A
-template such as ``"{A} [ran|walked] {to}[ after lunch|]."`` is written in two steps. First each bracket becomes one of
-its alternatives, which yields the sentence's *shape*; then the slots are filled from a *world* (who, where, with what),
-which is drawn once a document, so that the hero stays the hero and the place stays the place. Copying tasks draw names
-and words that were made up on the spot, so that they can only be solved by looking at the prompt.
+Everything is made from templates and word lists by one seeded random generator: the same seed gives the same documents.
+A template such as ``"{A} [ran|walked] {to}[ after lunch|]."`` is expanded in two steps. First each bracket becomes one
+of its alternatives, which gives the sentence's *shape*; then the slots are filled from a *world* (who, where, with
+what), which is drawn once for each document, so that the hero stays the hero and the place stays the place. Copying
+tasks draw names and words that are made up on the spot, so that they can only be solved by looking at the prompt.
 """
 
 from __future__ import annotations
@@ -232,10 +230,9 @@ SENTENCE_START = re.compile(r'((?:^|[.!?] )"?)([a-z])')
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it can be cut for a test: ``text`` starts with ``prompt + answer``, and greedy decoding
-    should find ``answer``.
+    """One text, and where to cut it for a test.
 
-    A story has an empty prompt and no answer of its own.
+    ``text`` starts with ``prompt + answer``; greedy decoding of the prompt should give the answer. A story has neither.
     """
 
     kind: str
@@ -253,7 +250,7 @@ class Fact:
 
 
 def article(words: str) -> str:
-    """The words with ``a`` or ``an`` before them, after their first letter (no word in the lists breaks that rule)."""
+    """Put ``a`` or ``an`` before words, by their first letter, which is right for every listed word."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -686,8 +683,9 @@ class TextMaker:
 
 
 def count_shapes(seed: int, documents: int) -> int:
-    """How many distinct sentence shapes so many documents show: wordings with their names, things and places left
-    open.
+    """Count the distinct sentence shapes in so many documents.
+
+    A shape is a wording with its names, things and places left open.
     """
     maker = TextMaker(seed)
     for _ in range(documents):

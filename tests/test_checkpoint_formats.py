@@ -710,7 +710,7 @@ def test_our_format_refuses_what_was_changed(native: Path, tmp_path: Path) -> No
         convert(tmp_path / "src2", tmp_path / "native2", max_shard_size="200KB")
         shutil.copy(tmp_path / "native2" / path.name, path)
 
-    changed(swap_names, "the header does not have the digest")
+    changed(swap_names, "the header does not match its digest")
     changed(another_model, "belongs to another params.json")
     changed(
         lambda path: path.write_bytes(path.read_bytes().replace(b'"version": "1"', b'"version": "2"')),

@@ -1,4 +1,4 @@
-"""The sha256 of every file of a checkpoint that this package wrote: ``checksums.json`` beside the files."""
+"""checksums.json: the sha256 of every file of a checkpoint that this package wrote."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_checksums(directory: Path) -> dict[str, str]:
 
 
 def differing_files(directory: Path, sums: dict[str, str]) -> Iterator[str]:
-    """Compare a directory's files with their sums; yield one line for each that differs, is missing, or has no sum.
+    """Compare files with their sums; yield a line for each that differs, is missing, or has no sum.
 
     Hidden files and subdirectories need no sum.
     """

@@ -14,7 +14,7 @@ from llama.config import ModelArgs
 
 
 class Weight(NamedTuple):
-    """One row of the table; ``{}`` in a name stands for the layer's number, a size is a name of ``sizes``."""
+    """One row of the table. ``{}`` stands for the layer's number, sizes are the names in ``shape_of``."""
 
     meta: str
     hugging_face: str
@@ -35,21 +35,21 @@ IN_LAYER = (
     Weight("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", ("dim",)),
     Weight("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", ("dim",)),
 )
-BEHIND_LAYERS = (
+AFTER_LAYERS = (
     Weight("norm.weight", "model.norm.weight", ("dim",)),
     Weight(HEAD, "lm_head.weight", ("vocab", "dim")),
 )
-TABLE = {weight.meta: weight for weight in (*BEFORE_LAYERS, *IN_LAYER, *BEHIND_LAYERS)}
+TABLE = {weight.meta: weight for weight in (*BEFORE_LAYERS, *IN_LAYER, *AFTER_LAYERS)}
 FROM_HUGGING_FACE = {weight.hugging_face: weight for weight in TABLE.values()}
 
-# Tables of rotary frequencies, which follow from the settings and are not read
+# Tables of rotary frequencies, which are computed from the settings and not read
 DERIVED = re.compile(
     r"rope\.freqs|layers\.[0-9]+\.attention\.inner_attention\.rope\.freqs|model\.(layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"
 )
 
 
 def weight_of(name: str) -> Weight | None:
-    """The row of the table that one of Meta's names belongs to, or None for a name that is not in it."""
+    """Return the table's row for one of Meta's names, or None."""
     return TABLE.get(numberless(name))
 
 
@@ -66,24 +66,27 @@ def to_meta(name: str) -> str | None:
 
 
 def is_key_or_value(weight: Weight) -> bool:
-    """Whether a weight has one block of rows a key/value head, which more shards than heads hold several times."""
+    """Whether a weight has one block of rows for each key/value head.
+
+    If there are more shards than heads, several shards hold the same block.
+    """
     return weight.shape[0] == "kv"
 
 
 def expected_weights(args: ModelArgs) -> Iterator[tuple[str, Weight]]:
-    """(Meta's name, row of the table) of every weight of a model, in the order in which the model computes."""
+    """Yield (Meta's name, row of the table) for every weight of a model, in the order of computation."""
     for weight in BEFORE_LAYERS:
         yield weight.meta, weight
     for layer in range(args.n_layers):
         for weight in IN_LAYER:
             yield weight.meta.format(layer), weight
-    for weight in BEHIND_LAYERS:
+    for weight in AFTER_LAYERS:
         if weight.meta != HEAD or not args.tie_word_embeddings:
             yield weight.meta, weight
 
 
 def is_quantised(name: str) -> bool:
-    """Whether int8 is for a weight: those of the linear layers, not embedding and norms."""
+    """Whether a weight can be int8: those of linear layers can, embedding and norms cannot."""
     weight = weight_of(name)
     return weight is not None and len(weight.shape) == 2 and name != EMBEDDING
 

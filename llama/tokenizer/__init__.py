@@ -1,4 +1,4 @@
-"""Text to token ids and back, whole or as a stream, for every kind of tokenizer that LLaMA checkpoints come with.
+"""Text to token ids and back, whole or as a stream, for every kind of LLaMA tokenizer.
 
     loading.py             find a tokenizer file, recognise its kind by content, load it
     base.py                the base class Tokenizer, and StreamDecoder

@@ -10,8 +10,9 @@ from llama.errors import TokenizerError
 
 
 def special_names(directory: Path) -> dict[str, str]:
-    """The control tokens that a Hugging Face directory names, for instance ``{"bos_token": "<s>"}``; none without its
-    files.
+    """Return the control tokens that a Hugging Face directory names; none without its files.
+
+    For instance ``{"bos_token": "<s>"}``.
 
     Raises:
         TokenizerError: tokenizer_config.json or special_tokens_map.json is damaged.
@@ -26,7 +27,7 @@ def special_names(directory: Path) -> dict[str, str]:
 
 
 def generation_ids(directory: Path, key: str) -> tuple[int, ...]:
-    """The ids that generation_config.json gives for a key such as ``eos_token_id``: none, one or several.
+    """Return the ids that generation_config.json gives for a key such as ``eos_token_id``, if any.
 
     Raises:
         TokenizerError: the file is damaged, or the value is no id and no list of ids.
@@ -41,7 +42,7 @@ def generation_ids(directory: Path, key: str) -> tuple[int, ...]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object, empty where there is no such file.
+    """Read the object in a JSON file; empty if there is no such file.
 
     Raises:
         TokenizerError: it is not readable, not JSON, or no object.

@@ -50,10 +50,10 @@ def _class_for(path: Path) -> type[SentencePieceTokenizer | TiktokenTokenizer | 
 
 
 def find_tokenizer(ckpt_dir: Path) -> Path:
-    """A checkpoint's tokenizer file, in its directory, or else in its parent, where LLaMA 1 keeps it.
+    """Return a checkpoint's tokenizer file, from its directory or else its parent (LLaMA 1).
 
-    That is tokenizer.json where there is one, because it also has the tokens that were added to a model later on; or
-    else the only ``*.model`` file.
+    tokenizer.json is preferred, because it also has the tokens that were added to a model later; otherwise it is the
+    only ``*.model`` file.
 
     Raises:
         TokenizerError: there is none, or there are several.
