@@ -45,6 +45,8 @@ setup(
         "dev": [
             "transformers>=4.56,<6",
             "matplotlib>=3.9,<4",
+            "coverage[toml]>=7.10,<8",
+            "pre-commit>=4,<5",
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.18",

@@ -24,6 +24,8 @@ from llama.compiled.steps import CHOOSING
 from llama.errors import ConfigError
 from llama.xla import reports as hlo
 
+pytestmark = pytest.mark.slow
+
 WORK = Workload("tiny", prompt_len=20, gen_len=11, batch=2)
 
 

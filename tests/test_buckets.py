@@ -19,6 +19,7 @@ def config(max_seq_len: int, **settings: object) -> EngineConfig:
     return EngineConfig(max_seq_len=max_seq_len, **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
 @pytest.mark.parametrize("max_seq_len", [2, 63, 64, 65, 600, 2048])
 @pytest.mark.parametrize("buckets", BUCKET_SETS)

@@ -33,6 +33,8 @@ from llama.engine.engine import common_prefix
 from llama.errors import ChatError, ConfigError
 from llama.generation import Generation
 
+pytestmark = pytest.mark.slow
+
 CHAT_ARGS = replace(TINY, vocab_size=768)
 GREEDY = SamplingParams(10, 0.0, 1.0)
 QUESTIONS = ("once upon a time", "and the dog ran home;", "was there a cat")

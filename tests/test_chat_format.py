@@ -138,6 +138,7 @@ def template_format(directory: Path, template: str, **limits: float) -> Template
 # others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("manner", ["llama3", "llama2", "metaspace"])
 def test_templates_give_the_tokens_of_transformers(directories: dict[str, Path], manner: str, name: str) -> None:
@@ -222,6 +223,7 @@ def test_llama2_format_with_sentencepiece(tokenizer_path: Path) -> None:
 # tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("manner", ["llama3", "llama2", "metaspace"])
 def test_a_users_control_tokens_stay_text(directories: dict[str, Path], manner: str, name: str) -> None:
@@ -299,6 +301,7 @@ DOUBLING = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s =
 FORBIDDEN = "tries what its sandbox forbids"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -341,6 +344,7 @@ def test_bad_templates_end_in_an_error(directories: dict[str, Path], template: s
         template_format(directories["llama3"], template).encode(DIALOG)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [ENDLESS, "{{ 10 ** (10 ** 9) }}"], ids=["loops", "power"])
 def test_endless_templates_are_stopped(directories: dict[str, Path], template: str) -> None:
     """At the limit, also within one operation that nothing can interrupt; no thread and no process is left."""
@@ -366,6 +370,7 @@ def children() -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_the_renderer_stops_itself(directories: dict[str, Path]) -> None:
     """Where its caller is gone, the system ends it: more computing time than the limit is not to be had."""
     path = [str(Path(jinja2.__file__).parents[1])]

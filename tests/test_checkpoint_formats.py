@@ -92,6 +92,7 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 320, (2, SEQUENCE), generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers_in_every_format(tmp_path: Path, kind: str, shards: int) -> None:
@@ -773,6 +774,7 @@ def test_weights_that_are_not_finite_are_refused(
     assert re.search(where, caplog.text)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 300), st.data())
 @settings(deadline=None, max_examples=200)
 def test_one_number_that_is_not_finite_is_found_anywhere(length: int, data: st.DataObject) -> None:

@@ -17,6 +17,8 @@ from llama.engine.programs import all_keys
 from llama.errors import ConfigError, PromptError
 from llama.xla.counters import counters, xla_compilations
 
+pytestmark = pytest.mark.slow
+
 PLAIN = SamplingParams(20, 1.0, 1.0, 11)
 PROMPTS = [
     "the cat",

@@ -29,6 +29,7 @@ PERSON = {
 }
 
 
+@pytest.mark.slow
 def test_json_is_an_instance_of_its_schema(make_llm: LLMFactory) -> None:
     """Random weights choose bytes at random: without the mask none of these would be JSON."""
     llm = make_llm(max_batch_size=4)

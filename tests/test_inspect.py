@@ -218,6 +218,7 @@ def test_bad_flags_are_refused(run: Run, arguments: list[str], words: list[str])
     refused_at_once(run(*arguments), *words)
 
 
+@pytest.mark.slow
 def test_inspect_starts_no_device(made: Path) -> None:
     """torch_xla is not imported: the command answers in the time that importing torch takes."""
     code = (
@@ -233,6 +234,7 @@ def test_inspect_starts_no_device(made: Path) -> None:
 # -------------------------------------------------------------------------------------------------- convert and reshard
 
 
+@pytest.mark.slow
 def test_the_demo_model_there_and_back(run: Run, tmp_path: Path) -> None:
     """Own safetensors, then two shards, then one: the tensors are what the shipped file holds, bit by bit."""
     assert run("convert", str(DEMO_DIR), str(tmp_path / "own"), "--quiet").code == 0

@@ -23,7 +23,7 @@ from llama.engine.programs import keys_for
 from llama.engine.request import Request
 from llama.xla.counters import counters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 GENERATED = 12
 CLOSE = 1e-4

@@ -29,7 +29,7 @@ from llama.config import BUCKET_POLICIES, BucketPolicy
 from llama.engine.engine import Engine, chunks as buckets
 from llama.xla import backend, programs, transfers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 TOLERANCE = 1e-4  # absolute, between logits that spread over several units
 DECISIVE = 1e-3  # a greedy choice by less than this could fall either way and would prove nothing

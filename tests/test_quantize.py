@@ -27,6 +27,8 @@ from llama.errors import CheckpointError, ConfigError
 from llama.tokenizer import load_tokenizer
 from llama.xla import backend, linear, programs, reports as hlo, transfers
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(ROOT / "scripts"))
 
 

@@ -22,6 +22,8 @@ from llama.cli import COMMANDS
 from llama.cli.flags import help_text
 from llama.config import DEMO_DIR
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(llama.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

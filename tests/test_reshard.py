@@ -318,6 +318,7 @@ def test_a_run_that_fails_leaves_nothing(
         assert {path.name for path in tmp_path.iterdir()} == {"src"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number"), [("convert", signal.SIGINT), ("reshard", signal.SIGTERM), ("reshard", signal.SIGKILL)]
 )
@@ -507,6 +508,7 @@ for name, run in runs.items():
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
     """Of a model of 151 MiB whose largest tensor has 4 MiB: what every run adds to a process that has imported
     everything.

@@ -125,6 +125,7 @@ def test_encodes_control_tokens_as_its_library(cases: dict[str, Case], kind: str
     assert any(encode_special(text) != encode(text) for text in STRINGS)
 
 
+@pytest.mark.slow
 def test_decodes_as_its_library(case: Case) -> None:
     """The ids of all strings, and 2,000 sequences of any ids whose bytes are valid."""
     chooser = random.Random(1)
@@ -357,6 +358,7 @@ def cut_as_meta_does(text: str) -> list[str]:
     return pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
