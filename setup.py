@@ -14,7 +14,10 @@ assert VERSION is not None
 setup(
     name="llama-xla",
     version=VERSION.group(1),
-    description="Text generation with LLaMA-family models on PyTorch/XLA: fixed-length prompt chunks, a preallocated cache, no recompiles",
+    description=(
+        "Text generation with LLaMA-family models on PyTorch/XLA: "
+        "fixed-length prompt chunks, a preallocated cache, no recompiles"
+    ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -42,6 +45,8 @@ setup(
         "dev": [
             "transformers>=4.56,<6",
             "matplotlib>=3.9,<4",
+            "coverage[toml]>=7.10,<8",
+            "pre-commit>=4,<5",
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.18",

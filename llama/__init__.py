@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llama.generation import LLaMA
     from llama.outputs import Generation, Piece
     from llama.sampling_params import SamplingParams
-    from llama.tokenizer import Tokenizer
+    from llama.tokenizer import Tokenizer, load_tokenizer
 
 _HOME = {
     "EngineConfig": "llama.config",
@@ -32,6 +32,7 @@ _HOME = {
     "LLaMA": "llama.generation",
     "Piece": "llama.outputs",
     "Tokenizer": "llama.tokenizer",
+    "load_tokenizer": "llama.tokenizer",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "SamplingParams",
     "Tokenizer",
     "__version__",
+    "load_tokenizer",
 ]
 
 

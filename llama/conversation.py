@@ -1,8 +1,7 @@
 """A conversation: a dialog that grows turn by turn, over a LLaMA and a chat format.
 
-Each turn's prompt is the whole dialog again, but the cache still holds what was run before, so only the new part is
-prefilled. It
-knows no terminal: the command ``llama-xla chat`` is a thin loop around it.
+Each turn's prompt is the whole dialog, but the cache still holds the earlier turns, so only the new part is prefilled.
+This module knows no terminal: the command ``llama-xla chat`` is a thin loop around it.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ class Conversation:
     Args:
         llm: its first row is used.
         chat_format: how the dialog becomes a prompt.
-        params: of every answer, which is one sample; ``max_gen_len`` is the most that it takes, less where the cache
-            has less room.
+        params: of every answer, which is one sample; ``max_gen_len`` is its limit, which is lower if the cache has
+            less room.
         system_prompt: the first message, or None.
-        on_overflow: what to do when the dialog no longer fits: ``refuse`` it, or ``drop`` the oldest turns, as few as
-            do.
+        on_overflow: when the dialog no longer fits, ``refuse`` it, or ``drop`` as few of the oldest turns as
+            possible.
         min_answer: an answer must have room for at least this many tokens.
 
     Attributes:
         messages: the dialog so far, the system prompt included.
-        result: of the last answer; None where there is none, or nobody waited for its end.
+        result: of the last answer; None if there is none, or if it was not read to its end.
     """
 
     def __init__(
@@ -64,10 +63,10 @@ class Conversation:
         self.set_system(system_prompt)
 
     def say(self, text: str) -> Iterator[str]:
-        """Add a user's message and yield the answer in pieces; it joins the dialog as far as it came.
+        """Add a user's message and yield the answer in pieces; an interrupted answer is kept.
 
         Raises:
-            ChatError: the dialog does not fit, or the format refuses the text. The dialog is as it was before then.
+            ChatError: the dialog does not fit, or the format refuses the text. The dialog is then unchanged.
         """
         dialog: list[Message] = [*self.messages, {"role": "user", "content": text}]
         dialog, ids = self._fitting(dialog)
@@ -91,7 +90,7 @@ class Conversation:
                 self.messages = [*dialog, {"role": "assistant", "content": answer}]
 
     def _fitting(self, dialog: list[Message]) -> tuple[list[Message], list[int]]:
-        """The dialog and its ids, with the oldest turns dropped where that is wanted and needed."""
+        """Return the dialog and its ids, without the oldest turns if it must and may be shortened."""
         most = self._llm.config.max_seq_len - self._min_answer
         first = 1 if dialog[0]["role"] == "system" else 0
         dropped = 0
@@ -112,7 +111,7 @@ class Conversation:
         return dialog, ids
 
     def undo(self) -> bool:
-        """Take back the last user's message and its answer; False where there is none."""
+        """Remove the last user's message and its answer; return False if there is none."""
         first = self._first_turn()
         if len(self.messages) - first < 2:
             return False
@@ -124,7 +123,7 @@ class Conversation:
         del self.messages[self._first_turn() :]
 
     def set_system(self, text: str | None) -> None:
-        """Replace the system prompt; None or an empty text takes it away. The turns stay."""
+        """Replace the system prompt; None or an empty text removes it. The turns stay."""
         turns = self.messages[self._first_turn() :]
         self.messages = [{"role": "system", "content": text}, *turns] if text else turns
 

@@ -42,7 +42,7 @@ from llama.outputs import (
     result_of,
 )
 from llama.sampling_params import SamplingParams
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
 from llama.xla.counters import counters, surprises
 
@@ -117,7 +117,7 @@ class LLaMA:
             config = EngineConfig(max_batch_size=max_batch_size, max_seq_len=max_seq_len or default)
         directory = DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)
         source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
-        tokenizer = tokenizer or Tokenizer(tokenizer_path or find_tokenizer(directory))
+        tokenizer = tokenizer or load_tokenizer(tokenizer_path or find_tokenizer(directory))
         args = _matched(random_weights, source, tokenizer, config)
         device = backend.init()
         dtype, activation_dtype = dtypes_for(

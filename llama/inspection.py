@@ -1,8 +1,7 @@
-"""What a checkpoint directory holds and whether it can be used, without loading it: the content of ``llama-xla
-inspect``.
+"""Inspect a checkpoint directory without loading it: the content of ``llama-xla inspect``.
 
-Headers are read, weights are not, unless they are asked to be checked. What is wrong ends in the list of problems, as
-far as the rest can still be told.
+Headers are read; weights and checksums only on request. Every problem is added to a list, and the rest is still
+reported.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 
 from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
+from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.compiled.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.config import EngineConfig
 from llama.errors import CheckpointError, ConfigError, TokenizerError, UserError, setting
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
 
 SPECIAL_SHOWN = 6
@@ -27,12 +27,12 @@ SPECIAL_SHOWN = 6
 
 @dataclass
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        directory: where.
-        facts: label to value, plain JSON types, in the order they are shown.
-        problems: an error for each reason why it cannot be used, with its cure.
+        directory: that was inspected.
+        facts: values of plain JSON types by label, in the order of the report.
+        problems: an error for each reason why the checkpoint cannot be used, with its cure.
     """
 
     directory: Path
@@ -41,15 +41,20 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    directory: Path, tokenizer_path: Path | None, config: EngineConfig, check_tensors: bool = False
+    directory: Path,
+    tokenizer_path: Path | None,
+    config: EngineConfig,
+    check_tensors: bool = False,
+    check_sums: bool = False,
 ) -> Inspection:
-    """Look at a checkpoint and its tokenizer.
+    """Inspect a checkpoint and its tokenizer.
 
     Args:
-        directory: in any format that is read.
-        tokenizer_path: None means the one beside the weights.
-        config: what the memory plan is made for.
+        directory: of a checkpoint of any format.
+        tokenizer_path: default: the one beside the weights.
+        config: for the memory plan.
         check_tensors: read every weight and look for NaN and infinity.
+        check_sums: read every file and compare it with checksums.json.
     """
     found = Inspection(directory)
     source = tokenizer = None
@@ -59,7 +64,7 @@ def inspect_checkpoint(
     except UserError as error:
         found.problems.append(error)
     try:
-        tokenizer = Tokenizer(tokenizer_path or find_tokenizer(directory))
+        tokenizer = load_tokenizer(tokenizer_path or find_tokenizer(directory))
         found.facts |= tokenizer_facts(tokenizer)
     except UserError as error:
         found.problems.append(error)
@@ -68,11 +73,24 @@ def inspect_checkpoint(
         if check_tensors:
             found.problems += bad_tensors(source)
             found.facts["tensors_checked"] = len(source.infos())
+    if check_sums and directory.is_dir():
+        _check_sums(found)
     return found
 
 
+def _check_sums(found: Inspection) -> None:
+    """Compare the files with their sums, whether or not the weights could be opened."""
+    try:
+        sums = read_checksums(found.directory)
+    except UserError as error:
+        found.problems.append(error)
+        return
+    found.problems += map(CheckpointError, differing_files(found.directory, sums))
+    found.facts["files_checked"] = len(sums)
+
+
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
-    """What only the weights, the tokenizer and the wished-for shapes together show."""
+    """Add the memory plan, and problems that weights, tokenizer and config only show together."""
     dtypes = dtypes_for(config, on_cpu=True, int8_stored=source.is_int8)
     planned = (source.args, config, *dtypes, backend.host_memory())  # this machine's CPU device; none is started
     plan = plan_memory(*planned)
@@ -101,7 +119,7 @@ def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | Non
 
 
 def weight_facts(source: Source) -> dict[str, Any]:
-    """What headers and settings say of the weights."""
+    """Return the facts in headers and settings about the weights."""
     args, infos = source.args, source.infos()
     counts: Counter[str] = Counter()
     for info in infos.values():
@@ -125,7 +143,7 @@ def weight_facts(source: Source) -> dict[str, Any]:
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the tokenizer says of itself."""
+    """Return the facts about a tokenizer."""
     return {
         "tokenizer": {
             "kind": tokenizer.kind,

@@ -1,5 +1,6 @@
-"""Write the results of scripts/bench.sh into a document, between its two marks: where and when it was measured, and one
-line a run.
+"""Write the results of scripts/bench.sh into documents, between two marks.
+
+A heading says where and when they were measured; each run is one line.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def heading(ceilings: list[float]) -> str:
         f"{name} {version(name)}" for name in ("torch", "torch_xla", "transformers", "llama_cpp_python")
     )
     return (
-        f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}, Python {platform.python_version()}, {libraries}; commit {commit}, "
-        f"{datetime.date.today()}. Read ceiling while these ran: {min(ceilings):.0f} to {max(ceilings):.0f} GB/s. Medians."
+        f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}, Python {platform.python_version()}, {libraries}; "
+        f"commit {commit}, {datetime.date.today()}. Read ceiling while these ran: "
+        f"{min(ceilings):.0f} to {max(ceilings):.0f} GB/s. Medians."
     )
 
 

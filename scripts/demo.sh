@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Continue a text with the shipped demo model on the PJRT CPU device; installs everything first where that is still to be done.
+# Continue a text with the shipped demo model on the PJRT CPU device. Installs everything first if needed.
 #   ./scripts/demo.sh "Once upon a time"
 #   ./scripts/demo.sh "Once upon a time" --temperature 0 --max_gen_len 100      any flag of `llama-xla generate`
 set -euo pipefail

@@ -1,12 +1,10 @@
-"""The text that the demo model learns from: little stories, questions about a passage, and passages to repeat or
-complete.
+"""The text that the demo model learns from: stories, questions, and passages to copy or complete.
 
-All of it is made here, from templates and word lists, by one seeded random generator: the same seed gives the same
-    documents. A
-template such as ``"{A} [ran|walked] {to}[ after lunch|]."`` is written in two steps. First each bracket becomes one of
-its alternatives, which yields the sentence's *shape*; then the slots are filled from a *world* (who, where, with what),
-which is drawn once a document, so that the hero stays the hero and the place stays the place. Copying tasks draw names
-and words that were made up on the spot, so that they can only be solved by looking at the prompt.
+Everything is made from templates and word lists by one seeded random generator: the same seed gives the same documents.
+A template such as ``"{A} [ran|walked] {to}[ after lunch|]."`` is expanded in two steps. First each bracket becomes one
+of its alternatives, which gives the sentence's *shape*; then the slots are filled from a *world* (who, where, with
+what), which is drawn once for each document, so that the hero stays the hero and the place stays the place. Copying
+tasks draw names and words that are made up on the spot, so that they can only be solved by looking at the prompt.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ KIND_SHARES = {"story": 0.34, "question": 0.30, "repeat": 0.24, "complete": 0.12
 KINDS = tuple(KIND_SHARES)
 
 GIRLS = (
-    "Mia", "Lily", "Anna", "Zoe", "Emma", "Nora", "Ella", "Ruby", "Ivy", "Clara", "Rosa", "Maya", "Lucy", "Alice", "Sara", "Nina", "Tara",
-    "Hana", "Wren", "Poppy", "Julia", "Molly",
+    "Mia", "Lily", "Anna", "Zoe", "Emma", "Nora", "Ella", "Ruby", "Ivy", "Clara", "Rosa", "Maya", "Lucy", "Alice",
+    "Sara", "Nina", "Tara", "Hana", "Wren", "Poppy", "Julia", "Molly",
 )  # fmt: skip
 BOYS = (
-    "Tom", "Ben", "Max", "Leo", "Sam", "Jack", "Finn", "Noah", "Omar", "Luca", "Hugo", "Theo", "Eli", "Oscar", "Ravi", "Felix", "Peter",
-    "Kofi", "Dan", "Milo", "Simon", "Paul",
+    "Tom", "Ben", "Max", "Leo", "Sam", "Jack", "Finn", "Noah", "Omar", "Luca", "Hugo", "Theo", "Eli", "Oscar", "Ravi",
+    "Felix", "Peter", "Kofi", "Dan", "Milo", "Simon", "Paul",
 )  # fmt: skip
 PEOPLE = ("little girl", "young girl", "cheerful girl"), ("little boy", "young boy", "cheerful boy")
 ANIMALS = (
@@ -80,9 +78,10 @@ LOOKS = (
     "wooden",
 )
 THINGS = (
-    "kite", "ball", "drum", "boat", "hat", "book", "bell", "lamp", "basket", "scarf", "cup", "doll", "puzzle", "whistle", "blanket",
-    "shell", "ring", "key", "wagon", "umbrella", "box", "stone", "flute", "mirror", "feather", "ribbon", "coat", "spoon", "bucket",
-    "rope", "mask", "map", "pencil", "pillow", "candle", "button", "clock", "apron", "bag", "train",
+    "kite", "ball", "drum", "boat", "hat", "book", "bell", "lamp", "basket", "scarf", "cup", "doll", "puzzle",
+    "whistle", "blanket", "shell", "ring", "key", "wagon", "umbrella", "box", "stone", "flute", "mirror", "feather",
+    "ribbon", "coat", "spoon", "bucket", "rope", "mask", "map", "pencil", "pillow", "candle", "button", "clock",
+    "apron", "bag", "train",
 )  # fmt: skip
 FOODS = (
     "apple pie",
@@ -115,9 +114,10 @@ COUNTED = (
 )
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 PLACES = (
-    ("in", "garden"), ("in", "park"), ("on", "beach"), ("by", "river"), ("in", "forest"), ("on", "hill"), ("by", "lake"), ("at", "market"),
-    ("in", "meadow"), ("on", "farm"), ("at", "playground"), ("near", "bridge"), ("by", "pond"), ("in", "orchard"), ("in", "field"),
-    ("near", "old mill"), ("at", "harbor"), ("by", "fountain"), ("in", "valley"), ("near", "tower"),
+    ("in", "garden"), ("in", "park"), ("on", "beach"), ("by", "river"), ("in", "forest"), ("on", "hill"),
+    ("by", "lake"), ("at", "market"), ("in", "meadow"), ("on", "farm"), ("at", "playground"), ("near", "bridge"),
+    ("by", "pond"), ("in", "orchard"), ("in", "field"), ("near", "old mill"), ("at", "harbor"), ("by", "fountain"),
+    ("in", "valley"), ("near", "tower"),
 )  # fmt: skip
 ROOMS = (
     ("in", "kitchen"),
@@ -129,12 +129,14 @@ ROOMS = (
     ("in", "cellar"),
 )
 SPOTS = (
-    "under a bench", "behind a big rock", "in the tall grass", "behind a bush", "under an old tree", "beside the fence", "near the gate",
-    "beside a wall", "under a pile of leaves", "between two stones", "behind a log", "behind the hedge", "next to the path",
+    "under a bench", "behind a big rock", "in the tall grass", "behind a bush", "under an old tree", "beside the fence",
+    "near the gate", "beside a wall", "under a pile of leaves", "between two stones", "behind a log",
+    "behind the hedge", "next to the path",
 )  # fmt: skip
 HOBBIES = (
-    "run in the grass", "draw pictures", "sing songs", "count the clouds", "climb trees", "read books", "dance in the rain", "pick flowers",
-    "look at the stars", "jump over puddles", "build little houses", "feed the birds", "tell jokes", "collect leaves", "bake bread",
+    "run in the grass", "draw pictures", "sing songs", "count the clouds", "climb trees", "read books",
+    "dance in the rain", "pick flowers", "look at the stars", "jump over puddles", "build little houses",
+    "feed the birds", "tell jokes", "collect leaves", "bake bread",
 )  # fmt: skip
 GOOD_TRAITS = (
     "kind",
@@ -156,16 +158,18 @@ DAYS = tuple(
     for part in ("morning", "afternoon", "day")
 )
 TIMES = (
-    "in the morning", "in the afternoon", "in the evening", "after lunch", "before dinner", "on Monday", "on Tuesday", "on Wednesday",
-    "on Thursday", "on Friday", "on Saturday", "on Sunday", "at noon", "at night", "before school", "after the rain",
+    "in the morning", "in the afternoon", "in the evening", "after lunch", "before dinner", "on Monday", "on Tuesday",
+    "on Wednesday", "on Thursday", "on Friday", "on Saturday", "on Sunday", "at noon", "at night", "before school",
+    "after the rain",
 )  # fmt: skip
 FAMILY = {"girl": ("mother", "grandmother", "sister", "aunt"), "boy": ("father", "grandfather", "brother", "uncle")}
 PRONOUNS = {"girl": ("she", "her", "her"), "boy": ("he", "him", "his")}
 PAST_AND_BASE = (
-    ("found", "find"), ("saw", "see"), ("hid", "hide"), ("left", "leave"), ("dropped", "drop"), ("put", "put"), ("painted", "paint"),
-    ("lost", "lose"), ("washed", "wash"), ("fixed", "fix"), ("cleaned", "clean"), ("bought", "buy"), ("forgot", "forget"),
-    ("made", "make"), ("kept", "keep"), ("broke", "break"), ("held", "hold"), ("drew", "draw"), ("picked up", "pick up"),
-    ("noticed", "notice"), ("sold", "sell"), ("wrapped", "wrap"), ("used", "use"), ("carried", "carry"), ("borrowed", "borrow"),
+    ("found", "find"), ("saw", "see"), ("hid", "hide"), ("left", "leave"), ("dropped", "drop"), ("put", "put"),
+    ("painted", "paint"), ("lost", "lose"), ("washed", "wash"), ("fixed", "fix"), ("cleaned", "clean"),
+    ("bought", "buy"), ("forgot", "forget"), ("made", "make"), ("kept", "keep"), ("broke", "break"), ("held", "hold"),
+    ("drew", "draw"), ("picked up", "pick up"), ("noticed", "notice"), ("sold", "sell"), ("wrapped", "wrap"),
+    ("used", "use"), ("carried", "carry"), ("borrowed", "borrow"),
 )  # fmt: skip
 ATE_AND_EAT = (
     ("ate", "eat"),
@@ -210,8 +214,8 @@ WHY = (
     ),
 )
 ONSETS = (
-    "b", "bl", "br", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh", "sk", "st", "t",
-    "tr", "v", "w", "y", "z",
+    "b", "bl", "br", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "sh",
+    "sk", "st", "t", "tr", "v", "w", "y", "z",
 )  # fmt: skip
 VOWELS = (
     "a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ee", "oo", "ai",
@@ -226,10 +230,9 @@ SENTENCE_START = re.compile(r'((?:^|[.!?] )"?)([a-z])')
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it can be cut for a test: ``text`` starts with ``prompt + answer``, and greedy decoding
-    should find ``answer``.
+    """One text, and where to cut it for a test.
 
-    A story has an empty prompt and no answer of its own.
+    ``text`` starts with ``prompt + answer``; greedy decoding of the prompt should give the answer. A story has neither.
     """
 
     kind: str
@@ -247,7 +250,7 @@ class Fact:
 
 
 def article(words: str) -> str:
-    """The words with ``a`` or ``an`` before them, after their first letter (no word in the lists breaks that rule)."""
+    """Put ``a`` or ``an`` before words, by their first letter, which is right for every listed word."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -549,7 +552,8 @@ class TextMaker:
         world = world | {"look": self.rng.choice(COLORS), "a_thing": article(world["thing"])}
         return self.fact_text(
             world,
-            "[{A} had {a_thing}, and it was {look}|The {thing} of {A} was {look}|{A} chose the {look} {thing}[ {time}|]].",
+            "[{A} had {a_thing}, and it was {look}|The {thing} of {A} was {look}|"
+            "{A} chose the {look} {thing}[ {time}|]].",
             ("What color was the {thing}?", "The {thing} was {look}."),
             ("Whose {thing} was {look}?", "The {thing} of {A} was {look}."),
         )
@@ -679,8 +683,9 @@ class TextMaker:
 
 
 def count_shapes(seed: int, documents: int) -> int:
-    """How many distinct sentence shapes so many documents show: wordings with their names, things and places left
-    open.
+    """Count the distinct sentence shapes in so many documents.
+
+    A shape is a wording with its names, things and places left open.
     """
     maker = TextMaker(seed)
     for _ in range(documents):

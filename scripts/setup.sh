@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv and install the project into it; nothing to do where that has been done for these very setup files.
+# Create .venv and install the project into it, unless that was done for the same setup.py and pyproject.toml.
 #   ./scripts/setup.sh        what running needs
-#   ./scripts/setup.sh dev    what the tests need, too
+#   ./scripts/setup.sh dev    also what the tests need
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -50,4 +50,4 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
 fi
 quietly "Installing $target with torch 2.9.0 and torch_xla 2.9.0 (about 2 minutes and 7 GB the first time)" \
   .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --editable "$target"
-echo "$wanted" | tee .venv/.installed ${extra:+"$stamp"} >/dev/null  # what the tests need includes what running needs
+echo "$wanted" | tee .venv/.installed ${extra:+"$stamp"} >/dev/null  # the tests' stamp covers running, too

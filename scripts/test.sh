@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
-# Lint, types and all tests; installs everything first where that is still to be done.
-#   ./scripts/test.sh                         everything
-#   ./scripts/test.sh tests/test_buckets.py   pytest's arguments; lint and types still come first
+# Run lint, types and tests. Installs everything first if needed.
+#   ./scripts/test.sh                         all tests, with line coverage; fails below the floor in pyproject.toml
+#   ./scripts/test.sh --fast                  without the tests marked slow: under a minute on two cores
+#   ./scripts/test.sh tests/test_buckets.py   any arguments of pytest, without coverage
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-./scripts/setup.sh dev
 ./scripts/check.sh
+if (($# == 0)); then
+  .venv/bin/coverage erase
+  .venv/bin/coverage run -m pytest
+  .venv/bin/coverage combine --quiet
+  exec .venv/bin/coverage report
+fi
+if [[ "$1" == --fast ]]; then
+  shift
+  set -- -m "not slow" --durations=5 --durations-min=1 "$@"
+fi
 exec .venv/bin/python -m pytest "$@"

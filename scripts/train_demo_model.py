@@ -1,17 +1,17 @@
-"""Train the demo model that ships in ``llama/demo``: text, tokenizer, weights and README, all from one seed.
+"""Train the demo model in ``llama/demo``: text, tokenizer, weights and README from one seed.
 
     python scripts/train_demo_model.py                      about half an hour on two CPU cores
     python scripts/train_demo_model.py --quick --out DIR    a few seconds, to see that everything works
 
-The model is a toy: large enough to tell a small story, answer a question about a passage and copy what it is shown,
-    small enough
-to live in the repository. It is the project's own ``Transformer`` on plain CPU tensors, trained on text that
-``demo_text.py`` makes as it goes, so that no document is seen twice. It starts with a drill: short runs of random
-tokens, each to be copied. That forms the attention heads that look up what followed last time, within a few hundred
-steps; from text alone they had not formed after 2500, and the model mixed up its heroes' names. The drill fades out
-while text comes in: ended at once, it was forgotten. Rows are short at first, because attention is what costs on a CPU,
-    and of the full context at the end. Everything that the README
-states is measured on the weights as they were saved, in bfloat16.
+The model is a toy: large enough to tell a small story, answer a question about a passage and copy a text, small enough
+for the repository. It is the project's own ``Transformer`` on plain CPU tensors, trained on text that ``demo_text.py``
+makes as training goes, so that no document is seen twice.
+
+Training starts with a drill: short runs of random tokens, each to be copied. Within a few hundred steps that forms the
+attention heads that look up what followed last time; from text alone they had not formed after 2500, and the model
+mixed up its heroes' names. The drill fades out while text comes in: ended at once, it was forgotten. Rows are short at
+first, because attention dominates the cost on a CPU, and of the full context at the end. All numbers in the README are
+measured on the saved bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ IGNORED = -100  # the target of positions without one, as F.cross_entropy has it
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training.
+    """A stage of training.
 
     Attributes:
         share: of all steps.
@@ -141,8 +141,9 @@ def log(message: str) -> None:
 
 
 def train_tokenizer(seed: int, documents: int, vocab_size: int) -> bytes:
-    """A SentencePiece BPE model with LLaMA's settings: bytes for what has no piece, digits one by one, nothing
-    normalized.
+    """Train a SentencePiece BPE model with LLaMA's settings.
+
+    Characters without a piece become bytes, digits are split, and nothing is normalized.
     """
     maker = TextMaker(seed)
     # a line's first word follows a newline, not a space; the quotation mark puts it there, since SentencePiece reads
@@ -209,11 +210,12 @@ def text_rows(tokens: Tokens, maker: TextMaker, stage: Stage) -> Iterator[Row]:
 
 
 def drill_rows(tokens: Tokens, rng: random.Random, stage: Stage) -> Iterator[Row]:
-    """Random tokens, a newline, and the same tokens again: only the second time counts, since the first cannot be
-    foreseen.
+    """Yield random tokens, a newline, and the same tokens again.
+
+    Only the repetition has targets, because the first run cannot be predicted.
 
     Beside text the runs are longer and often of few different tokens, as text's are: then one token before does not yet
-    tell which place is to be copied.
+    identify the place to copy.
     """
     pieces = range(tokens.first_piece, len(tokens.processor))
     beside_text = stage.drill_rows < stage.rows
@@ -277,7 +279,7 @@ def token_losses(model: Transformer, ids: torch.Tensor, targets: torch.Tensor) -
 
 
 def batches(plan: Plan, tokens: Tokens, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and targets of one step after the other, both [rows, length], from one stream of documents."""
+    """Yield token ids and targets for each step, both [rows, length], from one stream of documents."""
     maker, rng = TextMaker(seed), random.Random(seed)
     end = 0.0
     step = 0
@@ -291,7 +293,7 @@ def batches(plan: Plan, tokens: Tokens, seed: int) -> Iterator[tuple[torch.Tenso
 
 
 def train(plan: Plan, model: Transformer, tokens: Tokens, seed: int, compiled: bool) -> None:
-    """Run all steps. The arithmetic is bfloat16 where autocast allows it: measured 1.6 times as fast as float32."""
+    """Run all steps, in bfloat16 where autocast allows it: measured 1.6 times as fast as float32."""
     optimizer = new_optimizer(model)
     probes = [TextMaker(seed + HELD_OUT + i).of_kind("repeat") for i in range(30)]
     fast_losses = torch.compile(token_losses) if compiled else token_losses
@@ -312,9 +314,8 @@ def train(plan: Plan, model: Transformer, tokens: Tokens, seed: int, compiled: b
             minutes = (time.monotonic() - started) / 60
             log(f"step {step:5d} of {plan.steps}  loss {recent:.3f}  {minutes:5.1f} min  {seen / 1e6:.2f} M tokens")
         if step % 250 == 249:
-            log(
-                f"    copies {greedy_accuracy(model, tokens, probes):.0%}; {generate(model, tokens, *SAMPLES[0], limit=80)}"
-            )
+            sample = generate(model, tokens, *SAMPLES[0], limit=80)
+            log(f"    copies {greedy_accuracy(model, tokens, probes):.0%}; {sample}")
 
 
 # ---- saving and measuring
@@ -356,7 +357,9 @@ def negative_log_likelihood(model: Transformer, tokens: Tokens, documents: list[
 
 @torch.no_grad()
 def greedy_accuracy(model: Transformer, tokens: Tokens, documents: list[Document]) -> float:
-    """The share of documents whose answer greedy decoding gives exactly; a repeated passage must also end with EOS.
+    """Return the share of documents whose answer greedy decoding gives exactly.
+
+    A repeated passage must also end with EOS.
 
     Greedy decoding yields an answer if and only if each of its tokens is the likeliest after those before it, and that
     takes one pass over prompt and answer.
@@ -373,9 +376,7 @@ def greedy_accuracy(model: Transformer, tokens: Tokens, documents: list[Document
 
 @torch.no_grad()
 def generate(model: Transformer, tokens: Tokens, prompt: str, temperature: float, limit: int) -> str:
-    """The continuation of a prompt: greedy at temperature 0, otherwise from the likeliest tokens that make 95
-    percent.
-    """
+    """Continue a prompt: greedy at temperature 0, otherwise by top-p sampling with p = 0.95."""
     ids = tokens.prompt(prompt)
     start = len(ids)
     while len(ids) < min(start + limit, CONTEXT) and ids[-1] != tokens.eos:
@@ -396,7 +397,7 @@ def pick(logits: torch.Tensor, top_p: float) -> int:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured on the saved files."""
+    """Measurements on the saved files."""
 
     perplexity: dict[str, float]
     accuracy: dict[str, float]
@@ -405,7 +406,7 @@ class Report:
 
 
 def measure(plan: Plan, out: Path, tokens: Tokens, seed: int) -> Report:
-    """Perplexities, accuracies and samples of the model in ``out``, on documents of another seed than training's."""
+    """Measure perplexity, accuracy and samples of the model in ``out``, on another seed's documents."""
     model = load(out)
     maker = TextMaker(seed + HELD_OUT)
     documents = {kind: [maker.of_kind(kind) for _ in range(plan.held_out)] for kind in KINDS}
@@ -425,8 +426,9 @@ def measure(plan: Plan, out: Path, tokens: Tokens, seed: int) -> Report:
 
 README = """# The demo model
 
-A toy for demonstrations and tests: a LLaMA of {parameters:.2f} million parameters that tells small stories, answers questions
-about a passage and repeats what it is shown. It knows a thousand English words and nothing of the world; it is no chat model.
+A toy for demonstrations and tests: a LLaMA of {parameters:.2f} million parameters that tells small stories,
+answers questions about a passage and repeats what it is shown. It knows a thousand English words and nothing of the
+world; it is no chat model.
 
 {files}
 
@@ -437,11 +439,12 @@ with LLaMA's settings (byte fallback, digits one by one).
 
     {command}
 
-Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is made as training goes, by
-`demo_text.py` beside that script, from templates and word lists: {shapes} distinct sentence shapes in {shape_documents}
-documents (wordings with names, things and places left open). A drill in copying random tokens comes first, and names
-and words that are made up on the spot see to it that copying is learnt and not the words. The same seed gives the same
-text, tokenizer and order of training; weights may differ in their last bits from machine to machine.
+Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is made as
+training goes, by `demo_text.py` beside that script, from templates and word lists: {shapes} distinct sentence shapes in
+{shape_documents} documents (wordings with names, things and places left open). A drill in copying random tokens comes
+first, and names and words that are made up on the spot see to it that copying is learnt and not the words. The same
+seed gives the same text, tokenizer and order of training; weights may differ in their last bits from machine to
+machine.
 
 ## What it can do
 
@@ -480,7 +483,7 @@ def sample_text(prompt: str, temperature: float, continuation: str) -> str:
 
 
 def write_readme(out: Path, plan: Plan, report: Report, options: argparse.Namespace, minutes: float) -> None:
-    """State what the model is and what was measured."""
+    """Write the README with the model's description and measurements."""
     names = ("consolidated.00.pth", "tokenizer.model", "params.json")
     rows = [
         f"| {kind} | {value:.2f} | {format(report.accuracy[kind], '.1%') if kind in report.accuracy else ''} |"
@@ -520,7 +523,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the plan's own")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps, to test the script")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: where there is a C++ compiler"
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: if there is a C++ compiler"
     )
     return parser.parse_args(argv)
 

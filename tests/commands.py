@@ -1,5 +1,6 @@
-"""The command line from a test: in this process, or in one of its own where a signal, a pipe or an import needs
-that.
+"""Run the command line in a test: in this process, or in a separate one.
+
+A separate process is for tests of signals, pipes and imports.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PROCESS_TIMEOUT_S = 300
 
 
 class Outcome(NamedTuple):
-    """What a command left behind."""
+    """The exit code, stdout and stderr of a command."""
 
     code: int
     out: str
@@ -33,7 +34,7 @@ class Outcome(NamedTuple):
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Those of the objects that end a prompt."""
+        """The objects that complete a prompt."""
         return [o for o in self.objects if "piece" not in o]
 
     @property
@@ -46,7 +47,7 @@ Run = Callable[..., Outcome]
 
 
 def exit_code(arguments: Sequence[str]) -> int:
-    """The process's exit code if these were its arguments."""
+    """The exit code of the process if these were its arguments."""
     try:
         return cli._exit_code(list(arguments))
     except SystemExit as end:
@@ -54,14 +55,15 @@ def exit_code(arguments: Sequence[str]) -> int:
 
 
 def refused_at_once(outcome: Outcome, *words: str) -> None:
-    """Exit code 2, nothing on stdout, and on stderr one line with these words: nothing had been loaded before."""
+    """Assert a refusal before loading: exit code 2, no stdout, one line on stderr with these words."""
     assert outcome.err.count("\n") == 1, outcome.err
     refused(outcome, *words)
 
 
 def refused(outcome: Outcome, *words: str) -> None:
-    """Exit code 2, nothing on stdout, and on stderr one line with these words behind what is logged while a model is
-    loaded.
+    """Assert exit code 2, no stdout, and a last line on stderr with these words.
+
+    Before that line, only the log of loading a model may be there.
     """
     assert (outcome.code, outcome.out) == (2, "")
     assert "Traceback" not in outcome.err
@@ -72,18 +74,14 @@ def refused(outcome: Outcome, *words: str) -> None:
 
 
 def process(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """A Python process in the repository's root, buffered as usual; its stdout and stderr are pipes unless said
-    otherwise.
-    """
+    """Start Python in the repository's root, with stdout and stderr as pipes by default."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONUNBUFFERED", "PYTHONIOENCODING")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env, **options}
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, encoding="utf-8", **options)
 
 
 def dumped_program(code: str, directory: Path) -> Path:
-    """The optimised HLO of the one program that this code compiles in a process of its own, dumped by XLA into the
-    directory.
-    """
+    """Run code that compiles one program; return XLA's dump of its optimised HLO."""
     environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     (dump,) = directory.glob("*after_optimizations.txt")
@@ -91,7 +89,7 @@ def dumped_program(code: str, directory: Path) -> Path:
 
 
 def finished(arguments: Sequence[str]) -> Outcome:
-    """What such a process leaves behind."""
+    """Run such a process to its end and return its outcome."""
     with process(arguments) as running:
         out, err = running.communicate(timeout=PROCESS_TIMEOUT_S)
     return Outcome(running.returncode, out, err)

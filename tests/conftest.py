@@ -1,6 +1,4 @@
-"""Fixtures that every test file shares. Tests run on the PJRT CPU device, without a network, on models they make
-themselves.
-"""
+"""Fixtures for all tests, which run on the PJRT CPU device, offline, on models made here."""
 
 from __future__ import annotations
 
@@ -31,6 +29,13 @@ TINY = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, mu
 LLMFactory = Callable[..., LLaMA]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow whatever runs a compiled model, which takes seconds to compile."""
+    for item in items:
+        if "make_llm" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _restore_globals() -> Iterator[None]:
     """No test leaves a seed, a default dtype or an environment variable behind."""
@@ -45,7 +50,7 @@ def _restore_globals() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For modules whose host tensors are too small to share: a second thread would mostly wait."""
+    """For modules with host tensors so small that a second thread would mostly wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,9 +59,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of 320 ids with byte fallback, in the manner of LLaMA's, trained on a few made-up
-    sentences.
-    """
+    """A SentencePiece model of 320 ids with byte fallback, like LLaMA's, trained on made-up sentences."""
     import sentencepiece
 
     directory = tmp_path_factory.mktemp("tokenizer")
@@ -100,8 +103,9 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_llm(tokenizer_path: Path) -> LLMFactory:
-    """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights; the same arguments give the same,
-    compiled, object.
+    """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights.
+
+    The same arguments give the same, compiled, object.
     """
     made: dict[tuple[ModelArgs, int, EngineConfig], LLaMA] = {}
 
@@ -117,7 +121,7 @@ def make_llm(tokenizer_path: Path) -> LLMFactory:
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
-    """A directory in Meta's format with TINY's shape, random weights and the tokenizer; tests may damage it."""
+    """A checkpoint in Meta's format with TINY's shape and random weights; tests may damage it."""
     from llama import checkpoint
     from llama.compiled.model import Transformer
 
@@ -140,9 +144,7 @@ def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """``run("plan", "--prompt_len", "9")``: a command in this process; that it sends the log to stderr does not outlive
-    the test.
-    """
+    """``run("plan", "--prompt_len", "9")``: a command in this process; restores the log afterwards."""
 
     def call(*arguments: str) -> Outcome:
         capsys.readouterr()

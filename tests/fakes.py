@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence as Sequences
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama import EngineConfig, LLaMA, SamplingParams, Tokenizer
+from llama import EngineConfig, LLaMA, SamplingParams, load_tokenizer
 from llama.engine.chunks import Chunk
 from llama.engine.engine import Engine
 from llama.engine.programs import Program, all_programs
@@ -210,5 +210,5 @@ class FakeRunner:
 def fake_llm(tokenizer_path: Path, **settings: object) -> LLaMA:
     """A LLaMA on a fake device."""
     config = EngineConfig(**{"max_seq_len": 128, "buckets": (16, 4, 1), **settings})  # type: ignore[arg-type]
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     return LLaMA(Engine(config, FakeRunner(config, tokenizer.n_words)), tokenizer)

@@ -23,6 +23,8 @@ from llama.compiled.model import Transformer
 from llama.errors import ConfigError
 from llama.xla import reports as hlo
 
+pytestmark = pytest.mark.slow
+
 WORK = Workload("tiny", prompt_len=20, gen_len=11, batch=2)
 
 
@@ -182,7 +184,8 @@ def test_every_formulation_of_attention_is_the_same() -> None:
         assert torch.allclose(attend(q, keys, values), expected, atol=1e-5)
 
 
-HLO = """HloModule m, input_output_alias={ {0}: (1, {}, must-alias), {2}: (3, {}, must-alias) }, entry_computation_layout={}
+HLO = """HloModule m, input_output_alias={ {0}: (1, {}, must-alias), {2}: (3, {}, must-alias) }, \
+entry_computation_layout={}
 
 %inner (p: f32[4]) -> f32[4] {
   ROOT %copy.9 = f32[4]{0} copy(%p)

@@ -33,6 +33,8 @@ from llama.engine.scheduler import common_prefix
 from llama.errors import ChatError, ConfigError
 from llama.generation import Generation
 
+pytestmark = pytest.mark.slow
+
 CHAT_ARGS = replace(TINY, vocab_size=768)
 GREEDY = SamplingParams(10, 0.0, 1.0)
 QUESTIONS = ("once upon a time", "and the dog ran home;", "was there a cat")
@@ -335,7 +337,10 @@ class Terminal:
 
     def __init__(self, arguments: list[str]) -> None:
         self._fd, child = pty.openpty()
-        own_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        own_terminal = (
+            "import fcntl, os, sys, termios; "
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        )
         command = [sys.executable, "-c", own_terminal, sys.executable, "-m", "llama.cli", "chat", *arguments]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True

@@ -99,6 +99,7 @@ def refusal(directory: Path, *words: str, kind: type[UserError] = CheckpointErro
 # loaded
 
 
+@pytest.mark.slow
 def test_the_device_holds_what_the_file_holds(tiny_checkpoint: Path) -> None:
     """Every tensor arrives under its name, bit for bit, and none is made up."""
     stored, loaded = read(tiny_checkpoint), on_device(build(tiny_checkpoint))
@@ -109,6 +110,7 @@ def test_the_device_holds_what_the_file_holds(tiny_checkpoint: Path) -> None:
         assert torch.equal(loaded[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_file_of_another_dtype_is_converted(tiny_checkpoint: Path, dtype: torch.dtype) -> None:
     """Meta ships bfloat16 and float16; on the CPU device they become float32 without a change of value."""
@@ -430,6 +432,7 @@ CHANGES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(changes=CHANGES, dropped=st.sets(st.sampled_from(list(PARAMS)), max_size=2), cut=st.none() | st.integers(0, 160))
 def test_any_params_are_read_or_refused(

@@ -28,6 +28,8 @@ from llama.checkpoint import checked, names, open_checkpoint
 from llama.checkpoint.reshard import convert, reshard
 from llama.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ARGS = ModelArgs(
     dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=24, multiple_of=8, norm_eps=2e-5, rope_theta=20000.0
 )

@@ -239,6 +239,7 @@ def test_bad_stdin_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 # --- refused when the model is known
 
 
+@pytest.mark.slow
 def test_a_prompt_that_does_not_fit_says_what_would(generate: Run) -> None:
     """The numbers of the refusal are true: the largest max_gen_len that it names runs, and one more does not."""
     sums = ["1 prompt tokens", "max_gen_len 70", "71 positions", "max_seq_len is 64"]
@@ -326,6 +327,7 @@ HARD_TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["separate", "equals", "list"])
 @pytest.mark.parametrize("text", HARD_TEXTS, ids=repr)
 def test_a_prompt_arrives_unchanged(generate: Run, text: str, form: str) -> None:
@@ -345,6 +347,7 @@ def test_a_prompt_arrives_unchanged(generate: Run, text: str, form: str) -> None
     assert [r["prompt"] for r in outcome.results] == [text]
 
 
+@pytest.mark.slow
 def test_prompt_may_be_repeated_and_be_a_list(generate: Run) -> None:
     """Repeating the flag and giving a JSON list add up, in order."""
     flags = ["--prompt", "one", "--prompt", '["two", "three, 3"]', "--prompt", "[four"]
@@ -358,6 +361,7 @@ def test_an_empty_list_of_prompts_is_not_something_else(generate: Run) -> None:
     assert outcome.out == ""
 
 
+@pytest.mark.slow
 def test_a_prompts_file_is_read_line_by_line(generate: Run, tmp_path: Path) -> None:
     """A byte order mark, Windows line ends, blank lines and a missing last line end are no part of any prompt; spaces
     are.
@@ -377,18 +381,21 @@ def test_prompts_come_from_stdin(generate: Run, monkeypatch: pytest.MonkeyPatch)
     assert [r["prompt"] for r in outcome.results] == ["first", "caf\u00e9", "b"]
 
 
+@pytest.mark.slow
 def test_the_empty_prompt_is_bos_alone(generate: Run) -> None:
     """An empty text is a prompt like any other, and not taken for a flag that is missing."""
     (result,) = generate("--prompt", "", "--json").results
     assert (result["prompt"], result["usage"]["prompt_tokens"]) == ("", 1)
 
 
+@pytest.mark.slow
 def test_a_synthetic_prompt_has_the_length_asked_for(generate: Run) -> None:
     """``--prompt_len 7`` is seven tokens behind BOS, in every row of the batch."""
     outcome = generate("--prompt_len", "7", "--max_batch_size", "2", "--json", "--max_gen_len", "1")
     assert [r["usage"]["prompt_tokens"] for r in outcome.results] == [8, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag", [["--max_gen_len", "3"], ["--max-gen-len", "3"], ["--max-gen-len=3"], ["--max_gen-len=3"]]
 )
@@ -399,6 +406,7 @@ def test_dashes_and_underscores_are_the_same_in_a_flag(run: Run, tiny_checkpoint
     assert result["usage"]["completion_tokens"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "is_json"),
     [("--json", True), ("--json true", True), ("--json=True", True), ("--json false", False), ("--json=False", False)],
@@ -437,6 +445,7 @@ def test_json_is_one_object_a_prompt_with_exactly_these_fields(generate: Run) ->
         assert result["programs"]["compiled"] > 0
 
 
+@pytest.mark.slow
 def test_more_prompts_than_slots_wait_for_one_and_keep_their_order(generate: Run) -> None:
     """Three prompts in two slots: the third one waits until another has ended, and nothing else of it differs."""
     prompts = ["a", "b c d e f", "the house"]
@@ -466,6 +475,7 @@ def test_echo_puts_the_prompt_before_its_generation(generate: Run) -> None:
     assert generate(*flags, "--echo", "--stream").out == SEPARATOR.join(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["1", "2", "4"])
 @pytest.mark.parametrize("prompts", [["once"], ["once upon a time there was", "", "the", "a b c"]], ids=["one", "four"])
 def test_streaming_prints_the_same_text(generate: Run, prompts: list[str], rows: str) -> None:
@@ -515,6 +525,7 @@ def test_streamed_json_pieces_join_to_the_generation(generate: Run) -> None:
     assert len(outcome.objects) > 2 * 3
 
 
+@pytest.mark.slow
 def test_the_log_speaks_the_originals_words(generate: Run) -> None:
     """Scripts that grep pytorch-tpu/llama's log find its lines on stderr, with true numbers, and nothing of them on
     stdout.
@@ -600,6 +611,7 @@ def test_text_of_two_passes_is_printed_twice(generate: Run) -> None:
     assert generate("--prompt", "once", "--repeat", "2").out == once + SEPARATOR + once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--dtype bfloat16", "--bucket_policy pad", "--top_p 1", "--temperature 0"])
 def test_other_settings_run(generate: Run, flags: str) -> None:
     """Every documented value of a setting reaches the engine and generates."""
@@ -608,6 +620,7 @@ def test_other_settings_run(generate: Run, flags: str) -> None:
     assert outcome.results[0]["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_random_weights_need_no_checkpoint(run: Run, tokenizer_path: Path) -> None:
     """A shape and a tokenizer are enough, with or without a text."""
     flags = [
@@ -888,11 +901,13 @@ def test_torch_is_not_imported_for_it(arguments: list[str], code: int) -> None:
     assert {"torch", "torch_xla", "sentencepiece"}.isdisjoint(outcome.out.splitlines())
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command() -> None:
     """``python -m llama.cli`` is the console script."""
     refused_at_once(finished(["-m", "llama.cli", "generate", "--propmt", "x"]), "--propmt", "did you mean --prompt?")
 
 
+@pytest.mark.slow
 def test_the_classic_entry_runs_generate(generate: Run, generate_flags: Callable[..., list[str]]) -> None:
     """``python example_xla.py`` takes the flags behind ``generate``, prints the same text, and is silent on stderr with
     --quiet.
@@ -994,6 +1009,7 @@ def test_ctrl_c_between_two_passes_is_not_lost(
     assert len([r for r in outcome.results if r["finish_reason"] != "interrupted"]) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_the_text_so_far(tokenizer_path: Path) -> None:
     """A real SIGINT to a real process in the middle of a long generation: a result that says so, exit code 130, no
     traceback.
@@ -1024,6 +1040,7 @@ def test_ctrl_c_prints_the_text_so_far(tokenizer_path: Path) -> None:
     assert 0 < len(result["token_ids"]) < 1000
 
 
+@pytest.mark.slow
 def test_a_pipe_closed_in_the_middle_is_no_crash(generate_flags: Callable[..., list[str]]) -> None:
     """``| head -1``: the process ends at its next line, in silence, with the exit code that a shell gives such an
     end.
@@ -1040,6 +1057,7 @@ def test_a_pipe_closed_in_the_middle_is_no_crash(generate_flags: Callable[..., l
     assert running.returncode == 141
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["plan --prompt_len 1501", "plan --help", "--help"])
 def test_a_pipe_closed_from_the_start_is_no_crash(arguments: str) -> None:
     """Commands whose output is short enough to be written at the process's very end behave the same."""
@@ -1090,6 +1108,7 @@ def test_other_systems_names_are_understood(run: Run, tiny_checkpoint: Path, fla
     assert result["usage"]["completion_tokens"] == 3
 
 
+@pytest.mark.slow
 def test_controls_reach_the_model(generate: Run) -> None:
     """Each flag by what it does: allowed ids and bias in the tokens, a stop string in the text, min_tokens in the
     count.
@@ -1114,6 +1133,7 @@ def test_controls_reach_the_model(generate: Run) -> None:
     assert (stops[0]["generation"][2:], stops[0]["stop_reason"]) == (":", ":")
 
 
+@pytest.mark.slow
 def test_samples_are_printed_one_after_the_other(generate: Run) -> None:
     """With --n, prompt by prompt, with the same line between them; streamed or not, as text and as JSON."""
     flags = ["--prompt", "once", "--prompt", "the", "--n", "3", "--temperature", "1"]
@@ -1134,6 +1154,7 @@ def test_samples_are_printed_one_after_the_other(generate: Run) -> None:
     assert all(0 <= r["seed"] - 1 < 5 for r in best)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_a_table_behind_the_text(generate: Run) -> None:
     """A line a token; with --echo the prompt's, too, but for its first."""
     plain = generate("--prompt", "once", "--temperature", "0").out
@@ -1150,6 +1171,7 @@ def test_log_probabilities_are_a_table_behind_the_text(generate: Run) -> None:
     assert echoed.out.count("\n") == plain.count("\n") + 2 + 6 + result["usage"]["prompt_tokens"] - 1
 
 
+@pytest.mark.slow
 def test_arrays_are_written_to_files(generate: Run, tmp_path: Path) -> None:
     """One .npy a generation, of one row a token; a directory that cannot be made is refused at once."""
     hidden, logits = tmp_path / "hidden", tmp_path / "deep" / "logits"
@@ -1175,6 +1197,7 @@ def test_arrays_are_written_to_files(generate: Run, tmp_path: Path) -> None:
     refused_at_once(generate("--prompt", "a", "--logits", str(tmp_path / "file")), "--logits", "File exists")
 
 
+@pytest.mark.slow
 def test_a_grammar_that_was_cut_short_is_told(generate: Run, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "integer"}, "minItems": 40}')
     outcome = generate("--prompt", "a", "--json_schema", str(tmp_path / "schema.json"))

@@ -17,6 +17,8 @@ from llama.xla import ops, transfers
 from llama.xla.counters import counters, fallback_ops, xla_compilations
 from llama.xla.programs import UnsupportedOpError, compile_program
 
+pytestmark = pytest.mark.slow
+
 DUMP = """
 import torch
 from llama import EngineConfig, LLaMA, ModelArgs

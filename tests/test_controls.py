@@ -19,6 +19,8 @@ from llama.errors import ConfigError, PromptError
 from llama.sampling_params import Control, Number, control, controls, controls_table
 from llama.xla.counters import counters, xla_compilations
 
+pytestmark = pytest.mark.slow
+
 PLAIN = SamplingParams(20, 1.0, 1.0, 11)
 PROMPTS = [
     "the cat",

@@ -12,6 +12,8 @@ import pytest
 from llama import LLaMA
 from llama.config import DEMO_CONTEXT, DEMO_DIR
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 

@@ -479,7 +479,7 @@ def test_two_generators_in_turn_and_one_dropped(tokenizer_path: Path) -> None:
         if number == 5:
             dropped.close()
     assert found == whole
-    assert llm.engine.scheduler.live == [] or not llm.generate(["x"], 1, 0.0) == []
+    llm.generate(["x"], 1, 0.0)  # a round in which the dropped one leaves
     assert llm.engine.scheduler.slots == [None, None]
 
 

@@ -13,6 +13,8 @@ from llama import Generation, SamplingParams
 from llama.config import MAX_STOP_IDS
 from llama.xla.counters import counters
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [
     "Once upon a time",
     "the dog ran home and the cat sang to the green house once upon a time there was",

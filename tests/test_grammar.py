@@ -12,7 +12,7 @@ import pytest
 from conftest import LLMFactory
 from tokenizer_files import byte_level, write_ranks
 
-from llama import SamplingParams, Tokenizer
+from llama import SamplingParams, Tokenizer, load_tokenizer
 from llama.errors import ConfigError
 from llama.grammar import Grammar, Vocabulary, compile_grammar
 
@@ -29,6 +29,7 @@ PERSON = {
 }
 
 
+@pytest.mark.slow
 def test_json_is_an_instance_of_its_schema(make_llm: LLMFactory) -> None:
     """Random weights choose bytes at random: without the mask none of these would be JSON."""
     llm = make_llm(max_batch_size=4)
@@ -122,12 +123,12 @@ def tokenizer(
 ) -> Tokenizer:
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == "sentencepiece":
-        return Tokenizer(tokenizer_path)
+        return load_tokenizer(tokenizer_path)
     if request.param == "tiktoken":
         write_ranks(byte_level(), directory / "tokenizer.model")
-        return Tokenizer(directory / "tokenizer.model")
+        return load_tokenizer(directory / "tokenizer.model")
     byte_level().save(str(directory / "tokenizer.json"))
-    return Tokenizer(directory / "tokenizer.json")
+    return load_tokenizer(directory / "tokenizer.json")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -1,10 +1,9 @@
-"""The direction of imports (docs/architecture.md), the one place that knows torch_xla, and what importing the package
-starts.
-"""
+"""The direction of imports (docs/architecture.md), the rooms that may use torch_xla, and what importing starts."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -50,9 +49,17 @@ def modules() -> list[tuple[str, Path]]:
     ]
 
 
+def module_name(path: Path) -> str:
+    return ".".join(("llama", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+PATHS = {module_name(path): path for _, path in modules()}
+
+
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports at run time, at its top or inside a function; imports for type checkers do not
-    count.
+    """The modules that a file imports at run time, at its top or inside a function.
+
+    Imports for type checkers do not count. ``from package import module`` counts for the module, not for the package.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -64,7 +71,8 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in PATHS else str(node.module) for name in names}
     return found
 
 
@@ -75,13 +83,30 @@ def rank(room: str) -> int:
 @pytest.mark.parametrize(("room", "path"), modules(), ids=lambda value: value if isinstance(value, str) else value.stem)
 def test_imports_run_one_way(room: str, path: Path) -> None:
     """No room imports a higher one, and every room has its place on the ladder."""
-    rooms = {
-        name.split(".")[1]
-        for name in imported(path)
-        if name.startswith("llama.") and name.split(".")[1] != "__version__"
-    }
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("llama.")}
     upward = [other for other in rooms if rank(other) > rank(room)]
     assert not upward, f"{path.name} imports {upward}, which stand above it"
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, the first of them repeated at the end; empty if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Neither within a room nor across rooms of one rank, not even by an import inside a function."""
+    found = circle({name: imported(path) & PATHS.keys() for name, path in PATHS.items()})
+    assert not found, " imports ".join(reversed(found))
+
+
+def test_a_circle_is_found() -> None:
+    """The test above can fail: here a imports b, which imports c, which imports a."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(("room", "path"), modules(), ids=lambda value: value if isinstance(value, str) else value.stem)
@@ -101,13 +126,10 @@ def test_the_ladder_names_every_room() -> None:
 
 def test_importing_starts_nothing() -> None:
     """`import llama` imports no torch; importing every module imports no torch_xla and starts no device."""
-    names = [
-        ".".join(("llama", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for _, p in modules()
-    ]
     code = f"""
 import sys, importlib, llama
 assert "torch" not in sys.modules
-for name in {names!r}:
+for name in {list(PATHS)!r}:
     importlib.import_module(name)
 assert "torch_xla" not in sys.modules
 """

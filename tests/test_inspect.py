@@ -70,406 +70,7 @@ def facts(run: Run, *arguments: str, code: int = 0) -> dict[str, Any]:
     return found
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-# ----------------------------------------------------------------------------------------------------------------------- inspect
+# -------------------------------------------------------------------------------------------------------------- inspect
 
 
 @pytest.mark.parametrize(
@@ -543,6 +144,37 @@ def test_inspect_tells_every_problem_and_what_is_right_nevertheless(run: Run, ma
     assert "no tokenizer (tokenizer.json or *.model) in" in facts(run, str(small), code=2)["problems"][0]
 
 
+def test_inspect_compares_files_with_their_checksums(run: Run, made: Path, tmp_path: Path) -> None:
+    """A changed, a missing and an added file are problems, and only with --check_sums."""
+    shutil.copytree(made / "own", tmp_path / "own")
+    found = facts(run, str(tmp_path / "own"), "--check_sums")
+    sums = json.loads((tmp_path / "own/checksums.json").read_text())
+    assert (found["problems"], found["files_checked"]) == ([], len(sums))
+    params = tmp_path / "own/params.json"
+    params.write_bytes(params.read_bytes() + b"\n")
+    (tmp_path / "own/notes.txt").write_text("added")
+    assert facts(run, str(tmp_path / "own"))["problems"] == []
+    (tmp_path / "own/tokenizer.model").unlink()
+    outcome = run("inspect", str(tmp_path / "own"), "--check_sums")
+    assert (outcome.code, outcome.err) == (2, f"llama-xla: {tmp_path / 'own'}: 4 problems found\n")
+    problems = facts(run, str(tmp_path / "own"), "--check_sums", code=2)["problems"]
+    assert all(f"- {problem}" in outcome.out for problem in problems)
+    no_tokenizer, added, changed, missing = problems
+    assert no_tokenizer.startswith("no tokenizer")
+    assert added == "notes.txt has no sum in checksums.json: it was added after the checkpoint had been written"
+    assert re.fullmatch(r"params\.json was changed .*: its sha256 is \w{64}, expected " + sums["params.json"], changed)
+    assert missing == "tokenizer.model is missing: checksums.json names it"
+
+
+def test_inspect_needs_checksums_to_compare_with(run: Run, made: Path) -> None:
+    (problem,) = facts(run, str(made / "meta"), "--check_sums", code=2)["problems"]
+    assert problem.startswith(f"{made / 'meta'} has no checksums.json")
+    (problem,) = facts(run, "nowhere", "--tokenizer_path", str(made / "meta/tokenizer.model"), "--check_sums", code=2)[
+        "problems"
+    ]
+    assert "no such directory" in problem
+
+
 def test_inspect_says_what_would_fit(run: Run, made: Path) -> None:
     found = facts(run, str(made / "meta"), "--max_seq_len", str(1 << 22), "--max_batch_size", "2", code=2)
     assert re.search(r"the model does not fit: .*; it takes --max_seq_len \d+ at most", found["problems"][0])
@@ -586,18 +218,23 @@ def test_bad_flags_are_refused(run: Run, arguments: list[str], words: list[str])
     refused_at_once(run(*arguments), *words)
 
 
+@pytest.mark.slow
 def test_inspect_starts_no_device(made: Path) -> None:
     """torch_xla is not imported: the command answers in the time that importing torch takes."""
-    code = f"import sys; from llama import cli; cli._exit_code(['inspect', {str(made / 'meta')!r}]); print('torch_xla' in sys.modules)"
+    code = (
+        f"import sys; from llama import cli; cli._exit_code(['inspect', {str(made / 'meta')!r}]); "
+        "print('torch_xla' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_TIMEOUT_S, check=True
     )
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------- convert and reshard
+# -------------------------------------------------------------------------------------------------- convert and reshard
 
 
+@pytest.mark.slow
 def test_the_demo_model_there_and_back(run: Run, tmp_path: Path) -> None:
     """Own safetensors, then two shards, then one: the tensors are what the shipped file holds, bit by bit."""
     assert run("convert", str(DEMO_DIR), str(tmp_path / "own"), "--quiet").code == 0

@@ -19,6 +19,8 @@ from llama import ModelArgs
 from llama.checkpoint.reshard import convert, reshard
 from llama.xla import backend, transfers
 
+pytestmark = pytest.mark.slow
+
 BIG = ModelArgs(dim=1024, n_layers=16, n_heads=16, n_kv_heads=4, vocab_size=4000)  # 0.7 GB of float32
 MOST = 1.25  # times the loaded model's bytes: the bar
 MEASURE = """

@@ -16,6 +16,7 @@ SEVEN_B = ModelArgs(vocab_size=32000)
 F32, BF16 = torch.float32, torch.bfloat16
 
 
+@pytest.mark.slow
 def test_weights_and_cache_are_counted_to_the_byte(make_llm: LLMFactory) -> None:
     """Against the tensors that a built model and its engine really hold."""
     llm = make_llm(max_batch_size=3)
@@ -44,6 +45,7 @@ def test_activations_cover_the_largest_tensors() -> None:
     assert plan.activations > 4 * 512 * 32 * 4096 * 4 + 4 * 32000 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("available", [14 * 2**30, 16 * 2**30, 20 * 2**30])
 def test_what_is_advised_fits_and_one_more_does_not(available: int) -> None:
     """The largest max_seq_len and the largest max_batch_size of the message, each with the other as it was."""

@@ -24,6 +24,8 @@ from llama.compiled.cache import CacheView
 from llama.compiled.model import Transformer
 from llama.xla import backend, programs, transfers
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 CHUNKS = (16, 16, 4, 1)
 PROMPT_LEN = sum(CHUNKS)

@@ -23,6 +23,8 @@ from llama import ModelArgs
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.reshard import reshard
 
+pytestmark = pytest.mark.slow
+
 SEQUENCE = 24
 WORLDS = (4, 2)
 SHAPES = {

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, Tokenizer, checkpoint
+from llama import EngineConfig, LLaMA, ModelArgs, RopeScaling, checkpoint, load_tokenizer
 from llama.compiled import cache as kv_cache
 from llama.compiled.cache import CacheView
 from llama.compiled.model import Transformer, rotary_frequencies
@@ -31,7 +31,7 @@ from llama.engine.engine import Engine
 from llama.engine.runner import XlaRunner
 from llama.xla import backend, programs, transfers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 TOLERANCE = 1e-4  # absolute, between logits that spread over several units
 DECISIVE = 1e-3  # a greedy choice by less than this could fall either way and would prove nothing
@@ -210,7 +210,7 @@ def build_directly(shape: Shape, config: EngineConfig, tokenizer_path: Path) -> 
     model = Transformer(shape.args, config.max_seq_len)
     for _ in checkpoint.place(model, meta_weights(shape).items(), torch.float32, device):
         pass
-    return LLaMA(Engine(config, XlaRunner(model, config, device)), Tokenizer(tokenizer_path))
+    return LLaMA(Engine(config, XlaRunner(model, config, device)), load_tokenizer(tokenizer_path))
 
 
 Builder = Callable[[Shape], LLaMA]

@@ -24,8 +24,10 @@ from llama.compiled.memory import dtypes_for, weight_bytes
 from llama.compiled.model import Linear, Transformer
 from llama.config import DEMO_DIR
 from llama.errors import CheckpointError, ConfigError
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import load_tokenizer
 from llama.xla import backend, linear, programs, reports as hlo, transfers
+
+pytestmark = pytest.mark.slow
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -192,7 +194,7 @@ def demo_perplexity(dtype: torch.dtype) -> tuple[float, torch.Tensor]:
     """
     from demo_text import TextMaker
 
-    source, tokenizer = open_checkpoint(DEMO_DIR), Tokenizer(DEMO_DIR / "tokenizer.model")
+    source, tokenizer = open_checkpoint(DEMO_DIR), load_tokenizer(DEMO_DIR / "tokenizer.model")
     with torch.device("meta"):
         model = Transformer(source.args, 256)
     for _ in checkpoint.place(model, checkpoint.checked(source), dtype, torch.device("cpu")):

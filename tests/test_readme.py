@@ -23,6 +23,8 @@ from llama.cli.flags import help_text
 from llama.config import DEMO_DIR
 from llama.sampling_params import controls_table
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(llama.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -20,9 +20,10 @@ from checkpoint_files import assert_equal, edit_json, random_weights, write_meta
 from safetensors import safe_open
 
 from llama import ModelArgs, RopeScaling, checkpoint
-from llama.checkpoint import open_checkpoint, writing
+from llama.checkpoint import names, open_checkpoint, writing
+from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.checkpoint.reshard import companions, convert, parse_size, reshard
-from llama.checkpoint.writing import verify_checksums
+from llama.compiled.partition import AXES, axis_of
 from llama.errors import CheckpointError, ConfigError
 
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=320, multiple_of=32)
@@ -34,6 +35,17 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def one_file(directory: Path, args: ModelArgs = ARGS, dtype: torch.dtype = torch.float32, **params: Any) -> Path:
     return write_meta(directory, args, [random_weights(args, dtype=dtype)], **params)
+
+
+def test_every_weight_has_an_axis() -> None:
+    """The table of axes names the weights that the table of names does; an axis is one that the weight has."""
+    assert AXES.keys() == names.TABLE.keys()
+    for name, weight in names.expected_weights(ARGS):
+        axis = axis_of(name)
+        assert (axis is None) == (len(weight.shape) == 1), name
+    assert (axis_of("layers.31.attention.wo.weight"), axis_of("layers.0.feed_forward.w1.weight")) == (1, 0)
+    with pytest.raises(KeyError):
+        axis_of("layers.00.attention.wq.weight")
 
 
 @pytest.mark.parametrize("embedding_axis", [0, 1])
@@ -306,6 +318,7 @@ def test_a_run_that_fails_leaves_nothing(
         assert {path.name for path in tmp_path.iterdir()} == {"src"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number"), [("convert", signal.SIGINT), ("reshard", signal.SIGTERM), ("reshard", signal.SIGKILL)]
 )
@@ -318,6 +331,7 @@ def test_a_signal_in_the_middle(tmp_path: Path, command: str, number: signal.Sig
     code = f"""
 import sys, time
 from llama.checkpoint import source, reshard as module
+from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.checkpoint.reshard import convert, reshard
 read = source.Source.read
 def slow(self, name):
@@ -386,8 +400,9 @@ def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_checksums(tmp_path: Path) -> None:
-    """Of every file but their own, as sha256sum makes them; a flipped bit and a missing file are named. Opening does
-    not read them.
+    """Every file but checksums.json has one, as sha256sum computes it.
+
+    A changed, a missing and an added file are named. Opening a checkpoint does not read the sums.
     """
     source = one_file(tmp_path / "src")
     (source / "tokenizer.model").write_bytes(b"sentences")
@@ -399,19 +414,38 @@ def test_checksums(tmp_path: Path) -> None:
         ["sha256sum", "tokenizer.model"], cwd=directory, capture_output=True, text=True, check=True
     ).stdout
     assert sums["tokenizer.model"] == said.split()[0]
-    assert set(verify_checksums(directory)) == set(sums)
+    assert read_checksums(directory) == sums
+    assert list(differing_files(directory, sums)) == []
     path = sorted(directory.glob("*.safetensors"))[1]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     open_checkpoint(directory)
-    with pytest.raises(CheckpointError, match=rf"{path.name} was changed after it had been written"):
-        verify_checksums(directory)
+    (changed,) = differing_files(directory, sums)
+    assert changed.startswith(f"{path.name} was changed after it had been written")
     path.unlink()
-    with pytest.raises(CheckpointError, match=rf"{path.name} is missing"):
-        verify_checksums(directory)
-    with pytest.raises(CheckpointError, match=r"checksums\.json is not readable"):
-        verify_checksums(source)
+    (directory / "notes.txt").write_text("added")
+    (directory / ".hidden").write_text("hidden")
+    missing, added = sorted(differing_files(directory, sums))
+    assert missing == f"{path.name} is missing: checksums.json names it"
+    assert added.startswith("notes.txt has no sum in checksums.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"has no checksums\.json"),
+        ("{", r"checksums\.json is not readable"),
+        ('{"../params.json": "00"}', r"got '\.\./params\.json'"),
+        ('{"params.json": 1}', r"got 'params\.json': '1'"),
+    ],
+)
+def test_checksums_that_cannot_be_used(tmp_path: Path, content: str | None, words: str) -> None:
+    """Absent, not JSON, with a path out of the directory, with a sum that is no text."""
+    if content is not None:
+        (tmp_path / "checksums.json").write_text(content)
+    with pytest.raises(CheckpointError, match=words):
+        read_checksums(tmp_path)
 
 
 def test_a_bar_shows_the_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -451,7 +485,8 @@ from llama.checkpoint import checked, open_checkpoint
 from llama.checkpoint.reshard import convert, reshard
 
 def status(name):
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 def read(name):
     for _ in checked(open_checkpoint(root / name)):
@@ -473,6 +508,7 @@ for name, run in runs.items():
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
     """Of a model of 151 MiB whose largest tensor has 4 MiB: what every run adds to a process that has imported
     everything.

@@ -38,7 +38,7 @@ def sentencepiece_case(path: Path) -> Case:
     from sentencepiece import SentencePieceProcessor
 
     library = SentencePieceProcessor(model_file=str(path))
-    return Case(path, Tokenizer(path), library.encode, library.encode, library.decode)
+    return Case(path, load_tokenizer(path), library.encode, library.encode, library.decode)
 
 
 def tiktoken_case(path: Path) -> Case:
@@ -53,7 +53,11 @@ def tiktoken_case(path: Path) -> Case:
         return library.decode([i for i in ids if i < len(ranks)])
 
     return Case(
-        path, Tokenizer(path), library.encode_ordinary, lambda text: library.encode(text, allowed_special="all"), decode
+        path,
+        load_tokenizer(path),
+        library.encode_ordinary,
+        lambda text: library.encode(text, allowed_special="all"),
+        decode,
     )
 
 
@@ -66,7 +70,7 @@ def tokenizers_case(path: Path) -> Case:
     def encoder(library: Library) -> Callable[[str], list[int]]:
         return lambda text: library.encode(text, add_special_tokens=False).ids
 
-    return Case(path, Tokenizer(path), encoder(text_only), encoder(special), special.decode)
+    return Case(path, load_tokenizer(path), encoder(text_only), encoder(special), special.decode)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,7 @@ def test_encodes_control_tokens_as_its_library(cases: dict[str, Case], kind: str
     assert any(encode_special(text) != encode(text) for text in STRINGS)
 
 
+@pytest.mark.slow
 def test_decodes_as_its_library(case: Case) -> None:
     """The ids of all strings, and 2,000 sequences of any ids whose bytes are valid."""
     chooser = random.Random(1)
@@ -312,7 +317,7 @@ def test_text_that_cannot_stay_text_is_refused(tmp_path: Path) -> None:
     made = Library(models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("</s>", -1.0), *letters], unk_id=0))
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     made.add_special_tokens(["<s>", "</s>"])
-    ours = Tokenizer(files.write_json(made, tmp_path))
+    ours = load_tokenizer(files.write_json(made, tmp_path))
     assert ours.encode("abc", bos=False) == made.encode("abc", add_special_tokens=False).ids
     with pytest.raises(PromptError, match=r"the text holds </s>, which tokenizer\.json cannot encode as plain text"):
         ours.encode("a</s>b")
@@ -353,6 +358,7 @@ def cut_as_meta_does(text: str) -> list[str]:
     return pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -383,13 +389,14 @@ def test_a_million_spaces(cases: dict[str, Case]) -> None:
 
 
 def test_kinds_are_recognised_by_content(cases: dict[str, Case], tmp_path: Path) -> None:
-    """Each under one and the same name, through the class and the function."""
+    """Each under one and the same name, from a text or a Path."""
     for name, case in cases.items():
         path = tmp_path / name / "tokenizer.model"
         path.parent.mkdir()
         path.write_bytes(case.path.read_bytes())
-        assert type(Tokenizer(str(path))) is type(load_tokenizer(path)) is type(case.ours)
-        assert Tokenizer(path).encode("the cat") == case.ours.encode("the cat")
+        assert type(load_tokenizer(str(path))) is type(load_tokenizer(path)) is type(case.ours)
+        assert load_tokenizer(path).kind == case.ours.kind
+        assert load_tokenizer(path).encode("the cat") == case.ours.encode("the cat")
 
 
 def test_find_tokenizer(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -437,7 +444,7 @@ def test_ends_come_from_the_files_beside(
     tmp_path: Path, beside: dict[str, Any], expected: tuple[str, list[Any]]
 ) -> None:
     """BOS, EOS and stops as the checkpoint's own files give them, the well-known ends of turns behind."""
-    ours = Tokenizer(files.write_json(files.byte_level(), tmp_path, **beside))
+    ours = load_tokenizer(files.write_json(files.byte_level(), tmp_path, **beside))
     bos, stops = expected
     assert ours.special_ids["<|eot_id|>"] == 395
     assert ours.bos_id == ours.special_ids[bos]
@@ -466,7 +473,10 @@ def test_a_file_that_truncates_or_pads_does_not_here(tmp_path: Path) -> None:
     made.enable_padding(length=64)
     text = "once upon a time there was a cat"
     assert (
-        Tokenizer(files.write_json(made, tmp_path)).decode(Tokenizer(tmp_path / "tokenizer.json").encode(text)) == text
+        load_tokenizer(files.write_json(made, tmp_path)).decode(
+            load_tokenizer(tmp_path / "tokenizer.json").encode(text)
+        )
+        == text
     )
 
 
@@ -485,7 +495,7 @@ def test_a_file_that_truncates_or_pads_does_not_here(tmp_path: Path) -> None:
 def test_files_beside_that_do_not_fit_are_refused(tmp_path: Path, beside: dict[str, Any], message: str) -> None:
     path = files.write_json(files.byte_level(), tmp_path, **beside)
     with pytest.raises(TokenizerError, match=message):
-        Tokenizer(path)
+        load_tokenizer(path)
 
 
 def test_no_well_known_end(tmp_path: Path) -> None:
@@ -496,7 +506,7 @@ def test_no_well_known_end(tmp_path: Path) -> None:
     content["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(TokenizerError, match="has no BOS token"):
-        Tokenizer(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_decoders_of_other_families_are_refused_by_name(tmp_path: Path) -> None:
@@ -517,15 +527,15 @@ def test_decoders_of_other_families_are_refused_by_name(tmp_path: Path) -> None:
         made.decoder = decoder
         path = files.write_json(made, tmp_path / str(number))
         with pytest.raises(TokenizerError, match=f"its decoder is {name}, expected ByteLevel"):
-            Tokenizer(path)
+            load_tokenizer(path)
     content = json.loads(files.sentencepiece_like().to_str())
     path.write_text(json.dumps({**content, "decoder": None}))
     with pytest.raises(TokenizerError, match="its decoder is absent"):
-        Tokenizer(path)
+        load_tokenizer(path)
     content["model"]["continuing_subword_prefix"] = "##"
     path.write_text(json.dumps(content))
     with pytest.raises(TokenizerError, match="marks pieces within words"):
-        Tokenizer(path)
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +557,7 @@ def test_decoders_of_other_families_are_refused_by_name(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "tokenizer").write_bytes(content)
     with pytest.raises(TokenizerError, match=message):
-        Tokenizer(tmp_path / "tokenizer")
+        load_tokenizer(tmp_path / "tokenizer")
 
 
 def test_absent_files_are_refused(tmp_path: Path) -> None:
@@ -555,7 +565,7 @@ def test_absent_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(
             TokenizerError, match=r"no tokenizer at .*expected a SentencePiece model, a tiktoken ranks file or"
         ):
-            Tokenizer(path)
+            load_tokenizer(path)
 
 
 def test_another_models_ranks_are_refused(tmp_path: Path) -> None:
@@ -565,10 +575,10 @@ def test_another_models_ranks_are_refused(tmp_path: Path) -> None:
     tokens = [bytes([b]) for b in range(256)] + [b"x" + i.to_bytes(3, "big") for i in range(128_000 - 256)]
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer").write_text("\n".join(lines))
-    assert Tokenizer(tmp_path / "tokenizer").special_ids["<|eot_id|>"] == 128009
+    assert load_tokenizer(tmp_path / "tokenizer").special_ids["<|eot_id|>"] == 128009
     (tmp_path / "tokenizer").write_text("\n".join([*lines, "eHh4eHg= 128000"]))
     with pytest.raises(TokenizerError, match="got 128001 ranks, expected at most Llama 3's 128000"):
-        Tokenizer(tmp_path / "tokenizer")
+        load_tokenizer(tmp_path / "tokenizer")
 
 
 def test_mutated_files_load_or_are_refused(case: Case, tmp_path: Path) -> None:
@@ -581,7 +591,7 @@ def test_mutated_files_load_or_are_refused(case: Case, tmp_path: Path) -> None:
         cut = data[:begin] + data[begin + chooser.randrange(1, 100) :]
         (tmp_path / case.path.name).write_bytes(chooser.choice([data[:begin], bytes(flips), cut]))
         try:
-            ours = Tokenizer(tmp_path / case.path.name)
+            ours = load_tokenizer(tmp_path / case.path.name)
             ours.decode(ours.encode("hello </s> wörld <|eot_id|>"))
         except (TokenizerError, PromptError):
             refused += 1
@@ -596,4 +606,4 @@ def test_a_missing_library_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(TokenizerError, match=f"needs the library {library}: pip install {library}"):
-        Tokenizer(cases[kind].path)
+        load_tokenizer(cases[kind].path)

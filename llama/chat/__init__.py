@@ -1,11 +1,11 @@
 """Dialogs to prompts: the formats that chat models were trained on.
 
-    formats.py   what a dialog is; Llama 2's and Llama 3's formats, as Meta's code builds them
+    formats.py   the type of a dialog; Llama 2's and Llama 3's formats, as Meta's code builds them
     template.py  a checkpoint's own chat template, with a user's control tokens kept as text
     render.py    the process that renders templates, within limits of time, memory and size
 
-Whatever the format, control tokens come from the format alone: ``<|eot_id|>`` typed into a message is text to the
-    model.
+Whatever the format, control tokens come from the format alone: ``<|eot_id|>`` typed into a message is
+text to the model.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def choose_format(tokenizer: Tokenizer, directory: Path, name: str | None = None
 
     Args:
         tokenizer: the checkpoint's.
-        directory: the checkpoint's; its own template is looked for there.
-        name: ``llama2``, ``llama3`` or ``template``. None means the checkpoint's own template where it has one, or else
-            what its tokenizer was made for.
+        directory: the checkpoint's, which may hold a template.
+        name: ``llama2``, ``llama3`` or ``template``. Default: the checkpoint's own template if it has one, else the
+            format that its tokenizer was made for.
 
     Raises:
-        ChatError: a name that is not known, a format that the tokenizer has no tokens for, or nothing to choose by.
+        ChatError: an unknown name, a format that the tokenizer has no tokens for, or nothing to choose by.
     """
     choices = f"expected one of {', '.join(FORMATS)}"
     if name is not None and name not in FORMATS:
@@ -60,5 +60,6 @@ def choose_format(tokenizer: Tokenizer, directory: Path, name: str | None = None
     if name == "llama2" or Llama2Format.fits(tokenizer):
         return Llama2Format(tokenizer)
     raise ChatError(
-        f"{directory} has no chat template, and its tokenizer is neither Llama 2's nor Llama 3's: choose a format, {choices}"
+        f"{directory} has no chat template, and its tokenizer is neither Llama 2's nor Llama 3's: "
+        f"choose a format, {choices}"
     )

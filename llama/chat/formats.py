@@ -1,4 +1,4 @@
-"""What a dialog is, and how Llama 2 and Llama 3 want it written: token by token as Meta's code does."""
+"""The dialog, and the formats of Llama 2 and Llama 3, token by token as in Meta's code."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Dialog = Sequence[Message]
 
 
 class ChatFormat(ABC):
-    """How a dialog becomes the prompt for its next answer.
+    """Turns a dialog into the prompt for its next answer.
 
     Args:
         tokenizer: the model's.
 
     Attributes:
-        name: as users choose it.
+        name: that users choose it by.
     """
 
     name: ClassVar[str]
@@ -48,15 +48,15 @@ class ChatFormat(ABC):
 
         Args:
             dialog: an optional system message, then user and assistant in turn, a user's message last.
-            add_generation_prompt: end with what begins an answer, in formats that have such a thing.
+            add_generation_prompt: end with the beginning of an answer, in formats that have one.
 
         Raises:
-            ChatError: roles in another order, contents that are no text, or what the format itself refuses.
+            ChatError: roles in another order, contents that are not text, or messages that the format cannot express.
         """
 
 
 def check_dialog(dialog: Dialog) -> None:
-    """Refuse what the formats are not defined for.
+    """Check that roles alternate, a user's message is last, and contents are valid text.
 
     Raises:
         ChatError: the first message that is wrong, and how.
@@ -79,8 +79,8 @@ def check_dialog(dialog: Dialog) -> None:
         expected = "assistant" if index % 2 else "user"
         if message["role"] != expected:
             raise ChatError(
-                f"message {index + offset}: its role is {message['role']!r:.50}, expected {expected!r}: after an optional system message, "
-                "user and assistant take turns"
+                f"message {index + offset}: its role is {message['role']!r:.50}, expected {expected!r}: "
+                "after an optional system message, user and assistant take turns"
             )
     if len(turns) % 2 == 0:
         got = f"the last of {len(dialog)} messages is the {dialog[-1]['role']}'s" if dialog else "got no messages"
@@ -88,7 +88,10 @@ def check_dialog(dialog: Dialog) -> None:
 
 
 class Llama2Format(ChatFormat):
-    """``[INST] ... [/INST] answer``, BOS and EOS around each pair, the system message within the first user message."""
+    """``[INST] ... [/INST] answer``, each pair between BOS and EOS.
+
+    The system message is part of the first user message.
+    """
 
     name = "llama2"
     _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -99,9 +102,7 @@ class Llama2Format(ChatFormat):
         return tokenizer.kind == "sentencepiece" or tokenizer.special_ids.get("<s>") == tokenizer.bos_id
 
     def encode(self, dialog: Dialog, add_generation_prompt: bool = True) -> list[int]:
-        """See ChatFormat. The tags are ordinary text to the tokenizer, so a message that holds one is refused, as
-        Meta's code does.
-        """
+        """See ChatFormat. Messages that hold a tag are refused, as in Meta's code: tags are ordinary text."""
         check_dialog(dialog)
         for index, message in enumerate(dialog):
             written = [tag for tag in self._TAGS if tag in message["content"]]
@@ -121,7 +122,7 @@ class Llama2Format(ChatFormat):
 
 
 class Llama3Format(ChatFormat):
-    """A header with the role before each message, and ``<|eot_id|>`` behind it.
+    """A header with the role before each message, and ``<|eot_id|>`` after it.
 
     Raises:
         ChatError: the tokenizer lacks one of the control tokens.
@@ -135,7 +136,8 @@ class Llama3Format(ChatFormat):
         absent = [name for name in (self._HEADER, self._END_HEADER, self._EOT) if name not in tokenizer.special_ids]
         if absent:
             raise ChatError(
-                f"the tokenizer has no {', '.join(absent)}, which Llama 3's format is made of; choose another chat format"
+                f"the tokenizer has no {', '.join(absent)}, which Llama 3's format is made of; "
+                "choose another chat format"
             )
 
     @classmethod

@@ -1,14 +1,12 @@
-"""The process that renders chat templates: ``python -I -S render.py`` with a request on stdin and the results on
-stdout.
+"""A process that renders chat templates: ``python -I -S render.py``, request on stdin.
 
-A template is somebody else's program. jinja2's sandbox keeps it from Python's objects, but not from looping for ever or
-from ``"a" * 10**12``, and a single operation of that sort cannot be interrupted within the process that runs it. So
-templates run here: the system limits this process's memory and computing time, and the caller stops it at a deadline.
+A template is untrusted code. jinja2's sandbox keeps it from Python's objects, but not from looping forever or from
+``"a" * 10**12``, and a single such operation cannot be interrupted within its process. So templates run here: the
+system limits this process's memory and CPU time, and the caller stops it at a deadline.
 
 Standard input holds a JSON object: ``template``, ``variables``, ``dialogs``, the limits ``seconds``, ``memory`` and
-    ``characters``,
-and ``path``, where jinja2 is installed. Standard output gets a JSON list with ``{"text": ...}`` or ``{"problem": ...}``
-for each dialog. Nothing else of the package is imported.
+``characters``, and ``path``, where jinja2 is installed. Standard output gets a JSON list with ``{"text": ...}`` or
+``{"problem": ...}`` for each dialog. Nothing else of the package is imported.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class TooLongError(Exception):
-    """The text has more characters than its argument."""
+    """The text has more characters than the limit, which is the argument."""
 
 
 def compile_template(text: str) -> Template:
-    """A template with the names and filters that chat templates count on, as transformers defines them.
+    """Compile a template with the names and filters that transformers gives to chat templates.
 
     Raises:
         jinja2.TemplateSyntaxError: it is not valid.
@@ -67,7 +65,7 @@ def compile_template(text: str) -> Template:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, for the user."""
+    """Describe an error for the user."""
     from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
     from jinja2.exceptions import SecurityError
 
@@ -85,7 +83,7 @@ def describe(error: BaseException) -> str:
 
 
 def limited(chunks: Iterator[str], characters: int) -> str:
-    """The chunks joined.
+    """Join the chunks.
 
     Raises:
         TooLongError: there are more characters than that.
@@ -129,10 +127,7 @@ def main() -> None:
 
     for limit, value in (
         (resource.RLIMIT_AS, request["memory"]),
-        (
-            resource.RLIMIT_CPU,
-            math.ceil(request["seconds"]) + 1,
-        ),  # where the caller is gone, and stops nothing any more
+        (resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1),  # ends this process if the caller is gone
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):

@@ -1,13 +1,10 @@
-"""A checkpoint's own chat template: found, rendered in a process of its own, and encoded with users' control tokens
-kept as text.
+"""A checkpoint's own chat template: found, rendered in a separate process, and encoded.
 
 A rendered template is one text, in which the template's ``<|eot_id|>`` and one that a user typed look the same. So a
-dialog is
-rendered twice: as it is, and with a mark, which nobody can foresee, within every control token that a message holds.
-    Cut at the
-marks, the second text has only the template's own control tokens whole; joined again, it must be the first. Further
-marks stand before and behind each message's words, so that no control token grows together out of two messages; the
-white space around the words stays outside, so that templates which trim it, as most do, find it.
+dialog is rendered twice: as it is, and with a random mark inside every control token that a message holds. Split at the
+marks, the second text has only the template's own control tokens whole; joined again, it must equal the first. Further
+marks stand before and after each message's words, so that no control token can form across two messages; the white
+space around the words stays outside, because most templates trim it.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ RENDERER = Path(__file__).with_name("render.py")
 
 
 class Limits(NamedTuple):
-    """What a template may take.
+    """Limits on rendering a template.
 
     Attributes:
         seconds: to render one dialog, the start of the process included.
@@ -59,7 +56,9 @@ class Found(NamedTuple):
 
 
 def find_template(directory: Path) -> Found | None:
-    """A checkpoint's chat template: chat_template.jinja, or the one in tokenizer_config.json (of several, ``default``).
+    """Return a checkpoint's chat template, if it has one.
+
+    It is in chat_template.jinja, or in tokenizer_config.json (of several, ``default``).
 
     Raises:
         ChatError: a file that is not readable, or several templates without a default.
@@ -96,9 +95,9 @@ class TemplateFormat(ChatFormat):
     Args:
         tokenizer: the checkpoint's.
         template: its text.
-        names: control tokens by the names that templates know them under: ``bos_token``, ``eos_token`` and others.
-        source: where it comes from, for errors.
-        limits: what rendering may take.
+        names: control tokens by the variables that templates use: ``bos_token``, ``eos_token`` and others.
+        source: its origin, for errors.
+        limits: on rendering.
 
     Raises:
         ChatError: a template that is too long, or control tokens that the tokenizer does not have.
@@ -134,7 +133,8 @@ class TemplateFormat(ChatFormat):
     def encode(self, dialog: Dialog, add_generation_prompt: bool = True) -> list[int]:
         """See ChatFormat."""
         check_dialog(dialog)
-        mark = f"\U000f0000{secrets.randbelow(10**20):020}\U000f0001"  # no filter changes it: neither letters nor white space
+        # neither letters nor white space, so no filter changes the mark
+        mark = f"\U000f0000{secrets.randbelow(10**20):020}\U000f0001"
         plain, marked = self._render([dialog, self._mark(dialog, mark)], add_generation_prompt)
         if plain.text is None:
             raise ChatError(f"{self._source}: {plain.problem}")
@@ -145,9 +145,7 @@ class TemplateFormat(ChatFormat):
         return self.tokenizer.encode_parts([Part(piece, True) for piece in pieces])
 
     def _mark(self, dialog: Dialog, mark: str) -> list[Message]:
-        """The dialog with marks around each message's words and behind the first character of each control token in
-        them.
-        """
+        """Return the dialog with marks around each message's words and inside its control tokens."""
         token = re.compile(f"(?={self.tokenizer.special_pattern.pattern})")
         marked: list[Message] = []
         for message in dialog:
@@ -160,13 +158,13 @@ class TemplateFormat(ChatFormat):
         return marked
 
     def _refuse_control_tokens(self, dialog: Dialog) -> None:
-        """Where the template disturbs the marks, no message may hold a control token."""
+        """Refuse messages with control tokens, for templates that disturb the marks."""
         for index, message in enumerate(dialog):
             match = self.tokenizer.special_pattern.search(message["content"])
             if match:
                 raise ChatError(
-                    f"message {index} holds {match.group()}, and {self._source} changes messages in a way that does not let it be told "
-                    "from the template's own control tokens; write it differently"
+                    f"message {index} holds {match.group()}, and {self._source} changes messages in a way that "
+                    "does not let it be told from the template's own control tokens; write it differently"
                 )
 
     def _render(self, dialogs: Sequence[Dialog], add_generation_prompt: bool) -> list[_Rendered]:
@@ -221,7 +219,7 @@ class _Rendered(NamedTuple):
 
 
 def _library_path() -> list[str]:
-    """Where jinja2 and what it needs are installed."""
+    """Return the directories in which jinja2 and its dependency are installed."""
     found = []
     for name in ("jinja2", "markupsafe"):
         spec = importlib.util.find_spec(name)

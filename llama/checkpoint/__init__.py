@@ -1,12 +1,13 @@
-"""Where weights come from: `open_checkpoint` recognises a format, `checked` reads weight by weight, `place` puts them
-on the device.
+"""Read checkpoints of any format, and load their weights onto the device.
 
-In here:
+`open_checkpoint` recognises the format, `checked` reads the weights one by one, `place` moves them to the device.
 
-    files.py       one file: JSON, or tensors mapped from it     names.py       one table: names, shapes, axes of a
-    split source.py      an opened checkpoint, whatever its format     partition.py   fairscale's arithmetic of a split
-    meta_pth.py, hf_safetensors.py, native.py: the formats       recognise.py   which of them a directory holds
-    reshard.py     writing whole checkpoints                     writing.py     writing files
+    recognise.py   which format a directory holds     source.py      an opened checkpoint of any format
+    meta_pth.py, hf_safetensors.py, native.py         the formats
+    files.py       one file: JSON or mapped tensors   names.py       one table: names and shapes of the weights
+    partition.py   cutting weights for several ranks  quantize.py    int8 weights
+    reshard.py     writing whole checkpoints          writing.py     writing files
+    checksums.py   comparing files with their sha256
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
 def place(
     model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[int]:
-    """Move tensors into a model built on the meta device, one at a time, so that no second copy of the weights is ever
-    held.
+    """Move tensors into a model built on the meta device, one at a time.
+
+    There is never a second copy of the weights.
 
     Args:
         model: its parameters are replaced.
         tensors: (name, host tensor) for every parameter.
-        dtype: storage dtype on the device; int8 quantises the linear layers (quantize.py) and leaves the rest as it is.
+        dtype: storage dtype on the device; int8 quantises the linear layers (quantize.py) and keeps the rest.
 
     Yields:
-        The bytes of each tensor on the device, as it arrives: what a progress bar counts.
+        The number of bytes of each tensor, when it is on the device, for a progress bar.
     """
     on_the_way = 0
     for name, tensor in tensors:
@@ -61,8 +63,9 @@ def place(
 
 
 def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensor as the model keeps it: by the name of its parameter, and under int8 a linear layer's scale
-    beside it.
+    """Return a checkpoint's tensor as the model stores it, by parameter name.
+
+    With int8, a linear layer's weight comes with its scale.
 
     Args:
         tensor: a weight, or the scale of one that is int8 already.
@@ -77,8 +80,9 @@ def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bo
 
 
 def random_tensors(model: Transformer, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Seeded random weights for every parameter of ``model``: normal with deviation 0.02, norms all one. For tests and
-    timings.
+    """Yield seeded random weights for every parameter of ``model``, for tests and timings.
+
+    They are normal with deviation 0.02; norms are all one.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in list(model.named_parameters()):

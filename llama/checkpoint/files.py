@@ -1,11 +1,11 @@
-"""One file of a checkpoint: JSON, or tensors that are mapped into memory and touched one at a time.
+"""One file of a checkpoint: JSON, or tensors that are memory-mapped and read one at a time.
 
-Only headers are read when a file is opened. A tensor that is read is a view of the mapping: its bytes come from the
-disk when somebody computes with them. Touched pages of a mapping count as resident memory until it is closed, so a file
-is mapped anew after every thirty-second part of it; a view keeps the mapping that it belongs to.
+Opening a file reads its header only. A tensor that is read is a view of the mapping; its bytes come from the disk when
+they are first used. Touched pages of a mapping count as resident memory until it is closed, so a file is mapped anew
+after each thirty-second part of it; a view keeps its mapping alive.
 
-``weights_only`` keeps pickled code out; what it does not guard against on torch 2.9 is said in the README
-(CVE-2026-24747): load a stranger's .pth or .bin file in a sandbox only.
+``weights_only`` keeps pickled code from running. It does not cover everything on torch 2.9 (CVE-2026-24747, see the
+README): load .pth and .bin files from strangers in a sandbox only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GIT_LFS = b"version https://git-lfs"
 
 
 class Header(NamedTuple):
-    """What a file's header says of one tensor; ``dtype`` is a string where we do not compute with it."""
+    """One tensor as a file's header describes it; ``dtype`` is a string if it is not supported."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -49,8 +49,8 @@ class TensorFile(ABC):
         path: the file.
 
     Attributes:
-        headers: of all tensors, by name.
-        metadata: what else the header says.
+        headers: shape and dtype of every tensor, by name.
+        metadata: the other entries of the header.
 
     Raises:
         CheckpointError: the file cannot be opened, or its header is damaged.
@@ -69,17 +69,17 @@ class TensorFile(ABC):
 
     @abstractmethod
     def _open(self) -> Callable[[str], torch.Tensor]:
-        """Map the file; the function returned gives a tensor of it by name."""
+        """Map the file; return a function from a tensor's name to the tensor."""
 
     @abstractmethod
     def _headers(self) -> dict[str, Header]:
-        """Shape and dtype of every tensor, without touching one."""
+        """Return shape and dtype of every tensor without reading one."""
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as a view of the mapped file: do not write to it.
+        """Return a tensor as a view of the mapped file: do not write to it.
 
         Raises:
-            CheckpointError: the file is not the one any more that was opened.
+            CheckpointError: the file was changed since it was opened.
         """
         self.let_go()
         if self._get is None:
@@ -90,14 +90,15 @@ class TensorFile(ABC):
             raise CheckpointError(f"{self.path}: tensor {name} cannot be read: {_reason(error)}") from error
         if (tuple(tensor.shape), tensor.dtype) != self.headers[name]:
             raise CheckpointError(
-                f"{self.path} was changed while it was being read: tensor {name} has another shape or dtype now"
+                f"{self.path} was changed while it was being read: tensor {name} now has another shape or dtype"
             )
         self._touched += tensor.numel() * tensor.element_size()
         return tensor
 
     def let_go(self) -> None:
-        """Close the mapping if enough of it was touched; views that somebody holds keep it, the next ``read`` maps the
-        file anew.
+        """Close the mapping if enough of it was touched.
+
+        Views keep the old mapping alive; the next ``read`` maps the file anew.
         """
         if self._touched > self._remap_after:
             self._get = None
@@ -106,7 +107,7 @@ class TensorFile(ABC):
 
     @abstractmethod
     def _close(self) -> None:
-        """Forget the mapping."""
+        """Drop the mapping."""
 
 
 class SafetensorsFile(TensorFile):
@@ -131,7 +132,7 @@ class SafetensorsFile(TensorFile):
         return {name: Header(tuple(s.get_shape()), KNOWN.get(s.get_dtype(), s.get_dtype())) for name, s in slices}
 
     def table(self) -> dict[str, Any]:
-        """The header's entries as they are written: dtype, shape and data_offsets by name."""
+        """Return the header's entries as written: dtype, shape and data_offsets by name."""
         with self.path.open("rb") as file:
             header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
@@ -146,8 +147,8 @@ class PickleFile(TensorFile):
             with self.path.open("rb") as file:
                 start = file.read(16)
             raise CheckpointError(
-                f"{self.path} is not a checkpoint: got {self.path.stat().st_size} bytes that begin with {start!r}, expected the zip "
-                f"archive that torch.save writes since 1.6; it may be cut short{_hint(self.path)}"
+                f"{self.path} is not a checkpoint: got {self.path.stat().st_size} bytes that begin with {start!r}, "
+                f"expected the zip archive that torch.save writes since 1.6; it may be cut short{_hint(self.path)}"
             )
         try:
             loaded: Any = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
@@ -182,8 +183,9 @@ class PickleFile(TensorFile):
         }
 
     def _check_records(self) -> None:
-        """Every tensor's bytes are in the archive: from a record that is too short, mapping would read its neighbour's
-        without a word.
+        """Check that the archive holds every tensor's bytes.
+
+        For a record that is too short, mapping would silently read the next record's bytes.
         """
         storages = [tensor.untyped_storage() for tensor in self._loaded.values()]
         wanted = Counter({s.data_ptr(): s.nbytes() for s in storages}.values())
@@ -197,7 +199,7 @@ class PickleFile(TensorFile):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object in a JSON file.
 
     Raises:
         CheckpointError: the file cannot be read, is not JSON, is no object, or has a key twice.
@@ -219,7 +221,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _hint(path: Path) -> str:
-    """The commonest cause of a file that is none, where it is that."""
+    """Return a hint if the file is a Git LFS pointer."""
     try:
         with path.open("rb") as file:
             pointer = file.read(len(GIT_LFS)) == GIT_LFS

@@ -1,11 +1,11 @@
-"""Hugging Face's format: config.json with model.safetensors, or several files and model.safetensors.index.json.
+"""Hugging Face's format: config.json with model.safetensors, in one file or several with an index.
 
-LlamaForCausalLM, and MistralForCausalLM where its mathematics is LLaMA's. Settings that would change what is computed
-in a way that this package does not compute are refused by name; settings that change nothing (dropout, caches, token
-ids) are passed over. Older checkpoints in pytorch_model.bin are read, too, with a warning.
+Supported are LlamaForCausalLM, and MistralForCausalLM where it computes the same as LLaMA. Settings that would change
+the computation in an unsupported way are refused by name; settings that change nothing (dropout, caches, token ids) are
+ignored. Older checkpoints in pytorch_model.bin are read with a warning.
 
-transformers turns the two halves of a head's columns where Meta turns neighbouring pairs, and stores the rows of wq and
-wk in its order: ``read`` turns them back.
+transformers rotates the two halves of a head's columns where Meta rotates neighbouring pairs, and stores the rows of wq
+and wk in that order; ``read`` restores Meta's order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ READ = {
     *("architectures", "intermediate_size", "num_key_value_heads", "head_dim", "tie_word_embeddings", "sliding_window"),
     *("rope_theta", "rope_scaling", "rope_parameters"),
 }
-# Settings that change the mathematics, and the values with which it is LLaMA's; None is allowed for all of them
+# Settings that change the computation, and the values with which it is LLaMA's; None is always allowed
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention_bias": (False,),
     "attention_multiplier": (),
@@ -56,7 +56,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "no_rope_layers": ([],),
     "num_experts": (),
     "num_local_experts": (),
-    "original_max_position_embeddings": (),  # beside rope_scaling transformers prefers it to the value in there
+    "original_max_position_embeddings": (),  # transformers prefers it to the value inside rope_scaling
     "partial_rotary_factor": (1.0,),
     "qk_layernorm": (False,),
     "quantization": (),
@@ -66,7 +66,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "rope_interleaved": (False,),
     "use_qk_norm": (False,),
 }
-# What transformers' and other exporters' files hold besides; nothing here is mistaken for a misspelt setting
+# Other keys that transformers and other exporters write; they are not taken for misspelt settings
 HARMLESS = {
     *(
         "model_type",
@@ -91,7 +91,7 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {  # of each kind, by transformers' nam
         "original_max_position_embeddings": "original_max_seq_len",
     },
 }
-DEFAULT_THETA = 10000.0  # transformers' own, where a file says nothing
+DEFAULT_THETA = 10000.0  # transformers' default
 LIKENESS = 0.8  # of an unknown key to one that is read: then it is a misspelling, or a flipped bit
 
 
@@ -102,8 +102,8 @@ class HFSource(Source):
         directory: with config.json and the weights.
 
     Raises:
-        CheckpointError: a missing or damaged file, an index that does not tell the truth, a setting that is not
-            computed, or see Source.
+        CheckpointError: a missing or damaged file, an index that contradicts the files, an unsupported
+            setting, or see Source.
     """
 
     format = "huggingface"
@@ -143,10 +143,12 @@ def to_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def open_weights(directory: Path) -> list[TensorFile]:
-    """Open the files that hold the weights: safetensors, or else pytorch_model.bin, whole or by their index.
+    """Open the files that hold the weights: safetensors, or else pytorch_model.bin.
+
+    Either is one file, or several with an index.
 
     Raises:
-        CheckpointError: none of them, or a whole file beside an index, or see the index.
+        CheckpointError: there are none, or both a whole file and an index; see also open_indexed.
     """
     kinds: tuple[tuple[type[TensorFile], str], ...] = (
         (SafetensorsFile, "model.safetensors"),
@@ -172,11 +174,11 @@ def open_weights(directory: Path) -> list[TensorFile]:
 
 
 def open_indexed(index: Path, kind: type[TensorFile]) -> list[TensorFile]:
-    """Open all files that an index names, and compare what it says of them with their headers.
+    """Open all files that an index names, and compare the index with their headers.
 
     Raises:
-        CheckpointError: a file that is not there, a tensor that is in no file, in two, or in another one than the index
-            says.
+        CheckpointError: a missing file, or a tensor that is in no file, in two, or in another one than the
+            index says.
     """
     weight_map = read_json(index).get("weight_map")
     if (
@@ -212,11 +214,10 @@ def _check_index(index: Path, weight_map: Mapping[str, str], files: Sequence[Ten
 
 
 def read_config(path: Path) -> Settings:
-    """The shape that a config.json declares.
+    """Read the shape that a config.json declares.
 
     Raises:
-        CheckpointError: damaged, of another architecture, without a setting that is needed, or with one that is not
-            computed.
+        CheckpointError: damaged, of another architecture, without a required setting, or with an unsupported one.
     """
     config = read_json(path)
     _check_settings(path, config)
@@ -244,7 +245,7 @@ def read_config(path: Path) -> Settings:
 
 
 def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what would compute something else, and keys that look like misspelt ones of those that are read."""
+    """Refuse settings that would compute something else, and keys that look misspelt."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
         raise CheckpointError(
@@ -275,8 +276,9 @@ def _allowed(key: str) -> str:
 
 
 def _feed_forward(dim: object, width: object) -> dict[str, Any]:
-    """Meta's settings for a feed-forward width, for which params.json has no key: its rule rounds two thirds of 4 dim
-    up to a multiple.
+    """Return Meta's settings for a feed-forward width.
+
+    params.json has no key for the width: Meta's rule rounds two thirds of 4 dim up to a multiple.
     """
     if not isinstance(dim, int) or not isinstance(width, int) or not 0 < dim <= LARGEST_SIZE:
         return {"multiple_of": width}
@@ -289,13 +291,15 @@ def _feed_forward(dim: object, width: object) -> dict[str, Any]:
 
 
 def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling out of either spelling: rope_theta and rope_scaling, or transformers 5's
-    rope_parameters.
+    """Return rope_theta and rope_scaling from either spelling.
+
+    The spellings are rope_theta with rope_scaling, and transformers 5's rope_parameters.
     """
     spelled = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
     if not all(isinstance(each, dict) for each in spelled) or any(each != spelled[0] for each in spelled[1:]):
         raise CheckpointError(
-            f"{path}: rope_scaling and rope_parameters, got {str(spelled)[:200]}, expected one object, or two equal ones"
+            f"{path}: rope_scaling and rope_parameters, got {str(spelled)[:200]}, "
+            "expected one object, or two equal ones"
         )
     rope = spelled[0] if spelled else {}
     thetas = [theta for theta in (rope.get("rope_theta"), config.get("rope_theta")) if theta is not None]
@@ -312,7 +316,8 @@ def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if wrong or rope.get("partial_rotary_factor") not in (None, 1.0):
         named = ", ".join(wrong) or "partial_rotary_factor"
         raise CheckpointError(
-            f"{path}: rope type {kind} expects exactly {', '.join(fields) or 'no settings'}; too many or missing: {named}"
+            f"{path}: rope type {kind} expects exactly {', '.join(fields) or 'no settings'}; "
+            f"too many or missing: {named}"
         )
     values = {ours: rope[theirs] for theirs, ours in fields.items()}
     scaling = None if kind == "default" else RopeScaling(**values, kind="linear" if kind == "linear" else "llama3")

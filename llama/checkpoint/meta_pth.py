@@ -1,8 +1,8 @@
-"""Meta's own format: params.json and consolidated.00.pth to consolidated.NN.pth, one file a model-parallel rank.
+"""Meta's format: params.json and consolidated.00.pth, .01.pth, ..., one file for each rank.
 
-How the files' parts make up a weight is fairscale's convention (names.py, partition.py). An unsplit weight stays a view
-of the mapped file; a split one is put together when it is read. Nothing about a split is guessed: sizes that do not fit
-are refused.
+The files are split as fairscale splits weights (partition.py, llama/compiled/partition.py). An unsplit weight stays a
+view of the mapped file; a split one is joined when it is read. The split is never guessed: sizes that do not fit are
+refused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from llama.checkpoint import names, partition
 from llama.checkpoint.files import PickleFile, read_json
 from llama.checkpoint.source import Found, Settings, Source, same_bits
+from llama.compiled.partition import axis_of
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
-NOTES = "llama-xla.json"  # what params.json has no key for; written by reshard where there is something to say
+NOTES = "llama-xla.json"  # settings without a key in params.json; written by reshard if there are any
 
 
 class MetaSource(Source):
@@ -57,7 +58,7 @@ class MetaSource(Source):
         return Found(tuple(shape), header.dtype, self._shards[0].path)
 
     def _replicated(self, name: str, args: ModelArgs) -> bool:
-        """Whether the shards hold one key/value head each, and neighbours the same one; their sizes say it."""
+        """Whether neighbouring shards hold the same key/value head; their sizes show it."""
         weight = names.weight_of(name)
         one_head = self._shards[0].headers[name].shape[:1] == (args.head_dim,)
         return weight is not None and one_head and partition.replicates_heads(weight, args, len(self._shards))
@@ -87,19 +88,19 @@ class MetaSource(Source):
         ]
 
     def _same(self, name: str, shards: Sequence[PickleFile]) -> torch.Tensor:
-        """The tensor that all of ``shards`` hold."""
+        """Return the tensor that all of ``shards`` hold; refuse copies that differ."""
         first = shards[0].read(name)
         for other in shards[1:]:
             if not same_bits(first, other.read(name)):
                 raise CheckpointError(
-                    f"{other.path}: tensor {name} differs from the one in {shards[0].path.name}, expected equal copies: "
-                    "the files belong to two models, or one is damaged"
+                    f"{other.path}: tensor {name} differs from the one in {shards[0].path.name}, expected equal "
+                    "copies: the files belong to two models, or one is damaged"
                 )
         return first.contiguous()
 
 
 def read_params(ckpt_dir: Path) -> ModelArgs:
-    """The shape that a checkpoint's params.json declares.
+    """Read the shape that a checkpoint's params.json declares.
 
     Raises:
         CheckpointError: no such directory or file, not JSON, an unknown key, or a value out of its range.
@@ -108,7 +109,8 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in ckpt_dir.iterdir())[:10]) if ckpt_dir.is_dir() else "no such directory"
         raise CheckpointError(
-            f"{ckpt_dir} has no params.json (found: {found or 'nothing'}), which Meta's format and that of llama-xla convert need"
+            f"{ckpt_dir} has no params.json (found: {found or 'nothing'}), which Meta's format "
+            "and that of llama-xla convert need"
         )
     try:
         return ModelArgs.from_params(read_json(path))
@@ -117,8 +119,9 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The .pth files of a checkpoint in the order of their ranks: consolidated.00.pth and on, or the only one of any
-    name.
+    """Return the .pth files of a checkpoint in the order of their ranks.
+
+    They are consolidated.00.pth and on, or the only .pth file, whatever its name.
 
     Raises:
         CheckpointError: none, several that are not numbered, or a number that is missing.
@@ -141,7 +144,7 @@ def shard_files(directory: Path) -> list[Path]:
 
 
 def _check_alike(shards: Sequence[PickleFile]) -> None:
-    """Every shard must hold the same names, in the same shapes and dtypes."""
+    """Check that every shard holds the same names, in the same shapes and dtypes."""
     first = shards[0]
     for other in shards[1:]:
         for name in sorted(first.headers.keys() ^ other.headers.keys()):
@@ -152,8 +155,8 @@ def _check_alike(shards: Sequence[PickleFile]) -> None:
         for name, header in first.headers.items():
             if other.headers[name] != header:
                 raise CheckpointError(
-                    f"{other.path}: tensor {name} is {_described(other, name)}, but {_described(first, name)} in {first.path.name}: "
-                    "a shard of another model, or damaged"
+                    f"{other.path}: tensor {name} is {_described(other, name)}, but {_described(first, name)} in "
+                    f"{first.path.name}: a shard of another model, or damaged"
                 )
 
 
@@ -162,23 +165,23 @@ def _described(shard: PickleFile, name: str) -> str:
 
 
 def _check_count(shards: Sequence[PickleFile], args: ModelArgs) -> None:
-    """The first layer's queries tell how many shards there must be."""
+    """Check the number of shards against the first layer's query weight."""
     name = names.IN_LAYER[0].meta.format(0)
     shape = shards[0].headers[name].shape if name in shards[0].headers else ()
     if len(shape) != 2 or shape[1] != args.dim or shape[0] < 1 or args.dim % shape[0]:
-        return  # it is no part of this model's: Source's comparison with the model says more
+        return  # not a part of this weight: Source reports how it differs from the model
     count = args.dim // shape[0]
     if count == len(shards):
         return
     expected = f"consolidated.00.pth to consolidated.{count - 1:02}.pth" if count > 1 else "one file"
     raise CheckpointError(
-        f"{shards[0].path.parent} has {len(shards)} shards, but {name} in {shards[0].path.name} is one of {count} parts of {args.dim}: "
-        f"expected {expected}"
+        f"{shards[0].path.parent} has {len(shards)} shards, but {name} in {shards[0].path.name} is one of "
+        f"{count} parts of {args.dim}: expected {expected}"
     )
 
 
 def _axes(shard: PickleFile, args: ModelArgs, count: int) -> Iterator[tuple[str, int | None]]:
-    """(name, axis that it is split along) of every weight in a shard that the table knows.
+    """Yield (name, axis it is split along) for every known weight in a shard.
 
     Raises:
         CheckpointError: an embedding that is split neither as LLaMA 1 and 2 nor as Llama 3 do it.
@@ -187,15 +190,18 @@ def _axes(shard: PickleFile, args: ModelArgs, count: int) -> Iterator[tuple[str,
         weight = names.weight_of(name)
         if weight is None:
             continue
-        if weight.meta != names.EMBEDDING or count == 1:
-            yield name, weight.axis if count > 1 else None
-            continue
-        yield name, _embedding_axis(shard.path, header.shape, args, count)
+        if count == 1:
+            yield name, None
+        elif weight.meta == names.EMBEDDING:
+            yield name, _embedding_axis(shard.path, header.shape, args, count)
+        else:
+            yield name, axis_of(name)
 
 
 def _embedding_axis(path: Path, shape: tuple[int, ...], args: ModelArgs, count: int) -> int:
-    """1 where each shard has a part of every vector (LLaMA 1 and 2), 0 where it has a part of the vocabulary (Llama
-    3).
+    """Return the embedding's axis: 1 if the vectors are split, 0 if the vocabulary is.
+
+    LLaMA 1 and 2 split the vectors, Llama 3 splits the vocabulary.
     """
     rows, width = shape if len(shape) == 2 else (0, 0)
     if width * count == args.dim and args.vocab_size in (-1, rows):
@@ -203,13 +209,13 @@ def _embedding_axis(path: Path, shape: tuple[int, ...], args: ModelArgs, count: 
     if width == args.dim and args.vocab_size in (-1, rows * count):
         return 0
     raise CheckpointError(
-        f"{path}: tensor {names.EMBEDDING} is {list(shape)}, expected [{args.vocab_size}, {args.dim / count:g}] as LLaMA 1 and 2 split it "
-        f"into {count}, or [{abs(args.vocab_size) / count:g}, {args.dim}] as Llama 3 does"
+        f"{path}: tensor {names.EMBEDDING} is {list(shape)}, expected [{args.vocab_size}, {args.dim / count:g}] as "
+        f"LLaMA 1 and 2 split it into {count}, or [{abs(args.vocab_size) / count:g}, {args.dim}] as Llama 3 does"
     )
 
 
 def _read_notes(directory: Path) -> tuple[int | None, int | None]:
-    """(sliding window, axis that the embedding was split along), each None where nothing is noted."""
+    """Return (sliding window, axis that the embedding was split along); None if not noted."""
     path = directory / NOTES
     if not path.exists():
         return None, None

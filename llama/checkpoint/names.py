@@ -1,12 +1,6 @@
-"""One table: a weight's name in Meta's and in Hugging Face's checkpoints, its shape, and the axis that fairscale splits
-it along.
+"""One table: each weight's name in Meta's and in Hugging Face's checkpoints, and its shape.
 
-    axis 0   ColumnParallelLinear: its output features are split          axis 1   RowParallelLinear: its input features
-        are
-    None     replicated: every shard holds the whole, and all are equal
-
-The embedding's axis is that of LLaMA 1 and 2 (fairscale's ParallelEmbedding, which splits the vectors); Llama 3 splits
-the vocabulary (VocabParallelEmbedding, axis 0). Which of them a checkpoint has, its shapes say.
+The axis that a weight is split along is in llama/compiled/partition.py.
 """
 
 from __future__ import annotations
@@ -15,49 +9,48 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from llama.compiled.partition import LAYER, numberless
 from llama.config import ModelArgs
 
 
 class Weight(NamedTuple):
-    """One row of the table; ``{}`` in a name stands for the layer's number, a size is a name of ``sizes``."""
+    """One row of the table. ``{}`` stands for the layer's number, sizes are the names in ``shape_of``."""
 
     meta: str
     hugging_face: str
-    axis: int | None
     shape: tuple[str, ...]
 
 
 EMBEDDING = "tok_embeddings.weight"
 HEAD = "output.weight"
-BEFORE_LAYERS = (Weight(EMBEDDING, "model.embed_tokens.weight", 1, ("vocab", "dim")),)
+BEFORE_LAYERS = (Weight(EMBEDDING, "model.embed_tokens.weight", ("vocab", "dim")),)
 IN_LAYER = (
-    Weight("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", 0, ("dim", "dim")),
-    Weight("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", 0, ("kv", "dim")),
-    Weight("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", 0, ("kv", "dim")),
-    Weight("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", 1, ("dim", "dim")),
-    Weight("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", 0, ("hidden", "dim")),
-    Weight("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", 1, ("dim", "hidden")),
-    Weight("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", 0, ("hidden", "dim")),
-    Weight("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", None, ("dim",)),
-    Weight("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", None, ("dim",)),
+    Weight("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", ("dim", "dim")),
+    Weight("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", ("kv", "dim")),
+    Weight("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", ("kv", "dim")),
+    Weight("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", ("dim", "dim")),
+    Weight("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", ("hidden", "dim")),
+    Weight("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", ("dim", "hidden")),
+    Weight("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", ("hidden", "dim")),
+    Weight("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", ("dim",)),
+    Weight("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", ("dim",)),
 )
-BEHIND_LAYERS = (
-    Weight("norm.weight", "model.norm.weight", None, ("dim",)),
-    Weight(HEAD, "lm_head.weight", 0, ("vocab", "dim")),
+AFTER_LAYERS = (
+    Weight("norm.weight", "model.norm.weight", ("dim",)),
+    Weight(HEAD, "lm_head.weight", ("vocab", "dim")),
 )
-TABLE = {weight.meta: weight for weight in (*BEFORE_LAYERS, *IN_LAYER, *BEHIND_LAYERS)}
+TABLE = {weight.meta: weight for weight in (*BEFORE_LAYERS, *IN_LAYER, *AFTER_LAYERS)}
 FROM_HUGGING_FACE = {weight.hugging_face: weight for weight in TABLE.values()}
-LAYER = re.compile(r"\blayers\.(0|[1-9][0-9]*)\.")
 
-# Tables of rotary frequencies, which follow from the settings and are not read
+# Tables of rotary frequencies, which are computed from the settings and not read
 DERIVED = re.compile(
     r"rope\.freqs|layers\.[0-9]+\.attention\.inner_attention\.rope\.freqs|model\.(layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"
 )
 
 
 def weight_of(name: str) -> Weight | None:
-    """The row of the table that one of Meta's names belongs to, or None for a name that is not in it."""
-    return TABLE.get(LAYER.sub(r"layers.{}.", name, count=1))
+    """Return the table's row for one of Meta's names, or None."""
+    return TABLE.get(numberless(name))
 
 
 def to_hugging_face(name: str) -> str | None:
@@ -68,29 +61,32 @@ def to_hugging_face(name: str) -> str | None:
 
 def to_meta(name: str) -> str | None:
     """Meta's name for one of Hugging Face's, or None for a name that is not in the table."""
-    weight, layer = FROM_HUGGING_FACE.get(LAYER.sub(r"layers.{}.", name, count=1)), LAYER.search(name)
+    weight, layer = FROM_HUGGING_FACE.get(numberless(name)), LAYER.search(name)
     return weight and weight.meta.format(layer and layer.group(1))
 
 
 def is_key_or_value(weight: Weight) -> bool:
-    """Whether a weight has one block of rows a key/value head, which more shards than heads hold several times."""
+    """Whether a weight has one block of rows for each key/value head.
+
+    If there are more shards than heads, several shards hold the same block.
+    """
     return weight.shape[0] == "kv"
 
 
 def expected_weights(args: ModelArgs) -> Iterator[tuple[str, Weight]]:
-    """(Meta's name, row of the table) of every weight of a model, in the order in which the model computes."""
+    """Yield (Meta's name, row of the table) for every weight of a model, in the order of computation."""
     for weight in BEFORE_LAYERS:
         yield weight.meta, weight
     for layer in range(args.n_layers):
         for weight in IN_LAYER:
             yield weight.meta.format(layer), weight
-    for weight in BEHIND_LAYERS:
+    for weight in AFTER_LAYERS:
         if weight.meta != HEAD or not args.tie_word_embeddings:
             yield weight.meta, weight
 
 
 def is_quantised(name: str) -> bool:
-    """Whether int8 is for a weight: those of the linear layers, not embedding and norms."""
+    """Whether a weight can be int8: those of linear layers can, embedding and norms cannot."""
     weight = weight_of(name)
     return weight is not None and len(weight.shape) == 2 and name != EMBEDDING
 

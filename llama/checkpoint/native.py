@@ -1,10 +1,10 @@
-"""Our own format: safetensors with Meta's names, and params.json beside them.
+"""Our own format: safetensors with Meta's names, and a params.json.
 
     model.safetensors   or   model-00001-of-0000N.safetensors and on, with model.safetensors.index.json
 
-The files' metadata say what they are: format and its version, the format that they were converted from, the dtype, what
-params.json says, and a digest of all that with the table of tensors. So a header that was changed is refused even where
-it still makes sense.
+The files' metadata hold the format and its version, the format that they were converted from, the dtype, the content of
+params.json, and a digest of all that with the table of tensors. So a changed header is refused even if it is still
+valid.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def make_metadata(notes: Mapping[str, str], table: Mapping[str, Any], args: Mode
     """The metadata of one file.
 
     Args:
-        notes: ``source``, ``dtype``, and where they are known ``sliding_window`` and ``embedding_axis``.
+        notes: ``source``, ``dtype``, and if known ``sliding_window`` and ``embedding_axis``.
         table: the header's entries: dtype, shape and data_offsets by name.
-        args: what params.json says.
+        args: the content of params.json.
     """
     metadata = {"format": FORMAT, "version": VERSION, **notes, "params": json.dumps(args.to_params(), sort_keys=True)}
     return {**metadata, "digest": _digest(metadata, table)}
@@ -84,7 +84,7 @@ def _digest(metadata: Mapping[str, str], table: Mapping[str, Any]) -> str:
 
 
 def _checked_metadata(file: TensorFile, args: ModelArgs, directory: Path) -> dict[str, str]:
-    """A file's metadata, after they have been compared with its table and with params.json."""
+    """Return a file's metadata after comparing them with its table and with params.json."""
     if not isinstance(file, SafetensorsFile) or not is_native(file):
         raise CheckpointError(f"{file.path} was not written by llama-xla convert, other files of {directory} were")
     metadata = dict(file.metadata)
@@ -95,23 +95,25 @@ def _checked_metadata(file: TensorFile, args: ModelArgs, directory: Path) -> dic
     digest = metadata.pop("digest", None)
     if digest != _digest(metadata, file.table()):
         raise CheckpointError(
-            f"{file.path}: the header does not have the digest that it says: it was changed after it had been written"
+            f"{file.path}: the header does not match its digest: it was changed after it had been written"
         )
     if metadata["params"] != json.dumps(args.to_params(), sort_keys=True):
         raise CheckpointError(
-            f"{file.path} belongs to another params.json than {directory / 'params.json'}, which was changed or mistaken"
+            f"{file.path} belongs to another params.json than {directory / 'params.json'}, which was changed "
+            "or mistaken"
         )
     return metadata
 
 
 def dtype_label(dtypes: set[torch.dtype]) -> str:
-    """The dtypes of a checkpoint in one word: ``bfloat16``, or ``bfloat16+float32``."""
+    """Join the dtypes of a checkpoint in one word: ``bfloat16``, or ``bfloat16+float32``."""
     return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def shards_of(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:
-    """Group weights in their order into files of at most ``most`` bytes; a weight that is larger gets a file of its
-    own.
+    """Group weights, in order, into files of at most ``most`` bytes.
+
+    A weight that is larger gets a file of its own.
     """
     groups: list[list[str]] = [[]]
     room = most
@@ -125,7 +127,7 @@ def shards_of(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:
 
 
 def file_names(count: int) -> list[str]:
-    """The names of so many files."""
+    """Return the names of ``count`` files."""
     return (
         ["model.safetensors"]
         if count == 1
@@ -134,7 +136,7 @@ def file_names(count: int) -> list[str]:
 
 
 def index_of(groups: Mapping[str, list[str]], total_size: int) -> dict[str, Any]:
-    """The index of several files: which weight is in which, as Hugging Face's index has it."""
+    """Return the index of several files: which weight is in which, as in Hugging Face's index."""
     return {
         "metadata": {"total_size": total_size},
         "weight_map": {weight: file for file, group in groups.items() for weight in group},

@@ -1,6 +1,4 @@
-"""How a weight is cut into model-parallel shards and put together again: fairscale's arithmetic, in one place for both
-directions.
-"""
+"""Cut weights into model-parallel shards and join them again, with fairscale's arithmetic."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from llama.errors import CheckpointError
 
 
 def piece(size: int, rank: int, parts: int) -> tuple[int, int]:
-    """Where the part of one rank begins and how long it is, of ``size`` rows or columns that ``parts`` divides."""
+    """Return the offset and length of one rank's part of ``size``, which ``parts`` divides."""
     first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(
         divide_and_check_no_remainder(size, parts), rank, parts
     )
@@ -21,12 +19,15 @@ def piece(size: int, rank: int, parts: int) -> tuple[int, int]:
 
 
 def head_of(rank: int, kv_heads: int, parts: int) -> int:
-    """The key/value head that a shard holds where there are more shards than heads: neighbours share one."""
+    """Return the key/value head that a shard holds when there are more shards than heads.
+
+    Neighbouring shards share a head.
+    """
     return rank * kv_heads // parts
 
 
 def cut(tensor: torch.Tensor, rank: int, parts: int, axis: int | None) -> torch.Tensor:
-    """One rank's part of a whole weight, a view of it; the whole where ``axis`` is None."""
+    """Return one rank's part of a whole weight, as a view; the whole if ``axis`` is None."""
     if axis is None:
         return tensor
     first, length = piece(tensor.shape[axis], rank, parts)
@@ -34,10 +35,10 @@ def cut(tensor: torch.Tensor, rank: int, parts: int, axis: int | None) -> torch.
 
 
 def check_divisible(args: ModelArgs, parts: int, embedding_axis: int) -> None:
-    """Make sure that every weight can be cut into ``parts``.
+    """Check that every weight can be cut into ``parts``.
 
     Raises:
-        CheckpointError: the sizes that cannot.
+        CheckpointError: names the sizes that cannot be divided.
     """
     sizes = {
         "n_heads": args.n_heads,
@@ -57,7 +58,5 @@ def check_divisible(args: ModelArgs, parts: int, embedding_axis: int) -> None:
 
 
 def replicates_heads(weight: names.Weight, args: ModelArgs, parts: int) -> bool:
-    """Whether shards hold one key/value head each and neighbours the same one, because there are more shards than
-    heads.
-    """
+    """Whether several shards hold the same key/value head, because there are more shards than heads."""
     return names.is_key_or_value(weight) and parts > args.kv_heads and parts % args.kv_heads == 0

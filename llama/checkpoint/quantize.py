@@ -1,7 +1,7 @@
-"""Weight-only int8: each output channel of a linear layer is whole numbers from -127 to 127 times one float32 scale.
+"""Weight-only int8: each output channel is integers from -127 to 127 times one float32 scale.
 
-Symmetric and without calibration, so that it can be computed while a checkpoint streams by; the activations stay as
-they are. (The scheme is LLM.int8()'s row-wise absmax, Dettmers et al. 2022, applied to weights.)
+Symmetric and without calibration, so it can be computed while a checkpoint streams by; activations are not quantised.
+(The scheme is LLM.int8()'s row-wise absmax, Dettmers et al. 2022, applied to weights.)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 LARGEST = 127
-BLOCK = 2**20  # numbers that are scaled at a time: what the computation needs beside its result
+BLOCK = 2**20  # numbers scaled at a time, which bounds the temporary memory
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Which format a directory holds, by what is in its files and not by what it is called."""
+"""Recognise the format of a checkpoint directory, by the content of its files and not their names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_checkpoint(directory: Path) -> Source:
     """Open a checkpoint in whatever format it is; only headers are read.
 
     Raises:
-        CheckpointError: no checkpoint, several formats at once, or one that is damaged: see the formats' classes.
+        CheckpointError: no checkpoint, several formats at once, or a damaged one; see the formats' classes.
     """
     found = recognise(directory)
     if len(found) == 1:
@@ -41,10 +41,10 @@ def open_checkpoint(directory: Path) -> Source:
 
 
 def recognise(directory: Path) -> dict[str, list[str]]:
-    """The formats whose weights a directory holds, with the files' names.
+    """Return the formats whose weights a directory holds, with the files' names.
 
     Raises:
-        CheckpointError: it is no directory, or the header of a safetensors file is damaged.
+        CheckpointError: it is not a directory, or the header of a safetensors file is damaged.
     """
     if not directory.is_dir():
         raise CheckpointError(f"no such directory: {directory} (expected one with {EXPECTED})")
@@ -55,17 +55,16 @@ def recognise(directory: Path) -> dict[str, list[str]]:
         if kind is not None:
             found.setdefault(kind, []).append(name)
     if not found and "config.json" in names and any(name.endswith(".index.json") for name in names):
-        found[HFSource.format] = [
-            name for name in names if name.endswith(".index.json")
-        ]  # it will say which files are missing
+        # opening it reports which files are missing
+        found[HFSource.format] = [name for name in names if name.endswith(".index.json")]
     return found
 
 
 def _format_of(path: Path, beside_params: bool) -> str | None:
-    """The format that a file of weights belongs to, or None for any other file.
+    """Return the format that a file of weights belongs to, or None for any other file.
 
-    A .pth file of any name counts beside a params.json; transformers' trainer leaves some of its own beside its
-    weights.
+    Beside a params.json, a .pth file of any name counts; elsewhere not, because transformers' trainer leaves .pth files
+    beside its weights.
     """
     if SHARD.fullmatch(path.name) or (beside_params and path.suffix == ".pth"):
         return MetaSource.format

@@ -1,9 +1,8 @@
-"""Rewriting checkpoints: ``reshard`` into Meta's format with any number of shards, ``convert`` into our own
-safetensors.
+"""Rewrite checkpoints: ``reshard`` into Meta's format, ``convert`` into our own safetensors.
 
-Any source will do. Weights are read one at a time and leave memory before the next one comes; see writing.py for what
-happens to a run that does not end. Beside the weights stand params.json, the tokenizer's files and
-generation_config.json of the source, and checksums.json with the sha256 of every file.
+The source may have any format. Weights are read one at a time and freed before the next one; writing.py describes what
+an interrupted run leaves behind. The source's params.json, tokenizer files and generation_config.json are copied, and
+checksums.json gets the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ import torch
 from tqdm import tqdm
 
 from llama.checkpoint import names, native, partition, writing
+from llama.checkpoint.checksums import CHECKSUMS
 from llama.checkpoint.meta_pth import NOTES
 from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, is_finite
+from llama.compiled.partition import axis_of
 from llama.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("llama")
@@ -57,17 +58,16 @@ def reshard(
         src: a checkpoint of any format.
         dst: a directory that does not exist yet.
         model_parallel: number of shards; 1 joins all.
-        embedding_axis: 1 splits the embedding's vectors (LLaMA 1 and 2), 0 its vocabulary (Llama 3). Without it: as the
-            source is, or was, split; else as Meta's code does that goes with the model.
+        embedding_axis: 1 splits the embedding's vectors (LLaMA 1 and 2), 0 its vocabulary (Llama 3). Default:
+            as the source is, or was, split; else as Meta's code for the model splits it.
         progress: a bar on stderr.
 
     Returns:
         The shards.
 
     Raises:
-        CheckpointError: see open_checkpoint; sizes that cannot be divided; ``dst`` is there; too little room on the
-            disk.
-        ConfigError: model_parallel or embedding_axis out of their range.
+        CheckpointError: see open_checkpoint; sizes that cannot be divided; ``dst`` exists; too little disk space.
+        ConfigError: model_parallel or embedding_axis is out of range.
     """
     if model_parallel < 1 or embedding_axis not in (None, 0, 1):
         raise ConfigError(
@@ -89,11 +89,9 @@ def reshard(
         notes = _notes(source, known_axis if model_parallel == 1 else None)
         if notes:
             sums[NOTES] = writing.write_bytes(directory / NOTES, writing.json_bytes(notes))
-        in_metas_words = source.format == "meta"  # then the file itself, so that a vocab_size of -1 stays
+        is_meta = source.format == "meta"  # then the file is copied, so that a vocab_size of -1 stays
         params = (
-            (source.directory / "params.json").read_bytes()
-            if in_metas_words
-            else writing.json_bytes(source.args.to_params())
+            (source.directory / "params.json").read_bytes() if is_meta else writing.json_bytes(source.args.to_params())
         )
         _write_companions(source, directory, sums, params)
     log.info("Wrote %s: %d shards, %d bytes of weights", target, model_parallel, size)
@@ -115,7 +113,7 @@ def convert(
         dst: a directory that does not exist yet.
         dtype: float32, bfloat16, float16, or int8 for the linear layers with their scales beside them (quantize.py);
             None keeps every weight as it is, bit by bit.
-        max_shard_size: most bytes of weights in a file, a number or one with a unit such as ``5GB``; None writes one
+        max_shard_size: most bytes of weights in a file, as a number or with a unit such as ``5GB``; None writes one
             file.
         progress: a bar on stderr.
 
@@ -123,9 +121,9 @@ def convert(
         The files with weights.
 
     Raises:
-        CheckpointError: see open_checkpoint; a number that the dtype cannot hold; ``dst`` is there; too little room on
-            the disk.
-        ConfigError: a dtype or a size that is none.
+        CheckpointError: see open_checkpoint; a number that the dtype cannot hold; ``dst`` exists; too little disk
+            space.
+        ConfigError: an unknown dtype, or an invalid size.
     """
     if dtype is not None and dtype not in CONVERTED_DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(CONVERTED_DTYPES)}")
@@ -169,7 +167,7 @@ def _write_shards(source: Source, directory: Path, parts: int, embedding_axis: i
         for name, tensor in source.tensors():
             weight = names.weight_of(name)
             assert weight is not None
-            axis = embedding_axis if name == names.EMBEDDING else weight.axis
+            axis = embedding_axis if name == names.EMBEDDING else axis_of(name)
             replicated = partition.replicates_heads(weight, source.args, parts)
             for rank, scratch in enumerate(scratches):
                 place, count = (partition.head_of(rank, heads, parts), heads) if replicated else (rank, parts)
@@ -197,9 +195,7 @@ def _write_native(
 
 
 def _converted_infos(source: Source, dtype: str | None) -> dict[str, TensorInfo]:
-    """What is to be written, by name: the source's weights in another dtype, with scales beside those that become
-    int8.
-    """
+    """Return the weights to write, by name: in the new dtype, with scales for int8."""
     infos = source.infos()
     if dtype is None or (source.is_int8 and dtype == "int8"):
         return infos
@@ -219,8 +215,9 @@ def _converted_infos(source: Source, dtype: str | None) -> dict[str, TensorInfo]
 
 
 def _converted(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> torch.Tensor:
-    """A weight, or the scales of one, as it is to be written. A weight is read twice for int8: its file has the scales
-    first.
+    """Return a weight, or the scales of one, in the dtype to write.
+
+    A weight that becomes int8 is read twice, because the file stores the scales first.
     """
     if names.is_scale(name) and not source.is_int8:
         return quantize(source.read(name.removesuffix("scale") + "weight"))[1]
@@ -232,7 +229,7 @@ def _converted(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -
 
 
 def _cast(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> torch.Tensor:
-    """A weight in another dtype; one that becomes infinite by it is refused."""
+    """Return a weight in another dtype; refuse one that overflows."""
     tensor = source.read(name)
     bar.update(tensor.numel() * tensor.element_size())
     made = tensor.to(dtype)
@@ -244,19 +241,21 @@ def _cast(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> tor
 
 
 def _write_companions(source: Source, directory: Path, sums: dict[str, str], params: bytes) -> None:
-    """Copy the tokenizer and the defaults, write the checksums and params.json; that last, since nothing loads without
-    it.
+    """Copy the tokenizer and generation defaults; write the checksums and params.json.
+
+    params.json is written last, because nothing loads without it.
     """
     for path in companions(source.directory):
         sums[path.name] = writing.write_bytes(directory / path.name, path.read_bytes())
     sums["params.json"] = hashlib.sha256(params).hexdigest()
-    writing.write_bytes(directory / writing.CHECKSUMS, writing.json_bytes(sums))
+    writing.write_bytes(directory / CHECKSUMS, writing.json_bytes(sums))
     writing.write_bytes(directory / "params.json", params)
 
 
 def companions(directory: Path) -> list[Path]:
-    """The files of a checkpoint that travel with its weights; LLaMA 1 and 2 keep the tokenizer in the parent
-    directory.
+    """Return the files of a checkpoint to copy with its weights.
+
+    LLaMA 1 and 2 keep the tokenizer in the parent directory.
     """
     found = [path for pattern in COMPANIONS for path in sorted(directory.glob(pattern)) if path.is_file()]
     if not any(path.name.startswith("tokenizer") or path.suffix == ".model" for path in found):
@@ -266,13 +265,16 @@ def companions(directory: Path) -> list[Path]:
 
 
 def _notes(source: Source, embedding_axis: int | None) -> dict[str, int]:
-    """What params.json has no key for, where there is something to say."""
+    """Return the settings that params.json has no key for, without those that are None."""
     notes = {"sliding_window": source.sliding_window, "embedding_axis": embedding_axis}
     return {name: value for name, value in notes.items() if value is not None}
 
 
 def _usual_axis(source: Source) -> int:
-    """How Meta's code for the model splits the embedding; Llama 3 is known by its rotary base."""
+    """Return the axis along which Meta's code splits this model's embedding.
+
+    Llama 3 is recognised by its rotary base.
+    """
     return 0 if source.args.rope_theta == LLAMA_3_THETA else 1
 
 

@@ -1,8 +1,8 @@
-"""A source of weights: an opened checkpoint, whatever its format, of which only headers have been read.
+"""An opened checkpoint of any format, of which only headers have been read.
 
-Every source speaks Meta's names, shapes and layout: shards are merged, Hugging Face's rotary order is turned back. When
-a source is there, its tensors are exactly those of the model that its settings describe; what can only be seen in the
-weights themselves (replicated norms that differ, NaN) is found when they are read.
+Every source uses Meta's names, shapes and layout: shards are merged, Hugging Face's rotary order is undone. Opening one
+checks that its tensors are exactly those of the model that its settings describe. Problems that only the weights show
+(replicated norms that differ, NaN) are found when they are read.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ CHUNK = 2**22  # numbers compared in one go
 
 
 class Found(NamedTuple):
-    """What a file's header says of a tensor, the shape that of the whole; the dtype is a string where it is not
-    computed with.
+    """A tensor as a file's header describes it, with the shape of the whole weight.
+
+    The dtype is a string if it is not supported.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +38,7 @@ class Found(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """What headers say of one weight.
+    """A checked weight as headers describe it.
 
     Attributes:
         shape: of the whole weight, its shards merged.
@@ -51,13 +52,13 @@ class TensorInfo(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a checkpoint says about itself besides its weights.
+    """The settings of a checkpoint, apart from its weights.
 
     Attributes:
         args: the shape; a vocabulary size of -1 is settled by the embedding.
-        file: the file that says it, for errors.
-        sliding_window: how many positions back attention was trained to see, where that is limited.
-        embedding_axis: the axis that the embedding is, or was, split along; None where nothing says it.
+        file: the file that holds the settings, for errors.
+        sliding_window: how many positions back attention was trained to see, or None.
+        embedding_axis: the axis that the embedding is, or was, split along; None if unknown.
     """
 
     args: ModelArgs
@@ -70,17 +71,17 @@ class Source(ABC):
     """An opened checkpoint; ``open_checkpoint`` makes one.
 
     Args:
-        directory: where it is.
-        settings: what it says about itself.
+        directory: of the checkpoint.
+        settings: of the checkpoint.
         found: every tensor in it, by Meta's name; derived ones left out.
         files: the files that hold them.
 
     Attributes:
         format: ``meta``, ``huggingface`` or ``llama-xla``.
         args: the shape, with the vocabulary size settled.
-        sliding_window: the model may be used up to so many positions only, or None; the caller compares.
+        sliding_window: the most positions that the model may be used with, or None; the caller compares.
         embedding_axis: see Settings.
-        defaults: the wishes of generation_config.json.
+        defaults: the sampling defaults of generation_config.json.
 
     Raises:
         CheckpointError: tensors that are missing, unknown or misshapen.
@@ -112,8 +113,9 @@ class Source(ABC):
         return dict(self._infos)
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole weight in Meta's layout, a host tensor in the dtype it is stored in. Do not write to it: it may be
-        the mapped file.
+        """Return one whole weight in Meta's layout, as a host tensor in its stored dtype.
+
+        Do not write to it: it may be the mapped file.
 
         Raises:
             CheckpointError: replicated parts that differ, or a file that was changed since it was opened.
@@ -135,24 +137,24 @@ class Source(ABC):
             yield name, self.read(name)
             self._let_go(name)
 
-    def _let_go(self, name: str) -> None:  # noqa: B027  (a source that keeps nothing need not say so)
-        """Give back what reading a weight keeps mapped and nobody holds any more."""
+    def _let_go(self, name: str) -> None:  # noqa: B027  (optional: not every source keeps something)
+        """Release what reading a weight keeps mapped, if nobody holds it any more."""
 
     def label(self, name: str) -> str:
-        """How errors call a weight."""
+        """Return the name of a weight for error messages."""
         return name
 
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor:
-        """One whole weight; also the head of a tied model where the files hold one."""
+        """Return one whole weight; also the head of a tied model if the files hold one."""
 
 
 def checked(source: Source, allow_nan: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of every weight of a source, and let no NaN or infinity pass.
+    """Yield (name, tensor) for every weight of a source; refuse NaN and infinity.
 
     Args:
         source: an opened checkpoint.
-        allow_nan: warn by name in the log and go on.
+        allow_nan: log a warning with the name and continue.
 
     Raises:
         CheckpointError: the first weight that is not finite, with its file.
@@ -171,7 +173,10 @@ def checked(source: Source, allow_nan: bool = False) -> Iterator[tuple[str, torc
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every number of a tensor is finite: NaN and infinity both show in the least and the largest number."""
+    """Whether every number of a tensor is finite.
+
+    NaN and infinity both show in the minimum and the maximum.
+    """
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
@@ -184,10 +189,10 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def settle_vocab_size(settings: Settings, found: Mapping[str, Found]) -> ModelArgs:
-    """The shape with a vocabulary size of -1 replaced by the embedding's number of rows.
+    """Return the shape; a vocabulary size of -1 becomes the embedding's number of rows.
 
     Raises:
-        CheckpointError: it is -1 and there is no embedding.
+        CheckpointError: the size is -1 and there is no embedding.
     """
     if settings.args.vocab_size != -1:
         return settings.args
@@ -210,16 +215,16 @@ def match(
     Args:
         args: the model's shape, its vocabulary size settled.
         found: by Meta's names.
-        settings_file: what says the shape, for errors.
-        label: how errors call a weight.
-        may_be_int8: linear layers may be int8, with their scales beside them.
+        settings_file: the file that declares the shape, for errors.
+        label: returns a weight's name for errors.
+        may_be_int8: linear layers may be int8 with scales.
 
     Returns:
         ``found`` in the model's order.
 
     Raises:
-        CheckpointError: missing, extra or misshapen tensors, or dtypes that are not computed with; the first ten of
-            each are named.
+        CheckpointError: missing, extra or misshapen tensors, or unsupported dtypes; the first ten of each are
+            named.
     """
     if args.n_layers > len(found):  # a damaged number could name billions of layers
         last = names.IN_LAYER[0].meta.format(args.n_layers - 1)
@@ -264,7 +269,7 @@ def match(
 
 
 def _allowed(dtype: torch.dtype | str, with_scale: bool) -> torch.dtype | str:
-    """The dtype, as a string where we do not compute with it: int8 without scales says nothing."""
+    """Return the dtype, as a string if it is not supported; int8 needs scales."""
     return "I8" if dtype == torch.int8 and not with_scale else dtype
 
 
@@ -273,17 +278,18 @@ def _first_of(items: Sequence[str]) -> str:
 
 
 def _mixed_halves(found: Mapping[str, Found]) -> list[str]:
-    """The fewer of float16 and bfloat16 tensors where both are there: no checkpoint has both, but a damaged header can
-    say so.
+    """Return the less frequent of float16 and bfloat16 tensors if both occur.
+
+    No checkpoint has both, but a damaged header can say so.
     """
     halves = [[n for n, info in found.items() if info.dtype == dtype] for dtype in (torch.float16, torch.bfloat16)]
     return min(halves, key=len)
 
 
 def read_defaults(directory: Path) -> GenerationDefaults:
-    """The wishes of a directory's generation_config.json; none where there is no such file.
+    """Read the sampling defaults of a directory's generation_config.json, if there is one.
 
-    ``do_sample: false`` is the wish for temperature 0.
+    ``do_sample: false`` means temperature 0.
 
     Raises:
         CheckpointError: the file is damaged, or a value is out of its range.

@@ -1,9 +1,9 @@
-"""Writing checkpoint files so that they are whole or not there, are what was meant, and never stand in memory.
+"""Write checkpoint files safely: complete or absent, verified, and without holding tensors in memory.
 
 A directory is written under a temporary name beside its own and renamed at the end. Every file's bytes are hashed on
 their way to the disk, then read back from it and hashed again. Of the tensors, only those that are being moved are in
-memory: torch.save, which wants all of a file's tensors at once, gets them as a mapped scratch file whose pages are let
-    go of as they are written.
+memory: torch.save, which takes all of a file's tensors at once, gets them as a mapped scratch file whose pages are
+released as they are written.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ from typing import IO, Any, NoReturn, cast
 
 import torch
 
-from llama.checkpoint.files import KNOWN, read_json
+from llama.checkpoint.checksums import sha256_of
+from llama.checkpoint.files import KNOWN
 from llama.errors import CheckpointError
 from llama.xla.transfers import ALIGNMENT
 
-CHECKSUMS = "checksums.json"
 RELEASE_AFTER = 16 * 2**20  # bytes
-BLOCK = 2**22  # bytes read in one go
 DTYPE_NAMES = {dtype: name for name, dtype in KNOWN.items()}
 TERMINATED = 128 + signal.SIGTERM
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside ``target``, and rename it to that when the block ends well.
+    """Yield a temporary directory beside ``target``; rename it to ``target`` if the block succeeds.
 
-    When the block does not end well (an error, Ctrl-C, SIGTERM), the temporary directory is removed.
+    If the block fails (an error, Ctrl-C, SIGTERM), the temporary directory is removed.
 
     Raises:
-        CheckpointError: ``target`` is there already, its parent is not, or the file system refuses something.
+        CheckpointError: ``target`` exists, its parent does not, or the file system reports an error.
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} is there already and is not overwritten; remove it, or choose another name")
@@ -62,7 +61,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM end the block by an exception, so that it can clean up; only the main thread can."""
+    """Turn SIGTERM into an exception inside the block, so that it can clean up; main thread only."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(TERMINATED)
@@ -106,7 +105,7 @@ class HashedFile:
         return written
 
     def flush(self) -> None:
-        """What torch.save expects of a file."""
+        """Flush buffered bytes to the system; torch.save requires this method."""
         self._file.flush()
 
     def finish(self) -> str:
@@ -127,15 +126,6 @@ class HashedFile:
         return self._hash.hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    """The hexadecimal sha256 of a file's bytes."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
-
-
 def write_bytes(path: Path, content: bytes) -> str:
     """Write a small file; returns its sha256."""
     with HashedFile(path) as file:
@@ -144,7 +134,7 @@ def write_bytes(path: Path, content: bytes) -> str:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """An object as the JSON files of a checkpoint have it."""
+    """Encode an object as the JSON files of a checkpoint are written."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -154,7 +144,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Scratch:
-    """A file that collects the tensors of one shard and then gives them to torch.save; a context, which closes it.
+    """A context that collects the tensors of one shard in a file, for torch.save.
 
     Args:
         path: must not exist; removed by ``pack``.
@@ -172,14 +162,15 @@ class Scratch:
         self._file.close()
 
     def append(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor behind those that are there."""
+        """Append a tensor."""
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         self._places[name] = (self._file.tell(), tensor.dtype, tensor.shape)
         self._file.write(raw_bytes(tensor))
 
     def pack(self, path: Path, wrote: Callable[[int], None]) -> str:
-        """Write all tensors as a .pth file, remove this one, and return the new one's sha256; ``wrote`` as for
-        HashedFile.
+        """Write all tensors as a .pth file, remove this file, and return the new one's sha256.
+
+        ``wrote`` as for HashedFile.
         """
         self._file.close()
         with self.path.open("rb") as file:
@@ -200,7 +191,7 @@ class Scratch:
 
         with HashedFile(path, let_go) as target:
             try:
-                torch.save(tensors, cast(IO[bytes], target))  # it asks for write and flush only
+                torch.save(tensors, cast(IO[bytes], target))  # it calls write and flush only
             except RuntimeError as error:  # after Ctrl-C or a full disk it complains about the unfinished file instead
                 raise error.__context__ or error from None
             self.path.unlink()
@@ -212,7 +203,7 @@ def write_safetensors(
 ) -> str:
     """Write a .safetensors file tensor by tensor; returns its sha256.
 
-    Not by the library, whose writer wants all tensors of the file at once. The file is 8 bytes with the header's
+    The library's writer takes all tensors of the file at once, so it is not used. The file is 8 bytes with the header's
     length, the header in JSON padded with spaces, and the tensors, which begin where the CPU device can use them
     without a copy.
 
@@ -233,8 +224,9 @@ def write_safetensors(
 
 
 def safetensors_table(infos: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, dict[str, Any]]:
-    """The header's entries for tensors of these shapes and dtypes; the widest dtypes stand first, so that all are
-    aligned.
+    """Return the header's entries for tensors of these shapes and dtypes.
+
+    The widest dtypes come first, so that every tensor is aligned.
     """
     table: dict[str, dict[str, Any]] = {}
     end = 0
@@ -242,25 +234,3 @@ def safetensors_table(infos: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) 
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     return table
-
-
-def verify_checksums(directory: Path) -> list[str]:
-    """Compare every file that a directory's checksums.json names with its sha256.
-
-    Returns:
-        The names of the files, all of which are what they were when they were written.
-
-    Raises:
-        CheckpointError: there is no checksums.json, or a file is missing or was changed.
-    """
-    sums = read_json(directory / CHECKSUMS)
-    for name, expected in sums.items():
-        path = directory / Path(name).name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {CHECKSUMS} names it")
-        found = sha256_of(path)
-        if found != expected:
-            raise CheckpointError(
-                f"{path} was changed after it had been written: its sha256 is {found}, {CHECKSUMS} says {expected}"
-            )
-    return list(sums)

@@ -19,6 +19,7 @@ def inspect(
     max_batch_size: int = 1,
     dtype: str = "auto",
     check_tensors: bool = False,
+    check_sums: bool = False,
     json: bool = False,
 ) -> None:
     """Show the contents of a checkpoint directory, its memory needs, and its problems.
@@ -32,13 +33,15 @@ def inspect(
         max_batch_size: Prompts in the memory plan.
         dtype: How weights would be stored: float32, bfloat16, int8, or auto.
         check_tensors: Read all weights and look for NaN and infinity.
+        check_sums: Read all files and compare them with the checksums.json that convert and reshard wrote.
         json: Print one JSON object.
     """
     from llama.inspection import inspect_checkpoint, report
 
     log_to_stderr(quiet=False)
     config = EngineConfig(max_seq_len=max_seq_len, max_batch_size=max_batch_size, dtype=one_of("dtype", dtype, DTYPES))
-    found = inspect_checkpoint(Path(directory), Path(tokenizer_path) if tokenizer_path else None, config, check_tensors)
+    tokenizer = Path(tokenizer_path) if tokenizer_path else None
+    found = inspect_checkpoint(Path(directory), tokenizer, config, check_tensors, check_sums)
 
     def spell(problem: UserError) -> str:
         return shown(problem, inspect)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama.config import DEMO_DIR
 from llama.errors import TokenizerError
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 
 def readable_tokenizer(ckpt_dir: str | None, tokenizer_path: str | None) -> Tokenizer | None:
@@ -15,6 +15,6 @@ def readable_tokenizer(ckpt_dir: str | None, tokenizer_path: str | None) -> Toke
     ``LLaMA.build`` raises the reason later, after the errors of the checkpoint.
     """
     try:
-        return Tokenizer(tokenizer_path or find_tokenizer(DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)))
+        return load_tokenizer(tokenizer_path or find_tokenizer(DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)))
     except TokenizerError:
         return None

@@ -1,12 +1,12 @@
-"""What every kind of tokenizer has in common: the class Tokenizer, which picks the kind, and the decoder of streams."""
+"""The base class of every kind of tokenizer, and the decoder of streams."""
 
 from __future__ import annotations
 
 import codecs
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 from llama.errors import PromptError
@@ -17,20 +17,14 @@ REPLACEMENT = "\ufffd".encode()
 
 
 class Part(NamedTuple):
-    """A stretch of a text, and whether control tokens written in it are meant as such or stay text."""
+    """A stretch of a text, and whether control tokens written in it count as such or stay text."""
 
     text: str
     allow_special: bool = False
 
 
-class Tokenizer:
-    """A tokenizer file of any kind; the object is of the class that reads its kind.
-
-    What the kinds differ in are the methods that raise NotImplementedError here. They are not marked abstract, because
-    type checkers refuse calls of abstract classes, and calling this one is how a tokenizer is made.
-
-    Args:
-        model_path: a SentencePiece model, a tiktoken ranks file, or a tokenizer.json; recognised by content.
+class Tokenizer(ABC):
+    """A tokenizer file of any kind; ``load_tokenizer`` returns one.
 
     Attributes:
         kind: ``sentencepiece``, ``tiktoken`` or ``tokenizers``: the library that the file is for.
@@ -39,9 +33,6 @@ class Tokenizer:
         eos_id: end of sequence.
         stop_ids: every id that ends a generation.
         special_ids: the control tokens by how they are written, for instance ``<s>``.
-
-    Raises:
-        TokenizerError: the file is absent or damaged, has no BOS or EOS, or needs a library that is not installed.
     """
 
     kind: ClassVar[TokenizerKind]
@@ -50,17 +41,6 @@ class Tokenizer:
     eos_id: int
     stop_ids: tuple[int, ...]
     special_ids: dict[str, int]
-
-    def __new__(cls, model_path: str | Path) -> Tokenizer:
-        """An object of the file's kind, whose own constructor reads it."""
-        if cls is not Tokenizer:
-            return super().__new__(cls)
-        from llama.tokenizer.files import class_for
-
-        return super().__new__(class_for(Path(model_path)))
-
-    def __init__(self, model_path: str | Path) -> None:
-        raise NotImplementedError
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, allow_special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -79,10 +59,10 @@ class Tokenizer:
         return [*([self.bos_id] if bos else []), *ids, *([self.eos_id] if eos else [])]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that goes on in the middle of another: without the space that some kinds put before a
-        beginning.
+        """Token ids of a text that continues another, without the space that some kinds prepend.
 
-        Encoded behind a character that takes no part in its tokens: the line break, or another where it does.
+        The text is encoded after a character that takes no part in its tokens: a line break, or another one if the line
+        break does.
         """
         for before in ("\n", "a", "."):
             ids, written = self.encode(before + text, bos=False), b""
@@ -93,7 +73,9 @@ class Tokenizer:
         return self.encode(text, bos=False)
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
-        """Token ids of the parts joined to one text: words and merges run across their borders, control tokens do not.
+        """Token ids of the parts joined to one text.
+
+        Words and merges run across the borders of parts, control tokens do not.
 
         Args:
             parts: in order. Where ``allow_special`` is off, nothing that is written becomes a control token, whatever
@@ -109,6 +91,41 @@ class Tokenizer:
                 raise PromptError(f"not valid Unicode: character {error.start} cannot be written as UTF-8") from error
         return self._encode_parts(parts)
 
+    @abstractmethod
+    def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """``encode_parts`` of valid Unicode."""
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """A pattern that finds control tokens in a text; of two that match, the longer one."""
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of an id: none for a control token, U+FFFD for an id beyond the vocabulary."""
+        if not 0 <= token_id < self.n_words:
+            return (
+                REPLACEMENT  # embeddings are often padded past the tokenizer, and random weights choose from all of it
+            )
+        return self._bytes_of(token_id)
+
+    def first_bytes(self, token_id: int) -> bytes:
+        """The bytes of an id at the start of a text, where some kinds drop the space before a word."""
+        return self.token_bytes(token_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a whole sequence, without a space that the tokenizer itself prepends."""
+        decoder = StreamDecoder(self)
+        return decoder.push(ids) + decoder.finish()
+
+    @abstractmethod
+    def _bytes_of(self, token_id: int) -> bytes:
+        """``token_bytes`` of an id within the vocabulary."""
+
+
+class PlainTextTokenizer(Tokenizer):
+    """A tokenizer whose library encodes only text without control tokens; this class handles the tokens."""
+
     def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
         """Each stretch between two control tokens is encoded by itself, as the kinds' libraries do."""
         ids: list[int] = []
@@ -121,8 +138,9 @@ class Tokenizer:
         return ids + self._encode_text("".join(stretch))
 
     def _split(self, parts: Sequence[Part]) -> Iterator[tuple[str, int | None]]:
-        """Cut the parts behind every control token that is meant: (the text before it, its id), and (the rest,
-        None).
+        """Split the parts after every allowed control token.
+
+        Yields (the text before it, its id), and (the rest, None) for each part.
         """
         for part in parts:
             end = 0
@@ -131,50 +149,19 @@ class Tokenizer:
                 end = match.end()
             yield part.text[end:], None
 
-    @cached_property
-    def special_pattern(self) -> re.Pattern[str]:
-        """What finds control tokens written in a text; the longer one, where one begins with another."""
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that an id stands for; none for a control token, U+FFFD for an id beyond the vocabulary."""
-        if not 0 <= token_id < self.n_words:
-            return (
-                REPLACEMENT  # embeddings are often padded past the tokenizer, and random weights choose from all of it
-            )
-        return self._bytes_of(token_id)
-
-    def first_bytes(self, token_id: int) -> bytes:
-        """The bytes that an id stands for at the very beginning of a text, where some kinds drop the space before a
-        word.
-        """
-        return self.token_bytes(token_id)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of a whole sequence; a space that the tokenizer itself puts before the first word is taken off
-        again.
-        """
-        decoder = StreamDecoder(self)
-        return decoder.push(ids) + decoder.finish()
-
+    @abstractmethod
     def _encode_text(self, text: str) -> list[int]:
         """Ids of a text in which nothing is a control token."""
-        raise NotImplementedError
-
-    def _bytes_of(self, token_id: int) -> bytes:
-        """``token_bytes`` of an id within the vocabulary."""
-        raise NotImplementedError
 
 
 class StreamDecoder:
     """Decodes ids as they come; the pieces joined are exactly the text of the whole.
 
     Args:
-        tokenizer: what the ids mean.
+        tokenizer: decodes the ids.
         context: ids that stand before the stream, whose text has been shown already. A continuation keeps the space
             before its first word; a text that begins the sequence does not.
-        at_start: False keeps that space also where the context has no text.
+        at_start: False keeps that space even if the context has no text.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = (), *, at_start: bool = True) -> None:
@@ -185,7 +172,7 @@ class StreamDecoder:
         self._utf8.reset()  # half a character at the end of the context belongs to the context
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain with these ids; empty while a character is incomplete."""
+        """Return the text that these ids complete; empty while a character is incomplete."""
         pieces = []
         for token_id in ids:
             data = self._tokenizer.token_bytes(token_id)
@@ -195,5 +182,5 @@ class StreamDecoder:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """What is left when no more ids come: U+FFFD for an incomplete character, or nothing."""
+        """Return the rest when no more ids follow: U+FFFD for an incomplete character, or nothing."""
         return self._utf8.decode(b"", final=True)

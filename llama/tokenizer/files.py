@@ -1,89 +1,18 @@
-"""Which file is a checkpoint's tokenizer, of which kind it is, and what the files beside it say about it."""
+"""The JSON files beside a tokenizer: the names of its control tokens, and ids that end a generation."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from llama.errors import TokenizerError, setting
-from llama.tokenizer.base import Tokenizer
-
-_HEAD = 4096  # bytes that tell the kinds apart
-_RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s*")
-_LFS_POINTER = b"version https://git-lfs.github.com/"
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file; the same as ``Tokenizer(path)``.
-
-    Raises:
-        TokenizerError: see Tokenizer.
-    """
-    return Tokenizer(path)
-
-
-def class_for(path: Path) -> type[Tokenizer]:
-    """The class that reads a tokenizer file, by the file's first bytes.
-
-    Raises:
-        TokenizerError: there is no such file, or only a Git LFS pointer to it.
-    """
-    # each kind's module imports the base, which imports this one to pick a kind
-    from llama.tokenizer.sentencepiece_kind import SentencePieceTokenizer
-    from llama.tokenizer.tiktoken_kind import TiktokenTokenizer
-    from llama.tokenizer.tokenizers_kind import JSONTokenizer
-
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-    except OSError as error:
-        raise TokenizerError(
-            f"no tokenizer at {path} ({error.strerror}): expected a SentencePiece model, a tiktoken ranks file or a "
-            f"tokenizer.json; give its path with {setting('tokenizer_path')}"
-        ) from error
-    if head.startswith(_LFS_POINTER):
-        raise TokenizerError(
-            f"{path} is a Git LFS pointer, expected the file that it stands for; run git lfs pull in its repository"
-        )
-    if head.lstrip().startswith(b"{"):
-        return JSONTokenizer
-    if _RANKS_LINE.fullmatch(head.partition(b"\n")[0]):
-        return TiktokenTokenizer
-    return SentencePieceTokenizer
-
-
-def find_tokenizer(ckpt_dir: Path) -> Path:
-    """A checkpoint's tokenizer file, in its directory, or else in its parent, where LLaMA 1 keeps it.
-
-    That is tokenizer.json where there is one, because it also has the tokens that were added to a model later on; or
-    else the only ``*.model`` file.
-
-    Raises:
-        TokenizerError: there is none, or there are several.
-    """
-    for directory in (ckpt_dir, ckpt_dir.resolve().parent):
-        if (directory / "tokenizer.json").is_file():
-            return directory / "tokenizer.json"
-        found = sorted(directory.glob("*.model"))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(p.name for p in found)
-            raise TokenizerError(
-                f"{directory} has {len(found)} tokenizers ({names}), expected one; "
-                f"choose with {setting('tokenizer_path')}"
-            )
-    raise TokenizerError(
-        f"no tokenizer (tokenizer.json or *.model) in {ckpt_dir} or its parent; "
-        f"give its path with {setting('tokenizer_path')}"
-    )
+from llama.errors import TokenizerError
 
 
 def special_names(directory: Path) -> dict[str, str]:
-    """The control tokens that a Hugging Face directory names, for instance ``{"bos_token": "<s>"}``; none without its
-    files.
+    """Return the control tokens that a Hugging Face directory names; none without its files.
+
+    For instance ``{"bos_token": "<s>"}``.
 
     Raises:
         TokenizerError: tokenizer_config.json or special_tokens_map.json is damaged.
@@ -98,7 +27,7 @@ def special_names(directory: Path) -> dict[str, str]:
 
 
 def generation_ids(directory: Path, key: str) -> tuple[int, ...]:
-    """The ids that generation_config.json gives for a key such as ``eos_token_id``: none, one or several.
+    """Return the ids that generation_config.json gives for a key such as ``eos_token_id``, if any.
 
     Raises:
         TokenizerError: the file is damaged, or the value is no id and no list of ids.
@@ -113,7 +42,7 @@ def generation_ids(directory: Path, key: str) -> tuple[int, ...]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object, empty where there is no such file.
+    """Read the object in a JSON file; empty if there is no such file.
 
     Raises:
         TokenizerError: it is not readable, not JSON, or no object.

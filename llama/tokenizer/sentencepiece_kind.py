@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.errors import TokenizerError
-from llama.tokenizer.base import Tokenizer
+from llama.tokenizer.base import PlainTextTokenizer
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(PlainTextTokenizer):
     """A SentencePiece model; see Tokenizer."""
 
     kind = "sentencepiece"

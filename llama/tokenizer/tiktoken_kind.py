@@ -1,6 +1,6 @@
 """Llama 3's tokenizer file: lines of ``base64 rank``, read with tiktoken.
 
-The file holds the ranks alone. The pattern that cuts texts into words and the 256 control tokens behind the ranks
+The file holds the ranks alone. The pattern that cuts texts into words and the 256 control tokens after the ranks
 belong to the format; both are as Meta's llama-models publishes them. Llama 3.0 calls some of the control tokens
 reserved that 3.1 gave a name to.
 """
@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama.errors import TokenizerError
-from llama.tokenizer.base import Tokenizer
+from llama.tokenizer.base import PlainTextTokenizer
 
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_RANKS = 128_000
 N_SPECIAL = 256
 BOS, EOS, EOM, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"
@@ -35,18 +38,16 @@ NAMED = (
 )
 SPECIAL = (*NAMED, *(f"<|reserved_special_token_{i + 2}|>" for i in range(N_SPECIAL - len(NAMED))))
 
-# tiktoken gives up on texts and runs much longer than these; Meta's tokenizer cuts at the same places, so that ids are
-# the same
+# tiktoken fails on texts and runs much longer than these. Meta's tokenizer cuts at the same places, which gives the
+# same ids.
 LONGEST_TEXT = 400_000
 LONGEST_RUN = 25_000
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})\s*")
 _RUN = re.compile(r"\s+|\S+")
 
 
-class TiktokenTokenizer(Tokenizer):
-    """A ranks file; see Tokenizer. Smaller ones than Llama 3's have their control tokens right behind their own
-    ranks.
-    """
+class TiktokenTokenizer(PlainTextTokenizer):
+    """A ranks file; see Tokenizer. The control tokens follow the file's own ranks."""
 
     kind = "tiktoken"
 
@@ -73,8 +74,9 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes by rank from a ranks file, checked: every rank from 0 once, every token once, and all single bytes
-    among them.
+    """Read and check a ranks file; return ranks by token bytes.
+
+    Every rank from 0 and every token occurs once, and all single bytes are among the tokens.
 
     Raises:
         TokenizerError: the file is not that, or larger than Llama 3's (another model's, with another pattern).
@@ -92,7 +94,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token = b""
         if match is None or not token or token in ranks:
             raise TokenizerError(
-                f"{path}, line {number}: got {line[:60]!r}, expected 'base64 rank' with a token that was not there before"
+                f"{path}, line {number}: got {line[:60]!r}, expected 'base64 rank' with a token "
+                "that was not there before"
             )
         ranks[token] = int(match.group(2))
     if sorted(ranks.values()) != list(range(len(ranks))):
@@ -112,8 +115,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _digestible(text: str) -> Iterator[str]:
-    """The text in pieces of at most ``LONGEST_TEXT`` characters and ``LONGEST_RUN`` of white space, or of none, in a
-    row.
+    """Yield the text in pieces that tiktoken can encode.
+
+    A piece has at most ``LONGEST_TEXT`` characters, and at most ``LONGEST_RUN`` in a row with or without white space.
     """
     for start in range(0, len(text), LONGEST_TEXT):
         block = text[start : start + LONGEST_TEXT]

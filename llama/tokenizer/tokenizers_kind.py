@@ -1,8 +1,8 @@
 """Hugging Face's tokenizer.json, read with the library tokenizers.
 
-The library encodes; decoding goes through bytes as with the other kinds, so the bytes of each id are worked out here,
-for the two sorts of decoder that LLaMA-family models have: byte-level (Llama 3) and SentencePiece's manner (Llama 2,
-Mistral). What ends a sequence does not stand in tokenizer.json but in the files beside it, or follows from the
+The library encodes. Decoding goes through bytes as with the other kinds, so this module computes the bytes of each id,
+for the two sorts of decoder that LLaMA-family models have: byte-level (Llama 3) and SentencePiece's (Llama 2, Mistral).
+tokenizer.json does not name the tokens that begin and end a sequence: they are in the files beside it, or have
 well-known names.
 """
 
@@ -51,7 +51,10 @@ class JSONTokenizer(Tokenizer):
         self.stop_ids = self._stops()
 
     def _end_id(self, which: str) -> int:
-        """BOS or EOS: by the name that the files beside give it, by its id there, or by a well-known name."""
+        """Return the id of BOS or EOS.
+
+        The files beside the tokenizer give its name or its id; otherwise a well-known name is used.
+        """
         directory = self._path.parent
         name = special_names(directory).get(f"{which}_token")
         if name is not None and name not in self._vocabulary:
@@ -64,28 +67,27 @@ class JSONTokenizer(Tokenizer):
         ids = [*generation_ids(directory, f"{which}_token_id"), *known]
         if not ids:
             raise TokenizerError(
-                f"{self._path} has no {which.upper()} token: LLaMA needs one; expected {which}_token in tokenizer_config.json beside "
-                f"it, or a token {' or '.join(_WELL_KNOWN[which])}"
+                f"{self._path} has no {which.upper()} token: LLaMA needs one; expected {which}_token in "
+                f"tokenizer_config.json beside it, or a token {' or '.join(_WELL_KNOWN[which])}"
             )
         return ids[0]
 
     def _stops(self) -> tuple[int, ...]:
-        """EOS, what generation_config.json adds to it, and the well-known ends of turns."""
+        """Return EOS, the ids that generation_config.json adds, and the well-known ends of turns."""
         known = [self.special_ids[name] for name in _WELL_KNOWN_STOPS if name in self.special_ids]
         ids = tuple(dict.fromkeys([self.eos_id, *generation_ids(self._path.parent, "eos_token_id"), *known]))
         if max(self.bos_id, *ids) >= self.n_words:
             raise TokenizerError(
-                f"{self._path.parent}: its files give token ids {self.bos_id} and {list(ids)}, of which {self._path.name} has only "
-                f"those below {self.n_words}: they belong to different models"
+                f"{self._path.parent}: its files give token ids {self.bos_id} and {list(ids)}, of which "
+                f"{self._path.name} has only those below {self.n_words}: they belong to different models"
             )
         return ids
 
     def _encode_parts(self, parts: Sequence[Part]) -> list[int]:
-        """Encode the joined text in one go, as the library does, with exactly those control tokens that are meant.
+        """Encode the joined text in one call, with control tokens only where parts allow them.
 
-        The library knows two ways only: every control token in a text, or none. Where a text holds both sorts, a second
-            tokenizer
-        encodes it in which the control tokens have other names, which nobody can guess.
+        The library knows two ways only: every control token in a text, or none. If a text holds both sorts, a second
+        tokenizer encodes it, in which the control tokens have names that nobody can guess.
         """
         text = "".join(part.text for part in parts)
         meant = sum(len(self.special_pattern.findall(part.text)) for part in parts if part.allow_special)
@@ -107,7 +109,7 @@ class JSONTokenizer(Tokenizer):
 
     @cached_property
     def _unknown(self) -> set[int]:
-        """The id, if any, that some models write for characters that they do not know."""
+        """The id that some models use for unknown characters, if there is one."""
         name = getattr(self._library.model, "unk_token", None)
         return {self.special_ids[name]} if name in self.special_ids else set()
 
@@ -128,7 +130,7 @@ class JSONTokenizer(Tokenizer):
 
 
 class _RenamedTokenizer:
-    """The same tokenizer with other names for its control tokens, made at random, so that no user's text can hold them.
+    """The same tokenizer with random names for its control tokens, which no text can contain.
 
     Args:
         content: the tokenizer.json.
@@ -153,9 +155,7 @@ class _RenamedTokenizer:
             self._ids[own_id] = i
 
     def encode(self, parts: Sequence[Part], pattern: re.Pattern[str]) -> list[int]:
-        """Ids of the joined text, in which ``pattern`` finds control tokens in the parts that allow them, and nowhere
-        else.
-        """
+        """Encode the joined text; ``pattern`` finds control tokens in the parts that allow them."""
         texts = [pattern.sub(lambda m: self._names[m.group()], p.text) if p.allow_special else p.text for p in parts]
         return [self._ids.get(i, i) for i in _encode(self._library, "".join(texts), self._path)]
 
@@ -164,7 +164,7 @@ class _PieceBytes:
     """How a file's decoder turns pieces into bytes.
 
     Args:
-        library: whose decoder is tried out on a few pieces: the same parts in another order decode differently.
+        library: its decoder is tried on a few pieces, because the same parts decode differently in another order.
         decoder: the file's section of that name.
         path: the file, for errors.
 
@@ -177,8 +177,7 @@ class _PieceBytes:
         self._byte_level = names == ["ByteLevel"]
         if self._byte_level:
             return
-        # how many of three leading spaces are left: Strip takes one off, Metaspace all of the first piece, without both
-        # none goes
+        # how many of three leading spaces are kept: Strip removes one, Metaspace all of the first piece, others none
         first = library.decoder.decode([f"{_SPACE * 3}a", f"{_SPACE}b{_SPACE}", f"{_SPACE}b{_SPACE}"]) if names else ""
         self._first_spaces = len(first) - len(first.lstrip(" "))
         self._byte_fallback = "ByteFallback" in names
@@ -210,7 +209,7 @@ class _PieceBytes:
 
 
 def _check_model(model: Any, path: Path) -> None:
-    """Refuse vocabularies that mark where in a word a piece stands: their bytes are not those of the piece."""
+    """Refuse vocabularies that mark a piece's position in a word: their bytes are not the piece's."""
     marks = (
         [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")]
         if isinstance(model, dict)
@@ -249,7 +248,7 @@ def _load(content: str, path: Path) -> tokenizers.Tokenizer:
 
 
 def _encode(library: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
-    """Ids of a text, without what the file's post-processor would put around it."""
+    """Ids of a text, without the tokens that the file's post-processor would add."""
     try:
         return library.encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises plain ones
@@ -257,8 +256,9 @@ def _encode(library: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
 
 
 def _byte_level_table() -> dict[str, int]:
-    """GPT-2's way to write bytes as visible characters: those that are visible as themselves, the others from U+0100
-    on.
+    """Return GPT-2's table of visible characters for bytes.
+
+    Visible bytes stand for themselves, the others are written from U+0100 on.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in visible]
