@@ -259,7 +259,7 @@ class GenerationDefaults:
 
     Attributes:
         temperature, top_p, top_k, min_p, typical_p, repetition_penalty: as in SamplingParams, or None where the file
-            has no value.
+        has no value.
         stop_ids: ids that end a generation besides the tokenizer's own; empty where the file has none.
 
     Raises:
@@ -298,8 +298,8 @@ class EngineConfig:
             ``max_seq_len``.
         widths: row counts that decode programs exist for, up to ``max_batch_size``, which is always one of them; empty
             means powers of two.
-        batch_invariant: a request's bits depend on nothing but the request itself: every decode step runs all slots
-            and reads all positions. By default neighbours may change them by rounding.
+        batch_invariant: a request's bits depend on nothing but the request itself: every decode step runs all slots and
+            reads all positions. By default neighbours may change them by rounding.
         dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and
             bfloat16 elsewhere. ``int8`` stores the linear layers with one scale per output channel.
         fail_on_recompile: a program compiled after warm-up is an error.
@@ -364,7 +364,7 @@ class EngineConfig:
 
     @property
     def shortest_chunk(self) -> int:
-        """The shortest chunk of more than one token that may be padded at the end of a prompt; 1 where there is none."""
+        """The chunk of more than one token that may be padded at the end of a prompt; 1 where there is none."""
         return min((b for b in self.buckets if 1 < b <= LONGEST_SCORED), default=1)
 
     @property

@@ -28,11 +28,10 @@ class Conversation:
     Args:
         llm: its first row is used.
         chat_format: how the dialog becomes a prompt.
-        params: of every answer, which is one sample; ``max_gen_len`` is its limit, which is lower if the cache has
-            less room.
+        params: of every answer, which is one sample; ``max_gen_len`` is its limit, which is lower if the cache has less
+            room.
         system_prompt: the first message, or None.
-        on_overflow: when the dialog no longer fits, ``refuse`` it, or ``drop`` as few of the oldest turns as
-            possible.
+        on_overflow: when the dialog no longer fits, ``refuse`` it, or ``drop`` as few of the oldest turns as possible.
         min_answer: an answer must have room for at least this many tokens.
 
     Attributes:

@@ -15,9 +15,9 @@
     └── InterruptedRunError    exit code 130: Ctrl-C, after what had been generated was printed
 
 A message says what happened, what was got, what was expected, and how to mend it. It names settings as Python does
-(``max_seq_len``), by ``setting("max_seq_len")`` where the name stands within the message; a command shows those that
-it has as flags (``--max_seq_len``). The command line prints the message without a traceback and exits with
-``exit_code``. ``assert`` is kept for invariants that no input can break.
+(``max_seq_len``), by ``setting("max_seq_len")`` where the name stands within the message; a command shows those that it
+has as flags (``--max_seq_len``). The command line prints the message without a traceback and exits with ``exit_code``.
+``assert`` is kept for invariants that no input can break.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Class LLaMA: text in, text out, over an Engine and a tokenizer.
 
 Three concentric layers: the engine yields ids row by row, ``pieces`` turns them into text as it becomes certain and
-    ends each
-prompt with its typed result, and ``generate`` and ``stream`` are what most callers want of that.
+ends each prompt with its typed result, and ``generate`` and ``stream`` are what most callers want of that.
 """
 
 from __future__ import annotations
@@ -235,8 +234,8 @@ class LLaMA:
         seed: int | None = None,
         **controls: Any,
     ) -> Iterator[str]:
-        """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the same
-        seed.
+        """Yield the generation of one prompt in pieces; joined they are the text that ``generate`` returns for the
+        same seed.
 
         Raises:
             ConfigError: more than one sample is asked for, which would come interleaved; ``pieces`` tells them apart.
@@ -244,7 +243,8 @@ class LLaMA:
         params = SamplingParams(max_gen_len, temperature, top_p, seed, **controls)
         if params.samples > 1:
             raise ConfigError(
-                f"n: got {params.samples} samples to stream as one text, expected 1; generate returns several, pieces streams them"
+                f"n: got {params.samples} samples to stream as one text, expected 1; "
+                "generate returns several, pieces streams them"
             )
         for piece in self.pieces([prompt], [params]):
             if piece.text:
@@ -428,15 +428,15 @@ def _matched(
         args = source.args
         if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
             raise ConfigError(
-                f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to {source.sliding_window} positions, "
-                f"which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
+                f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to "
+                f"{source.sliding_window} positions, which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
             )
     assert args is not None
     if args.vocab_size == -1:
         args = args.with_vocab_size(tokenizer.n_words)
     if tokenizer.n_words > args.vocab_size:
         raise TokenizerError(
-            f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: it belongs to another "
-            f"model; give the right one with {setting('tokenizer_path')}"
+            f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: "
+            f"it belongs to another model; give the right one with {setting('tokenizer_path')}"
         )
     return args

@@ -56,8 +56,8 @@ def _from_schema(text: str) -> str:
 
 
 class Vocabulary:
-    """A tokenizer as llguidance needs it: the bytes of every token, which of them are control tokens, and how a text is
-    cut.
+    """A tokenizer as llguidance needs it: the bytes of every token, which of them are control tokens, and how a text
+    is cut.
 
     Args:
         tokenizer: ours.

@@ -150,10 +150,12 @@ def _bad_words(params: SamplingParams, tokenizer: Tokenizer) -> tuple[tuple[int,
     too_long = next((word for word in words if len(word) > MAX_BAD_WORD_LEN), None)
     if too_long is not None:
         raise ConfigError(
-            f"bad_words: got one of {len(too_long)} tokens, {tokenizer.decode(too_long)!r}, expected at most {MAX_BAD_WORD_LEN}"
+            f"bad_words: got one of {len(too_long)} tokens, {tokenizer.decode(too_long)!r}, "
+            f"expected at most {MAX_BAD_WORD_LEN}"
         )
     if sum(len(word) > 1 for word in words) > MAX_BAD_WORDS:
         raise ConfigError(
-            f"bad_words: got more than {MAX_BAD_WORDS} ways to write those of several tokens; a word counts with and without a space"
+            f"bad_words: got more than {MAX_BAD_WORDS} ways to write those of several tokens; "
+            "a word counts with and without a space"
         )
     return words

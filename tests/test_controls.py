@@ -67,7 +67,7 @@ def alone(make_llm: LLMFactory) -> list[Generation]:
     return [llm.generate([prompt], params=params)[0] for prompt, params in zip(PROMPTS, EIGHT, strict=True)]
 
 
-# --- declarations -------------------------------------------------------------------------------------------------------
+# --- declarations -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

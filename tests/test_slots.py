@@ -190,7 +190,7 @@ def appended(chosen: list[list[int]], count: list[int], limit: list[int], stop: 
 
 
 def test_a_step_may_write_several_tokens() -> None:
-    """Of up to 3 tokens a row: cut at a stop token, at the limit and at the end of the cache. None leaves a row unchanged."""
+    """Of up to 3 tokens a row: cut at a stop token, at the limit and at the cache's end; 0 changes nothing."""
     state = appended(
         chosen=[[7, 8, 9], [7, 66, 9], [7, 8, 9], [7, 8, 9], [7, 8, 9], [7, 8, 9]],
         count=[3, 3, 3, 3, 0, 2],

@@ -7,5 +7,5 @@
     timed report.py     results as md, csv, json, jsonl and as a picture
 
 Numbers of one machine at one moment mean little: what is compared runs alternately, and ratios within one run are what
-    counts.
+counts.
 """

@@ -1,8 +1,7 @@
 """A Runner in a process of its own: ``Child`` is the parent's handle, ``python -m llama.bench.child`` the process.
 
 One JSON object a line, through pipes: the process says its facts once it is warm, answers ``run`` with the times of a
-    run, and ends
-when its stdin does. Whatever the runner itself prints goes to stderr.
+run, and ends when its stdin does. Whatever the runner itself prints goes to stderr.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The kernel table: every lowering of a linear layer and of attention, timed on the shapes of a model.
 
 A chain of layers that depend on each other, as in a model, so that neither XLA nor the caches can take a short cut:
-    their weights
-together are larger than the caches.
+their weights together are larger than the caches.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
 
     Returns:
         Per line: lowering, rows, dtype, milliseconds a layer, GB/s of weights, GFLOP/s, and whether the engine picks
-            it.
+        it.
     """
     device = backend.init()
     found = []

@@ -1,8 +1,8 @@
 """Many requests of mixed lengths through one engine: all at once, and arriving at random.
 
-What a server sees: prompts of 5 to 400 tokens (log-uniform), 8 to 200 tokens to generate each, a fixed seed. First all of
-them are there at once, which gives the most tokens a second; then they arrive as a Poisson process at a share of that
-rate, which shows whether the engine keeps up and how long a first token takes.
+What a server sees: prompts of 5 to 400 tokens (log-uniform), 8 to 200 tokens to generate each, a fixed seed. First all
+of them are there at once, which gives the most tokens a second; then they arrive as a Poisson process at a share of
+that rate, which shows whether the engine keeps up and how long a first token takes.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def report(row: dict[str, Any]) -> str:
         f"{row['programs']} programs compiled in {row['compile_s']:.0f} s\n"
         f"all at once: {row['tok_s']:.1f} tok/s ({row['generated_tok_s']:.1f} generated), "
         f"{row['padding_share']:.0%} of all rows and positions without a token\n"
-        f"arriving at {ARRIVAL_SHARE:.0%} of that rate: {row['arriving_tok_s']:.1f} tok/s, {row['arriving_share']:.2f} of "
-        f"what arrives, and {row['busy_share']:.2f} of the full rate while there is something to do; "
+        f"arriving at {ARRIVAL_SHARE:.0%} of that rate: {row['arriving_tok_s']:.1f} tok/s, "
+        f"{row['arriving_share']:.2f} of what arrives, and {row['busy_share']:.2f} of the full rate while there is something to do; "
         f"first token after {row['ttft_p50_s']:.2f} s (median), {row['ttft_p99_s']:.2f} s (99th percentile)\n"
     )

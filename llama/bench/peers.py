@@ -1,8 +1,8 @@
 """Other programs as Runners, on the same random weights, shape, dtype and number of threads.
 
 transformers runs eagerly with its own cache; llama.cpp runs through llama-cpp-python on a GGUF file that is written for
-the occasion.
-Both decode greedily by their lowest calls, which flatters them a little: no text is made and no token is checked.
+the occasion. Both decode greedily by their lowest calls, which flatters them a little: no text is made and no token is
+checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama.checkpoint import open_checkpoint, random_tensors
 from llama.checkpoint.names import to_hugging_face
 from llama.compiled.model import Transformer
 from llama.config import ModelArgs
-from llama.errors import ConfigError
+from llama.errors import ConfigError, setting
 
 
 def weights_of(work: Workload) -> tuple[ModelArgs, Iterator[tuple[str, torch.Tensor]]]:
@@ -46,12 +46,13 @@ class HuggingFaceRunner:
     def __init__(self, work: Workload) -> None:
         if work.dtype == "int8":
             raise ConfigError(
-                "--compare hf: transformers has no weight-only int8 on the CPU to compare with; take bfloat16 or float32"
+                f"{setting('compare')} hf: transformers has no weight-only int8 on the CPU to compare with; take "
+                "bfloat16 or float32"
             )
         try:
             import transformers
         except ImportError as error:
-            raise ConfigError("--compare hf needs transformers: pip install 'llama-xla[bench]'") from error
+            raise ConfigError(f"{setting('compare')} hf needs transformers: pip install 'llama-xla[bench]'") from error
         dtype = torch.float32 if work.dtype == "float32" else torch.bfloat16
         args, tensors = weights_of(work)
         config = transformers.LlamaConfig(
@@ -102,12 +103,12 @@ class LlamaCppRunner:
 
     def __init__(self, work: Workload) -> None:
         if work.batch > 1:
-            raise ConfigError("--compare llama.cpp: one row only; leave --batch out")
+            raise ConfigError(f"{setting('compare')} llama.cpp: one row only; leave {setting('batch')} out")
         try:
             import llama_cpp
         except ImportError as error:
             raise ConfigError(
-                "--compare llama.cpp needs llama-cpp-python and gguf: pip install 'llama-xla[bench]'"
+                f"{setting('compare')} llama.cpp needs llama-cpp-python and gguf: pip install 'llama-xla[bench]'"
             ) from error
         self._work = work
         with tempfile.TemporaryDirectory() as scratch:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.bench.workload import Times, Workload
-from llama.errors import ConfigError
+from llama.errors import ConfigError, setting
 
 FORMATS = ("md", "csv", "json", "jsonl")
 COLUMNS = {
@@ -143,12 +143,14 @@ def heads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _head(each: dict[str, Any]) -> str:
-    return f"batch {each['batch']}, a step with head {each['head']}: {each['ms']:.2f} ms, {each['ratio']:.3f} x {each['first']}"
+    ratio = f"{each['ratio']:.3f} x {each['first']}"
+    return f"batch {each['batch']}, a step with head {each['head']}: {each['ms']:.2f} ms, {ratio}"
 
 
 def _compared(each: dict[str, Any]) -> str:
     return (
-        f"ours / {each['against']} at batch {each['batch']}: decode {each['decode']:.2f} x, prefill {each['prefill']:.2f} x, "
+        f"ours / {each['against']} at batch {each['batch']}: "
+        f"decode {each['decode']:.2f} x, prefill {each['prefill']:.2f} x, "
         f"whole job in {each['job_time']:.2f} of the time"
     )
 
@@ -165,7 +167,7 @@ def plot(rows: Sequence[dict[str, Any]], ceiling: float, path: Path) -> None:
         mpl.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'llama-xla[bench]'") from error
+        raise ConfigError(f"{setting('plot')} needs matplotlib: pip install 'llama-xla[bench]'") from error
     figure, (speed, cost) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for row in (r for r in rows if len(r["points"]) > 2):
         label = f"{row['model']}, {row['dtype']}, batch {row['batch']}"
@@ -186,6 +188,6 @@ def plot(rows: Sequence[dict[str, Any]], ceiling: float, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot: {path} cannot be written: {error}") from error
+        raise ConfigError(f"plot: {path} cannot be written: {error}") from error
     finally:
         pyplot.close(figure)

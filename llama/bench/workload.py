@@ -36,8 +36,7 @@ class Workload:
         bucket_policy: ``greedy`` or ``pad``.
         vocab_size: of the random weights; None means the shape's own.
         slots: slots of our engine; None means as many as rows.
-        heads: ways to choose a token (``HEADS``) whose decode steps are timed side by side, every control in
-            use.
+        heads: ways to choose a token (``HEADS``) whose decode steps are timed side by side, every control in use.
 
     Raises:
         ConfigError: a value out of its range.
@@ -66,7 +65,8 @@ class Workload:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
         if self.positions < self.prompt_len + self.gen_len:
             raise ConfigError(
-                f"max_seq_len: got {self.positions}, expected at least prompt_len {self.prompt_len} + gen_len {self.gen_len}"
+                f"max_seq_len: got {self.positions}, expected at least "
+                f"prompt_len {self.prompt_len} + gen_len {self.gen_len}"
             )
 
     @property

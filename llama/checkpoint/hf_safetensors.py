@@ -102,8 +102,8 @@ class HFSource(Source):
         directory: with config.json and the weights.
 
     Raises:
-        CheckpointError: a missing or damaged file, an index that contradicts the files, an unsupported
-            setting, or see Source.
+        CheckpointError: a missing or damaged file, an index that contradicts the files, an unsupported setting, or see
+            Source.
     """
 
     format = "huggingface"
@@ -177,8 +177,7 @@ def open_indexed(index: Path, kind: type[TensorFile]) -> list[TensorFile]:
     """Open all files that an index names, and compare the index with their headers.
 
     Raises:
-        CheckpointError: a missing file, or a tensor that is in no file, in two, or in another one than the
-            index says.
+        CheckpointError: a missing file, or a tensor that is in no file, in two, or in another one than the index says.
     """
     weight_map = read_json(index).get("weight_map")
     if (

@@ -58,8 +58,8 @@ def reshard(
         src: a checkpoint of any format.
         dst: a directory that does not exist yet.
         model_parallel: number of shards; 1 joins all.
-        embedding_axis: 1 splits the embedding's vectors (LLaMA 1 and 2), 0 its vocabulary (Llama 3). Default:
-            as the source is, or was, split; else as Meta's code for the model splits it.
+        embedding_axis: 1 splits the embedding's vectors (LLaMA 1 and 2), 0 its vocabulary (Llama 3). Default: as the
+            source is, or was, split; else as Meta's code for the model splits it.
         progress: a bar on stderr.
 
     Returns:

@@ -223,8 +223,7 @@ def match(
         ``found`` in the model's order.
 
     Raises:
-        CheckpointError: missing, extra or misshapen tensors, or unsupported dtypes; the first ten of each are
-            named.
+        CheckpointError: missing, extra or misshapen tensors, or unsupported dtypes; the first ten of each are named.
     """
     if args.n_layers > len(found):  # a damaged number could name billions of layers
         last = names.IN_LAYER[0].meta.format(args.n_layers - 1)

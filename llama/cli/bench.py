@@ -53,8 +53,8 @@ def bench(
         bucket_policy: greedy, or pad.
         vocab_size: Tokens of the random model's vocabulary. Default: the shape's own.
         heads: Time a decode step with this head, too: greedy, sample, full or logprobs.
-        mixed: Instead of the workload above: this many requests of mixed lengths share --batch slots, first all at once,
-            then arriving at random at 80 % of that rate.
+        mixed: Instead of the workload above: this many requests of mixed lengths share --batch slots, first all at
+            once, then arriving at random at 80 % of that rate.
         slots: Slots of our engine. Default: as many as rows.
         prefill_budget: With --mixed: prompt tokens that may run before the running requests get their next token.
         compare: Run hf (transformers) or llama.cpp on the same weights, alternating with llama-xla.

@@ -3,9 +3,8 @@
     [2 x n_layers, slots, kv_heads, positions, head_dim]
 
 One tensor and not one per layer, because XLA matches donated inputs to outputs by size alone: with several of the same
-    size it
-crosses them and copies whole caches every step. Positions before heads' columns, because a step reads a prefix of
-positions of every head, and that order reads memory in a line.
+size it crosses them and copies whole caches every step. Positions before heads' columns, because a step reads a prefix
+of positions of every head, and that order reads memory in a line.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ def cache_shape(args: ModelArgs, config: EngineConfig) -> tuple[int, int, int, i
 
 
 def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked, not
-    skipped.
+    """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked,
+    not skipped.
     """
     return transfers.upload(torch.zeros(cache_shape(args, config), dtype=dtype), device)
 
 
 class CacheView:
-    """One program's access to the cache while its layers run: each writes its chunk and reads a prefix of the positions.
+    """One program's access to the cache while its layers run: each writes its chunk and reads a prefix.
 
     Args:
         kv_cache: the stacked cache.
@@ -43,7 +42,7 @@ class CacheView:
         self._first, self._starts, self._key_len = first, starts, key_len
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write ``keys`` and ``values`` [B, K, T, D] of a layer; return its first ``key_len`` ones [B, K, key_len, D]."""
+        """Write a layer's ``keys`` and ``values`` [B, K, T, D]; return its first ones, [B, K, key_len, D]."""
         dtype = self.kv_cache.dtype
         self.kv_cache = ops.write_cache(
             self.kv_cache, keys.to(dtype), values.to(dtype), self._first, self._starts, layer

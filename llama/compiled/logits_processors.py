@@ -89,8 +89,8 @@ def members(words: torch.Tensor, vocab_size: int) -> torch.Tensor:
 def _additions(
     controls: LogitsControls, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is added to single tokens' logits: the bias, and -inf for a bad word's last token and for a stop that comes
-    too early.
+    """What is added to single tokens' logits: the bias, and -inf for a bad word's last token and for a stop that
+    comes too early.
 
     Returns:
         [B, n] int32 token ids and [B, n] float32; what does not apply adds 0 to token 0.

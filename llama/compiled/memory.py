@@ -48,7 +48,8 @@ class MemoryPlan:
         return self.available is None or self.total <= self.available
 
     def __str__(self) -> str:
-        parts = f"weights {gib(self.weights)} + cache {gib(self.cache)} + activations {gib(self.activations)} = {gib(self.total)}"
+        parts = f"weights {gib(self.weights)} + cache {gib(self.cache)} + activations {gib(self.activations)}"
+        parts = f"{parts} = {gib(self.total)}"
         return f"{parts} of {gib(self.available)} free" if self.available is not None else parts
 
 
@@ -58,8 +59,8 @@ def gib(count: int) -> str:
 
 
 def dtypes_for(config: EngineConfig, *, on_cpu: bool, int8_stored: bool) -> tuple[torch.dtype, torch.dtype]:
-    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16 arithmetic
-    is slow.
+    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16
+    arithmetic is slow.
 
     Args:
         on_cpu: the device is the CPU device.

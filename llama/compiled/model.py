@@ -5,11 +5,10 @@ through a cache view that writes in place, and nothing reads a tensor's value on
 format, no sampling and no text.
 
 Shapes: B batch rows, T chunk length, S keys read, H query heads, K key/value heads, G = H / K queries a key head, D
-    head size.
+head size.
 
 Sources: LLaMA (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and Sennrich 2019),
-    rotary
-embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary scaling (llama-models).
+rotary embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary scaling (llama-models).
 """
 
 from __future__ import annotations

@@ -100,15 +100,15 @@ def filtered(distance: torch.Tensor, filters: Filters) -> torch.Tensor:
 
 
 def top_k_mask(distance: torch.Tensor, top_k: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Which tokens are among the ``top_k`` [B] int32 nearest, [B, V] bool; 0 keeps all, and so does a row that is not
-    ``sampled``.
+    """Which tokens are among the ``top_k`` [B] int32 nearest, [B, V] bool; 0 keeps all, and so does a row that is
+    not ``sampled``.
     """
     return ops.first_holding(ops.float_bits(distance), torch.ones_like(distance), top_k.float(), sampled & (top_k > 0))
 
 
 def top_p_mask(weights: torch.Tensor, top_p: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Which tokens belong to the nucleus: the smallest set of the heaviest tokens that holds a share ``top_p`` of the
-    weight.
+    """Which tokens belong to the nucleus: the smallest set of the heaviest tokens that holds a share ``top_p`` of
+    the weight.
 
     Args:
         weights: [B, V] float32 in [0, 1], proportional to the probabilities, the heaviest exactly 1.
@@ -125,8 +125,8 @@ def top_p_mask(weights: torch.Tensor, top_p: torch.Tensor, sampled: torch.Tensor
 def typical_p_mask(
     distance: torch.Tensor, weights: torch.Tensor, typical_p: torch.Tensor, sampled: torch.Tensor
 ) -> torch.Tensor:
-    """Which tokens are typical: the smallest set of those whose surprise is nearest to the entropy that holds a share
-    ``typical_p``.
+    """Which tokens are typical: the smallest set of those whose surprise is nearest to the entropy that holds a
+    share ``typical_p``.
 
     Args:
         distance, weights: as in ``filtered``; what weighs nothing is never typical.
@@ -148,8 +148,7 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     """The index of each row's largest score, the lowest among equals: [B, V] float32 to [B] int32.
 
     Two reductions, the largest score and the first index that holds it: torch.argmax compiles to one scalar loop into
-        which XLA
-    fuses whatever makes the scores, at up to seven times the time (docs/log.md).
+    which XLA fuses whatever makes the scores, at up to seven times the time (docs/log.md).
     """
     vocab_size = scores.shape[-1]
     best = ops.in_lanes(scores, -INF).amax(dim=1).amax(dim=-1, keepdim=True)

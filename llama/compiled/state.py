@@ -94,7 +94,8 @@ class LogitsControls(NamedTuple):
         prompt_len: [B] int32, where the output begins.
         first_stop: [B] int32, the length from which on a stop token may be chosen.
         bias_ids, bias: [B, 300] int32 and float32, added to these tokens' logits; zeros fill up.
-        bad_words: [B, n, m] int32, token sequences at the end of each line; -1 before them, and in all of an unused line.
+        bad_words: [B, n, m] int32, token sequences at the end of each line; -1 before them, and in all of an unused
+            line.
         in_prompt: [B, W] int32, bits of the tokens in the prompt.
         allowed: [B, W] int32, bits of the tokens that may come next; a grammar changes them at every step.
     """

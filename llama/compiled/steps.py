@@ -141,7 +141,7 @@ def score(
 def _run(
     model: Transformer, row: State, first: torch.Tensor, positions: torch.Tensor, key_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual stream [B, T, dim] of the tokens at ``positions`` [B, T], and the cache with their keys and values."""
+    """Run the tokens at ``positions`` [B, T]; return the residual stream [B, T, dim] and the cache."""
     ids = row.tokens.gather(1, positions.long())
     view = CacheView(row.kv_cache, first, row.start, key_len)
     return model(ids, positions, view), view.kv_cache

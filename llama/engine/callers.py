@@ -89,7 +89,7 @@ class Callers:
         Closing the iterator before its end cancels what is left.
 
         Raises:
-            LLMAError: what ended one of the sequences; the others of the call are cancelled.
+            LLaMAError: what ended one of the sequences; the others of the call are cancelled.
         """
         call.interrupted = self.take_interrupt()
         self._open.append(call)
@@ -140,7 +140,7 @@ class Callers:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Within: Python's KeyboardInterrupt waits until the end, so that no round stops between a run and its bookkeeping."""
+    """Within: KeyboardInterrupt waits until the end, so that no round stops between a run and its bookkeeping."""
     if threading.current_thread() is not threading.main_thread() or (
         signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):

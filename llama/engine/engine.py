@@ -1,7 +1,8 @@
 """The engine: submit, step, cancel. One step is a round in which every live request gets its share.
 
 A round: take what was submitted and cancelled, give free slots to waiting requests, run prompt chunks within the token
-budget, run one decode step of all running requests, and read what became known. Where nobody runs, a chunk is a round. What stays true throughout:
+budget, run one decode step of all running requests, and read what became known. Where nobody runs, a chunk is a round.
+What stays true throughout:
 
 - One thread at a time calls ``step``; ``submit`` and ``cancel`` may be called from any thread at any time.
 - The host counts positions and never waits for the device to know what to run next. It reads a report of the last few

@@ -207,7 +207,8 @@ class XlaRunner:
         if self._warm and self.config.fail_on_recompile:
             raise RecompileError(
                 f"{len(missing)} programs would be compiled after warm-up: {', '.join(map(str, missing[:4]))}; warm up "
-                f"with prompts of this length, or with all programs (LLaMA.warm_up()), or run without {setting('fail_on_recompile')}"
+                "with prompts of this length, or with all programs (LLaMA.warm_up()), or run without "
+                f"{setting('fail_on_recompile')}"
             )
 
     def _compile(self, program: Program) -> None:

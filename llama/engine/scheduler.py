@@ -1,7 +1,7 @@
 """Who runs when, and in which slot: queue, slots, token budget. Integers only; it holds no tensor.
 
-A free slot goes to a waiting request, the lowest slot first, so that the live ones stay side by side: a decode step runs
-slots [first, first + width) for the narrowest width that covers them. Requests are admitted in the order of their
+A free slot goes to a waiting request, the lowest slot first, so that the live ones stay side by side: a decode step
+runs slots [first, first + width) for the narrowest width that covers them. Requests are admitted in the order of their
 arrival, or the shortest prompt first; one that has been passed over ``MOST_PASSED_OVER`` times goes before all others,
 so none waits for ever.
 """

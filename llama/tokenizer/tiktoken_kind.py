@@ -1,8 +1,8 @@
 """Llama 3's tokenizer file: lines of ``base64 rank``, read with tiktoken.
 
-The file holds the ranks alone. The pattern that cuts texts into words and the 256 control tokens after the ranks
-belong to the format; both are as Meta's llama-models publishes them. Llama 3.0 calls some of the control tokens
-reserved that 3.1 gave a name to.
+The file holds the ranks alone. The pattern that cuts texts into words and the 256 control tokens after the ranks belong
+to the format; both are as Meta's llama-models publishes them. Llama 3.0 calls some of the control tokens reserved that
+3.1 gave a name to.
 """
 
 from __future__ import annotations

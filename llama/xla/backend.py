@@ -37,8 +37,8 @@ MALLOC_FOR_RUNS = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": 2**31 - 1}
 
 
 def init() -> torch.device:
-    """Start the PJRT client, once, and return its device. PJRT_DEVICE chooses it; without it a TPU is taken where there
-    is one.
+    """Start the PJRT client, once, and return its device. PJRT_DEVICE chooses it; without it a TPU is taken where
+    there is one.
 
     Sets ``PJRT_DEVICE=CPU`` when neither the variable nor a TPU is there, so that a laptop needs no set-up.
     """

@@ -19,7 +19,7 @@ from llama.xla import backend, modules
 from llama.xla.ops import materialised, written
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
-WIDEST_ROW = 4080  # numbers: rows of 16 KiB and more are not fused into the loop, and XLA:CPU then transposes the weight at every step
+WIDEST_ROW = 4080  # numbers: XLA:CPU fuses no row of 16 KiB into the loop, and transposes the weight at every step
 FIRST_CACHE = 16384  # bytes of a core's first cache that rows of x may take while a loop reads the weight beside them
 MOST_LOOP_ROWS = 4  # so many rows of float32 take as long as one
 MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
@@ -116,9 +116,8 @@ def linear_one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``F.linear`` of one row: on XLA:CPU a fused loop that reads the weight once, in whatever dtype it is stored.
 
     What makes x must stay out of that loop: XLA would compute a norm, a softmax's division or SwiGLU anew for each
-        output channel.
-    Long rows go in parts, whose products are added, each written to memory before: fused with the sum, one part would
-        be a dot again.
+    output channel. Long rows go in parts, whose products are added, each written to memory before: fused with the sum,
+    one part would be a dot again.
     """
     whole = materialised(x)
     first, *others = (F.linear(whole[:, a:b], weight[:, a:b].to(x.dtype)) for a, b in parts_of(x.shape[-1]))
@@ -139,8 +138,8 @@ def linear_matrix(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A loop inside the program over the rows of x [rows, in]: one small kernel, whose weight stays in the cache from
-    row to row.
+    """A loop inside the program over the rows of x [rows, in]: one small kernel, whose weight stays in the cache
+    from row to row.
     """
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
@@ -160,8 +159,8 @@ def linear_loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``(w @ x.t()).t()`` by oneDNN, which XLA:CPU carries: for a few dozen rows faster than Eigen, which first copies
-    the weight.
+    """``(w @ x.t()).t()`` by oneDNN, which XLA:CPU carries: for a few dozen rows faster than Eigen, which first
+    copies the weight.
     """
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
@@ -226,7 +225,7 @@ def _row_by_row_op() -> Any:
     """The registered XLA operation behind ``linear_row_by_row``.
 
     XLA must not move the widening of the weight out of the loop, which would write it to memory as a whole:
-        runtime.py's flags.
+    runtime.py's flags.
     """
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry

@@ -6,8 +6,7 @@ here in protobuf's wire format: torch_xla ships none of their Python classes. Th
 protobuf's rules.
 
 XLA's layout assignment forgets the layouts inside a fusion except of its parameters and its result, so a fusion's
-operation takes
-parameters only: no conversion and no slice in between.
+operation takes parameters only: no conversion and no slice in between.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def written(x: Any) -> Any:
 
 @cache
 def _cache_write_op() -> Any:
-    """The registered XLA operation behind ``write_cache``; built on first use, so that importing this module starts nothing."""
+    """The registered XLA operation behind ``write_cache``; built on first use: importing starts nothing."""
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
@@ -286,8 +286,8 @@ def first_holding(keys: torch.Tensor, mass: torch.Tensor, wanted: torch.Tensor, 
     """Which tokens are the first, in the order of their keys, that together hold the mass that is wanted.
 
     The last key that belongs to them is the largest number below which less than that is held: it is built from its
-        highest bit on,
-    in 31 sums. A loop inside the program, which is not entered where no row asks: an unused filter costs nothing.
+    highest bit on, in 31 sums. A loop inside the program, which is not entered where no row asks: an unused filter
+    costs nothing.
 
     Args:
         keys: [B, V] int32, at least 0.

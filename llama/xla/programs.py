@@ -24,13 +24,14 @@ TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 
 
 class UnsupportedOpError(LLaMAError):
-    """A traced function used an operation that XLA lacks: torch_xla would run it on the host now and bake its result in
-    for ever.
+    """A traced function used an operation that XLA lacks: torch_xla would run it on the host now and bake its result
+    in for ever.
     """
 
     def __init__(self, program: str, fallbacks: list[str]) -> None:
         super().__init__(
-            f"program {program}: XLA has no {', '.join(fallbacks)}; write it with operations that stay on the device (llama/ops.py)"
+            f"program {program}: XLA has no {', '.join(fallbacks)}; "
+            "write it with operations that stay on the device (llama/xla/ops.py)"
         )
 
 

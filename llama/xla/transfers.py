@@ -20,8 +20,8 @@ def adopt(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Give a host tensor that nobody will write to any more to the device.
 
     On the CPU device without a copy: the program reads the host's memory, which may be a mapped file. It must begin at
-        a multiple
-    of 64 bytes, as PJRT demands, or else is copied to where it does. Other devices get a copy, like ``upload``'s.
+    a multiple of 64 bytes, as PJRT demands, or else is copied to where it does. Other devices get a copy, like
+    ``upload``'s.
     """
     if device.type != "xla" or device_kind() != "CPU":
         return upload(tensor, device)
