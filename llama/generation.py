@@ -429,7 +429,8 @@ def _matched(
         if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
             raise ConfigError(
                 f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to "
-                f"{source.sliding_window} positions, which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
+                f"{source.sliding_window} positions, "
+                f"which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
             )
     assert args is not None
     if args.vocab_size == -1:

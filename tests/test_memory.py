@@ -28,8 +28,8 @@ def test_weights_and_cache_are_counted_to_the_byte(make_llm: LLMFactory) -> None
 
 
 def test_known_sizes() -> None:
-    """LLaMA 7B: 6,738,415,616 parameters, and half a gibibyte of bfloat16 keys and values per 1,024 positions; at the end
-    7 more, because a chunk of 8 may be padded.
+    """LLaMA 7B: 6,738,415,616 parameters, and half a gibibyte of bfloat16 keys and values per 1,024 positions; 7 more
+    at the end, because a chunk of 8 may be padded.
     """
     plan = plan_memory(SEVEN_B, EngineConfig(max_seq_len=1024), BF16, BF16, None)
     assert plan.weights == 6_738_415_616 * 2

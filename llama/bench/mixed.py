@@ -125,6 +125,7 @@ def report(row: dict[str, Any]) -> str:
         f"all at once: {row['tok_s']:.1f} tok/s ({row['generated_tok_s']:.1f} generated), "
         f"{row['padding_share']:.0%} of all rows and positions without a token\n"
         f"arriving at {ARRIVAL_SHARE:.0%} of that rate: {row['arriving_tok_s']:.1f} tok/s, "
-        f"{row['arriving_share']:.2f} of what arrives, and {row['busy_share']:.2f} of the full rate while there is something to do; "
+        f"{row['arriving_share']:.2f} of what arrives, "
+        f"and {row['busy_share']:.2f} of the full rate while there is something to do; "
         f"first token after {row['ttft_p50_s']:.2f} s (median), {row['ttft_p99_s']:.2f} s (99th percentile)\n"
     )
