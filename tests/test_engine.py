@@ -541,6 +541,22 @@ def test_an_interrupt_at_every_round(tokenizer_path: Path, read_every: int) -> N
     assert rounds > 10
 
 
+def test_a_call_that_is_refused_harms_nobody(tokenizer_path: Path) -> None:
+    """It needs a program after warm-up, or the queue is full: its caller gets the error, an open stream goes on."""
+    llm = fake_llm(tokenizer_path, max_batch_size=2, fail_on_recompile=True, read_every=1, max_waiting=2)
+    expected = "".join(fake_llm(tokenizer_path).stream("x", 20, 0.0))
+    found = ""
+    for piece in llm.stream("x", 20, 0.0):
+        found += piece
+        with pytest.raises(RecompileError):
+            llm.generate(["the cat sang " * 8], 3, 0.0)
+    assert found == expected
+    runner_of(llm).is_warm = False
+    with pytest.raises(QueueFullError, match="max_waiting is 2"):
+        llm.generate(["x"] * 5, 3, 0.0)
+    assert llm.generate(["x"], 3, 0.0)[0].finish_reason == "length"
+
+
 def test_an_interrupt_before_a_call_ends_it_and_nothing_after_it(tokenizer_path: Path) -> None:
     llm = fake_llm(tokenizer_path)
     llm.interrupt()

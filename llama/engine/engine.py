@@ -57,7 +57,8 @@ class Engine:
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "interrupted") -> None:
         """End a sequence at the next step, waiting or live; what was generated until then is kept."""
-        self._inbox.append((sequence, reason))
+        if sequence.submitted is not None:
+            self._inbox.append((sequence, reason))
 
     @property
     def has_work(self) -> bool:
