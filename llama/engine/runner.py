@@ -165,11 +165,13 @@ class XlaRunner:
 
     def __post_init__(self) -> None:
         slots, vocab_size = self.config.max_batch_size, self.model.args.vocab_size
-        # the host's copy of each slot's controls: uploaded again as a whole when one of them changes
-        self._controls = np.tile(CONTROLS.pack(), (slots, 1))
-        self._logits_controls = np.tile(logits_controls(vocab_size).pack(), (slots, 1))
-        self._allowed = np.full((slots, word_count(vocab_size)), -1, dtype=np.int32)
-        self._stale: set[str] = {"controls", "logits_controls", "allowed"}
+        # the host's copy of what each slot's request wants: uploaded again as a whole when a part of it has changed
+        self._host = {
+            "controls": np.tile(CONTROLS.pack(), (slots, 1)),
+            "logits_controls": np.tile(logits_controls(vocab_size).pack(), (slots, 1)),
+            "allowed": np.full((slots, word_count(vocab_size)), -1, dtype=np.int32),
+        }
+        self._stale = set(self._host)
         self._numbers: dict[int, torch.Tensor] = {}
 
     @property
@@ -225,7 +227,7 @@ class XlaRunner:
 
     def _example(self, name: str, program: Program) -> torch.Tensor:
         """A tensor like the one of that name that every run of the program takes."""
-        if name in State._fields or name in ("controls", "logits_controls", "allowed"):
+        if name in State._fields or name in self._host:
             return self._tensor(name)
         if name in ("slot", "target", "position"):
             # not one and the same tensor for two arguments, which tracing could not tell apart
@@ -239,13 +241,12 @@ class XlaRunner:
 
     def reset(self) -> None:
         """Forget all slots; the next use makes new tensors."""
-        self._tensors, self._chosen = {}, []
-        self._stale |= {"controls", "logits_controls", "allowed"}
+        self._tensors, self._chosen, self._stale = {}, [], set(self._host)
 
     def _tensor(self, name: str) -> torch.Tensor:
         """A tensor of the slots, made or uploaded where it is missing or stale."""
-        if name in self._stale and name in ("controls", "logits_controls", "allowed"):
-            self._tensors[name] = transfers.upload(torch.from_numpy(getattr(self, f"_{name}").copy()), self.device)
+        if name in self._stale:
+            self._tensors[name] = transfers.upload(torch.from_numpy(self._host[name].copy()), self.device)
             self._stale.discard(name)
         elif name not in self._tensors:
             self._tensors |= self._fresh_state()._asdict()
@@ -288,7 +289,7 @@ class XlaRunner:
         self._tensors |= kept
         return outputs
 
-    # --- what the engine needs -------------------------------------------------------------------------------------
+    # --- what the engine needs ---------------------------------------------------------------------------------------------
 
     def admit(self, sequence: Sequence) -> None:
         """Put a sequence into its slot: its tokens, its positions and its controls."""
@@ -296,11 +297,9 @@ class XlaRunner:
         row = np.zeros((1, 3 + self.config.positions), dtype=np.int32)
         row[0, :3] = sequence.start, sequence.ready, len(sequence.prompt_ids)
         row[0, 3 : 3 + len(sequence.prompt_ids)] = sequence.prompt_ids
-        self._controls[slot] = packed_controls(sequence)
-        self._stale.add("controls")
+        self._set("controls", slot, packed_controls(sequence))
         if sequence.needs_full:
-            self._logits_controls[slot] = packed_logits_controls(sequence, self.vocab_size)
-            self._stale.add("logits_controls")
+            self._set("logits_controls", slot, packed_logits_controls(sequence, self.vocab_size))
             self._allow(sequence)
         self._run(Program("admit"), row=transfers.upload(torch.from_numpy(row), self.device), slot=self._number(slot))
 
@@ -343,10 +342,14 @@ class XlaRunner:
     def _allow(self, sequence: Sequence) -> None:
         """Have a grammar's mask uploaded before the next choice."""
         slot = _slot(sequence)
-        allowed = sequence.allowed(self.model.args.vocab_size) if sequence.grammar is not None else np.int32(-1)
-        if np.any(self._allowed[slot] != allowed):
-            self._allowed[slot] = allowed
-            self._stale.add("allowed")
+        allowed = np.int32(-1) if sequence.grammar is None else sequence.allowed(self.vocab_size)
+        self._set("allowed", slot, allowed)
+
+    def _set(self, name: str, slot: int, row: np.ndarray | np.int32) -> None:
+        """Change a slot's row of a tensor that the host keeps."""
+        if np.any(self._host[name][slot] != row):
+            self._host[name][slot] = row
+            self._stale.add(name)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` positions of a slot's cache to another slot; the cost follows ``count``."""
@@ -357,10 +360,8 @@ class XlaRunner:
         """Move a slot's request, whose first ``count`` positions have been run, to another slot."""
         self.copy(source, target, count)
         self._run(Program("move"), slot=self._number(source), target=self._number(target))
-        for name in ("controls", "logits_controls", "allowed"):
-            array = getattr(self, f"_{name}")
-            array[target] = array[source]
-            self._stale.add(name)
+        for name, rows in self._host.items():
+            self._set(name, target, rows[source].copy())
 
     def end(self, slots: Iterable[int]) -> None:
         """End the requests in some slots: no later step chooses a token for them."""
