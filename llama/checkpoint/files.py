@@ -4,7 +4,7 @@ Only headers are read when a file is opened. A tensor that is read is a view of 
 disk when somebody computes with them. Touched pages of a mapping count as resident memory until it is closed, so a file
 is mapped anew after every thirty-second part of it; a view keeps the mapping that it belongs to.
 
-``weights_only`` keeps pickled code out; what it does not guard against on torch 2.9 is said in the README
+``weights_only`` keeps pickled code out; what it does not guard against on torch 2.9 is said in docs/checkpoints.md
 (CVE-2026-24747): load a stranger's .pth or .bin file in a sandbox only.
 """
 
