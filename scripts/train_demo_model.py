@@ -426,39 +426,39 @@ def measure(plan: Plan, out: Path, tokens: Tokens, seed: int) -> Report:
 
 README = """# The demo model
 
-A toy for demonstrations and tests: a LLaMA of {parameters:.2f} million parameters that tells small stories,
-answers questions about a passage and repeats what it is shown. It knows a thousand English words and nothing of the
-world; it is no chat model.
+A toy for demonstrations and tests: a LLaMA of {parameters:.2f} million parameters that tells small stories, answers
+questions about a passage and repeats text from its prompt. It knows a thousand English words and no facts; it is not
+a chat model.
 
 {files}
 
-Shape: {shape}. Context: {context} tokens, the prompt among them. Tokenizer: SentencePiece BPE of {vocab} pieces
+Shape: {shape}. Context: {context} tokens, prompt included. Tokenizer: SentencePiece BPE of {vocab} pieces
 with LLaMA's settings (byte fallback, digits one by one).
 
 ## How it was made
 
     {command}
 
-Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is made as
-training goes, by `demo_text.py` beside that script, from templates and word lists: {shapes} distinct sentence shapes in
-{shape_documents} documents (wordings with names, things and places left open). A drill in copying random tokens comes
-first, and names and words that are made up on the spot see to it that copying is learnt and not the words. The same
-seed gives the same text, tokenizer and order of training; weights may differ in their last bits from machine to
-machine.
+Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is
+generated during training by `demo_text.py` beside that script, from templates and word lists: {shapes} distinct
+sentence shapes in {shape_documents} documents (wordings with names, things and places left open). A drill in copying
+random tokens comes first. Names and words that are made up on the spot make the model learn to copy rather than learn
+the words. The same seed gives the same text, tokenizer and order of training; weights may differ in their last bits
+from machine to machine.
 
 ## What it can do
 
 Measured on the weights as saved in bfloat16, with {held_out} held-out documents of each kind, from a seed that training
-never sees. "Exact" is the share of prompts whose greedy answer equals the expected one in every token; made-up words
+never uses. "Exact" is the share of prompts whose greedy answer equals the expected one in every token; made-up words
 must come out letter by letter.
 
 | kind | perplexity per token | exact |
 | --- | --- | --- |
 {table}
 
-The perplexity of `repeat` and `complete` counts the passage itself, which is random and cannot be foreseen.
+The perplexity of `repeat` and `complete` includes the passage itself, which is random and so cannot be predicted.
 
-Prompts that it knows: the beginning of a story, a passage followed by `Question: ... Answer:`, and `Repeat: ...`
+Prompts that it was trained on: the beginning of a story, a passage followed by `Question: ... Answer:`, and `Repeat: ...`
 followed by `Copy:` on a line of its own.
 
 ## Samples
@@ -467,7 +467,7 @@ followed by `Copy:` on a line of its own.
 
 ## License
 
-Apache-2.0, as the rest of the project: the text is made by the script, nothing was copied or downloaded.
+Apache-2.0, as the rest of the project: the script generates the text; nothing was copied or downloaded.
 """
 
 

@@ -1,4 +1,6 @@
-"""What the README shows is what happens: its commands run, its flags are the command's, its outputs are real."""
+"""What the README and docs/ show is what happens: their commands run, their flags are the commands', their outputs are
+real.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from checkpoint_files import TINY, random_weights, write_meta
 from tokenizer_files import byte_level, write_ranks
 
 import llama
-from llama import SamplingParams
+from llama import EngineConfig, SamplingParams
 from llama.cli import COMMANDS
 from llama.cli.flags import help_text
 from llama.config import DEMO_DIR
@@ -26,18 +28,23 @@ from llama.sampling_params import controls_table
 pytestmark = pytest.mark.slow
 
 ROOT = Path(llama.__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, *pages: str) -> list[str]:
+    """The fenced blocks of a language, in the given pages or in all of them."""
+    return [
+        block
+        for page in pages or PAGES.values()
+        for block in re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    ]
 
 
 def commands() -> list[str]:
     """Every llama-xla and demo.sh line of the bash blocks; test.sh is what runs this test."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if "llama-xla" in line or "demo.sh" in line]
+    return list(dict.fromkeys(line for line in lines if "llama-xla" in line or "demo.sh" in line))
 
 
 def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -56,7 +63,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the README's made-up paths stand for here: small checkpoints, and directories that are not there yet."""
+    """What the pages' made-up paths stand for here: small checkpoints, and directories that are not there yet."""
     directory = tmp_path_factory.mktemp("readme")
     made = byte_level()
     chat = write_meta(
@@ -77,7 +84,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_run(command: str, places: dict[str, Path]) -> None:
-    """Each command of the README ends well and prints something, or writes what it says."""
+    """Each command of the pages ends well and prints something, or writes what it says."""
     if "demo.sh" in command and not (ROOT / ".venv").is_dir():
         pytest.skip("the demo would install a second environment: this one is not .venv")
     for name, path in places.items():
@@ -91,15 +98,25 @@ def test_commands_run(command: str, places: dict[str, Path]) -> None:
 
 def test_the_two_commands_open_the_readme() -> None:
     """The first block is the demo and the tests, and both scripts can be run."""
-    demo, test = (shlex.split(line)[0] for line in blocks("bash")[0].splitlines())
+    demo, test = (shlex.split(line)[0] for line in blocks("bash", README)[0].splitlines())
     assert (demo, test) == ("./scripts/demo.sh", "./scripts/test.sh")
     assert all(os.access(ROOT / script, os.X_OK) for script in (demo, test))
     assert "./scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_flags_are_the_help_s() -> None:
-    """The README's flags are --help's, to the letter."""
-    assert help_text("generate", COMMANDS["generate"]).strip() + "\n" in blocks("text")
+def test_the_readme_is_short() -> None:
+    """Two minutes' reading; the reference is in docs/."""
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_are_the_help_s(name: str) -> None:
+    """Every command's flags are on one of the pages, and are --help's, to the letter; scripts/refresh_help.py writes
+    them.
+    """
+    marked = rf"^<!-- help: llama-xla {name} -->\n```text\n(.*?)^```"
+    shown = [block for page in PAGES.values() for block in re.findall(marked, page, flags=re.MULTILINE | re.DOTALL)]
+    assert shown == [help_text(name, COMMANDS[name]).strip() + "\n"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -110,15 +127,17 @@ def test_help_names_every_flag(name: str) -> None:
 
 
 def test_the_table_of_controls_is_made_from_the_fields() -> None:
-    """The README's table is the one that the declarations of SamplingParams give, to the letter."""
-    assert controls_table() in README
+    """The table is the one that the declarations of SamplingParams give, to the letter."""
+    assert controls_table() in PAGES[ROOT / "docs" / "sampling.md"]
 
 
 def test_the_table_of_controls_is_complete() -> None:
     """A row for every field of SamplingParams, with its default; the generate command has a flag for each, but for
     --echo's.
     """
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", README, flags=re.MULTILINE))
+    rows = dict(
+        row for page in PAGES.values() for row in re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", page, flags=re.MULTILINE)
+    )
     defaults = {f.name: f.default for f in fields(SamplingParams)}
     assert set(rows) == set(defaults)
     for name, shown in rows.items():
@@ -127,8 +146,31 @@ def test_the_table_of_controls_is_complete() -> None:
     assert set(defaults) - flags == {"prompt_logprobs"}
 
 
+def test_the_table_of_static_shapes_is_complete() -> None:
+    """A row for every field of EngineConfig, with its default."""
+    page = PAGES[ROOT / "docs" / "python.md"].partition("## Static shapes")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \| ([^|]+) \|$", page, flags=re.MULTILINE))
+    defaults = {f.name: f.default for f in fields(EngineConfig)}
+    assert set(rows) == set(defaults)
+    for name, shown in rows.items():
+        default = defaults[name]
+        assert shown == ((", ".join(map(str, default)) or "none") if isinstance(default, tuple) else str(default)), name
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link names a file that is there, and a heading that it has."""
+    for path, page in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)]*)\)", page):
+            name, _, heading = target.partition("#")
+            file = (path.parent / name) if name else path
+            assert file.is_file(), f"{path.name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not heading or heading in anchors, f"{path.name}: {target}"
+
+
 def test_console_output_is_real() -> None:
-    """The plan that the README prints is the one that the command prints."""
+    """The plan that the pages print is the one that the command prints."""
     (block,) = blocks("console")
     command, _, output = block.partition("\n")
     done = run(command.removeprefix("$ "))
@@ -136,7 +178,7 @@ def test_console_output_is_real() -> None:
 
 
 def test_json_fields_are_real() -> None:
-    """The object in the README has the fields that --json prints."""
+    """The object in the pages has the fields that --json prints."""
     (block,) = blocks("json")
     shown = json.loads(block)
     done = run('llama-xla generate --prompt "Once" --max_gen_len 1 --json --quiet')
@@ -145,9 +187,9 @@ def test_json_fields_are_real() -> None:
     assert all(list(printed[key]) == list(shown[key]) for key in ("usage", "timing", "programs"))
 
 
-def test_python_runs() -> None:
-    """The library example runs as it stands."""
-    (code,) = blocks("python")
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code: str) -> None:
+    """The library examples run as they stand."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

@@ -4,8 +4,8 @@ Opening a file reads its header only. A tensor that is read is a view of the map
 they are first used. Touched pages of a mapping count as resident memory until it is closed, so a file is mapped anew
 after each thirty-second part of it; a view keeps its mapping alive.
 
-``weights_only`` keeps pickled code from running. It does not cover everything on torch 2.9 (CVE-2026-24747, see the
-README): load .pth and .bin files from strangers in a sandbox only.
+``weights_only`` keeps pickled code out; what it does not guard against on torch 2.9 is said in docs/checkpoints.md
+(CVE-2026-24747): load a stranger's .pth or .bin file in a sandbox only.
 """
 
 from __future__ import annotations
