@@ -57,13 +57,15 @@ def _cache_write_op() -> Any:
         """
         builder = kv_cache.builder()
         int32, first = starts.shape().dtype, first.reshape([])
+        all_slots = kv_cache.shape().sizes[1] == starts.shape().sizes[0]
         zero = xb.Op.scalar(builder, 0, dtype=int32)
         for kind, update in enumerate((keys, values)):
             stacked = update.reshape([1, *update.shape().sizes])
             place = xb.Op.scalar(builder, 2 * layer + kind, dtype=int32)
             for row in range(update.shape().sizes[0]):
                 start = starts.slice([row], [row + 1]).reshape([])
-                slot = first + xb.Op.scalar(builder, row, dtype=int32)
+                slot = xb.Op.scalar(builder, row, dtype=int32)
+                slot = slot if all_slots else first + slot
                 kv_cache = kv_cache.dynamic_update_slice(
                     stacked.slice_in_dim(row, row + 1, 1), (place, slot, zero, start, zero)
                 )
@@ -118,6 +120,9 @@ def read_cache(
     kv_cache: torch.Tensor, first: torch.Tensor, layer: int, *, rows: int, key_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's first ``key_len`` keys and values of ``rows`` slots from ``first`` on: [rows, K, key_len, D] each."""
+    if kv_cache.shape[1] == rows:  # all slots: XLA does better with a slice that it knows
+        pair = kv_cache[2 * layer : 2 * layer + 2, :, :, :key_len]
+        return pair[0], pair[1]
     read = _cache_read_op()
     keys, values = (read(kv_cache, first, layer=layer, kind=kind, rows=rows, key_len=key_len) for kind in (0, 1))
     return keys, values
@@ -166,6 +171,8 @@ def _take_rows_op() -> Any:
 
 def take_rows(x: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
     """Rows [first, first + count) of x; ``first`` is an int32 of one element."""
+    if x.shape[0] == count:
+        return x
     if x.device.type != "xla":
         return x[int(first) : int(first) + count]
     rows: torch.Tensor = _take_rows_op()(x, first, count=count)
@@ -187,6 +194,8 @@ def _put_rows_op() -> Any:
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """x with ``rows`` in the place of its rows from ``first`` on; ``first`` is an int32 of one element."""
+    if x.shape == rows.shape:
+        return rows
     if x.device.type != "xla":
         return torch.cat((x[: int(first)], rows, x[int(first) + len(rows) :]))
     result: torch.Tensor = _put_rows_op()(x, rows, first)
