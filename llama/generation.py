@@ -1,7 +1,7 @@
 """Class LLaMA: text in, text out, over an Engine and a tokenizer.
 
-Three concentric layers: the engine yields ids row by row, ``pieces`` turns them into text as it becomes certain and
-ends each prompt with its typed result, and ``generate`` and ``stream`` are what most callers want of that.
+Three layers: the engine yields news of each sequence, ``pieces`` yields text as it becomes certain and the result of
+each sample at its end, and ``generate`` and ``stream`` are the two usual ways to consume that.
 """
 
 from __future__ import annotations
@@ -152,10 +152,10 @@ class LLaMA:
         return time.perf_counter() - began
 
     def sampling(self, otherwise: SamplingParams | None = None, **given: Any) -> SamplingParams:
-        """Sampling parameters: what is given, else what the checkpoint's generation_config.json wishes, else
+        """Sampling parameters: the given ones, else those of the checkpoint's generation_config.json, else
         ``otherwise``.
 
-        The log says where the checkpoint's wish won.
+        The log names each value that came from the checkpoint.
 
         Args:
             otherwise: None means SamplingParams().
@@ -165,14 +165,16 @@ class LLaMA:
             ConfigError: see SamplingParams.
         """
         chosen = {name: value for name, value in given.items() if value is not None}
-        for name, wish in asdict(self.defaults).items():
-            if name == "stop_ids" or wish is None:
+        for name, default in asdict(self.defaults).items():
+            if name == "stop_ids" or default is None:
                 continue
             if name not in chosen:
-                log.info("%s %g, from the checkpoint's generation_config.json", name, wish)
-                chosen[name] = wish
-            elif chosen[name] != wish:
-                log.info("%s %g, as asked; the checkpoint's generation_config.json has %g", name, chosen[name], wish)
+                log.info("%s %g, from the checkpoint's generation_config.json", name, default)
+                chosen[name] = default
+            elif chosen[name] != default:
+                log.info(
+                    "%s %g, as asked; the checkpoint's generation_config.json has %g", name, chosen[name], default
+                )
         return replace(otherwise or SamplingParams(), **chosen)
 
     def interrupt(self) -> None:
@@ -208,7 +210,7 @@ class LLaMA:
         """Generate for every prompt, in batches of ``max_batch_size``.
 
         Args:
-            prompts: one or several. A text is encoded behind BOS, so that the empty one is BOS alone; ids are taken as
+            prompts: one or several. A text is encoded after BOS, so that the empty one is BOS alone; ids are taken as
                 they are.
             max_gen_len, temperature, top_p, seed, controls: see SamplingParams; the same for all prompts.
             params: instead of those, one for all prompts or one for each.
@@ -238,7 +240,7 @@ class LLaMA:
         same seed.
 
         Raises:
-            ConfigError: more than one sample is asked for, which would come interleaved; ``pieces`` tells them apart.
+            ConfigError: more than one sample is requested; they would come interleaved. ``pieces`` keeps them apart.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, seed, **controls)
         if params.samples > 1:
@@ -311,7 +313,7 @@ class LLaMA:
         if result.logprobs is None:
             return {}
         told = [*(result.prompt_logprobs or ()), *result.logprobs]
-        first = self.tokenizer.token_bytes(first_id).decode(errors="replace")  # of a prompt, which nothing tells
+        first = self.tokenizer.token_bytes(first_id).decode(errors="replace")  # nothing predicts a prompt's first token
         return {
             "tokens": [first if each is None else each.token for each in told],
             "logprobs": [0.0 if each is None else each.logprob for each in told],
@@ -344,7 +346,7 @@ class LLaMA:
         stop_ids: Sequence[int] = (),
         reuse: bool = False,
     ) -> Iterator[Piece]:
-        """Run prompts in batches and yield their text as it becomes certain, rows interleaved; see ``generate``.
+        """Run prompts and yield their text as it becomes certain, interleaved; see ``generate``.
 
         Of a prompt that returns the best of more samples, text comes when all of them have ended.
 
@@ -408,7 +410,7 @@ class _Ranking:
         found = self._found.setdefault(sequence.index, [])
         found.append((mean_logprob(sequence), result))
         if len(found) == sequence.params.samples:
-            # of equal ones the first sample: the order in which they ended depends on the batch
+            # of equal ones the first sample: the order in which they ended depends on the others
             found.sort(key=lambda pair: (-pair[0], pair[1].sample))
             for place, (_, each) in enumerate(found[: sequence.params.n]):
                 yield Piece(sequence.index, place, each.generation, None)

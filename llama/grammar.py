@@ -1,8 +1,8 @@
 """Constrained output: a JSON schema or a regular expression that says which tokens may come next.
 
 The work is llguidance's (the library that vLLM, SGLang and llama.cpp use, too): it follows the grammar byte by byte and
-answers with a mask over the vocabulary in well under a millisecond. This module tells it what our tokens mean, and
-keeps one matcher a row.
+answers with a mask over the vocabulary in well under a millisecond. This module describes our tokens to it, and keeps
+one matcher a row.
 
 The bytes of the generation are what is matched, so the first token of a continuation counts with the space that it
 begins with.

@@ -21,7 +21,7 @@ Prompt = str | Sequences[int]
 
 
 def encode_prompt(tokenizer: Tokenizer, index: int, prompt: Prompt, vocab_size: int) -> tuple[int, ...]:
-    """A prompt's ids: a text's behind BOS, given ones as they are.
+    """Encode a prompt: a text after BOS; ids are taken as they are.
 
     Args:
         index: the prompt's place in its call, for messages.
@@ -139,7 +139,7 @@ def _stop_ids(params: SamplingParams, eos_ids: Sequences[int]) -> tuple[int, ...
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The ways to write each bad word: as it goes on in the middle of a text, and behind a space."""
+    """The ways to write each bad word: within a text, and after a space."""
     found: list[tuple[int, ...]] = []
     for word in params.bad_words:
         if isinstance(word, str):

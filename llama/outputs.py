@@ -213,7 +213,7 @@ class Generation:
         totals: of its call, complete when the call has ended.
         logprobs: of each of ``token_ids``; None where they were not asked for.
         prompt_logprobs: of the prompt's tokens; the first is None, because nothing stands before it.
-        hidden_states: [n, dim] float32, of the last layer, behind its norm: those from which the n tokens of
+        hidden_states: [n, dim] float32, of the last layer, after its norm: those from which the n tokens of
             ``token_ids`` were chosen, and before them, with prompt_logprobs, those from which the prompt's tokens from
             the second on are told.
         logits: [n, vocab] float32, raw, of the same positions.
@@ -239,7 +239,7 @@ class Generation:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """The sum over ``token_ids``: the logarithm of the generation's probability, behind its prompt."""
+        """The sum over ``token_ids``: the logarithm of the generation's probability after its prompt."""
         return None if self.logprobs is None else float(sum(each.logprob for each in self.logprobs))
 
     def as_json(self) -> dict[str, Any]:

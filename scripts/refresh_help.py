@@ -1,6 +1,7 @@
 """Rewrite what documents repeat of the code: the help of commands, and the table of a request's controls.
 
-A command's help is the fenced block after ``<!-- help: llama-xla COMMAND -->``; the table is the one headed ``| control |``.
+A command's help is the fenced block after ``<!-- help: llama-xla COMMAND -->``. The
+table begins with ``| control |``.
 
 python scripts/refresh_help.py docs/cli.md docs/sampling.md
 """

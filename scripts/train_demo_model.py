@@ -458,7 +458,8 @@ must come out letter by letter.
 
 The perplexity of `repeat` and `complete` includes the passage itself, which is random and so cannot be predicted.
 
-Prompts that it was trained on: the beginning of a story, a passage followed by `Question: ... Answer:`, and `Repeat: ...`
+Prompts that it was trained on: the beginning of a story, a passage followed by `Question: ... Answer:`, and `Repeat:
+...`
 followed by `Copy:` on a line of its own.
 
 ## Samples

@@ -220,3 +220,42 @@ def test_a_step_may_write_several_tokens() -> None:
         [0, 0, 0, 0, 7, 8],
     ]
     assert [row[6:] for row in reports] == [[8, 0], [7, 1], [7, 1], [12, 1], [5, 0], [7, 0]]
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [{"logprobs": 2}, {"logits": True}, {"hidden_states": True}, {"temperature": 1.0, "best_of": 3}],
+    ids=lambda controls: next(reversed(controls)),
+)
+@pytest.mark.parametrize("read_every", [1, 2, 3])
+def test_an_interrupt_at_any_step_keeps_the_details(
+    make_llm: LLMFactory, monkeypatch: pytest.MonkeyPatch, read_every: int, controls: dict[str, Any]
+) -> None:
+    """The bug: at a step that is read it raised a TypeError and all text was lost."""
+    llm = make_llm(read_every=read_every, max_batch_size=2, seed=58)
+    params = SamplingParams(9, **{"temperature": 0.0, "seed": 1, **controls})
+    whole = llm.generate([[1, 5, 6]], params=params)
+    step = llm.engine.step
+    for at in range(1, 14):
+        rounds = iter(range(100))
+
+        def interrupting(rounds: Any = rounds, at: int = at) -> Any:
+            if next(rounds) == at:
+                llm.interrupt()
+            return step()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(llm.engine, "step", interrupting)
+            results = llm.generate([[1, 5, 6]], params=params)
+        llm.take_interrupt()
+        assert len(results) == len(whole)
+        for cut, full in zip(results, whole, strict=True):
+            count = len(cut.token_ids)
+            for details, expected in ((cut.logprobs, full.logprobs), (cut.logits, full.logits)):
+                assert (details is None) == (expected is None)
+                assert details is None or len(details) == count
+            assert cut.hidden_states is None or len(cut.hidden_states) == count
+            if params.best_of is None:
+                assert cut.token_ids == full.token_ids[:count]
+                assert cut.logprobs is None or cut.logprobs == (full.logprobs or [])[:count]
+    assert llm.generate([[1, 5, 6]], params=params)[0].token_ids == whole[0].token_ids

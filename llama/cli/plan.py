@@ -41,7 +41,7 @@ def plan(
                 f"reads keys [0, {chunk.key_len})"
             )
     if not json:
-        # a last chunk of one token chooses the next token in its own program; a longer one needs a second program
-        headless = chunks[:-1] if chunks[-1].length == 1 else chunks
-        programs = len({(c.length, c.key_len) for c in headless}) + 1
+        # tokens of the tail run in decode steps, which choose the first new token, too; after a longer chunk a program
+        # of its own does; and one program puts the request into its slot
+        programs = len({(c.length, c.key_len) for c in chunks}) + (chunks[-1].length > 1) + 1
         print(f"{len(chunks)} sections, {programs} programs, {prompt_len} of {max_seq_len} positions")

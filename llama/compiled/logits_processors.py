@@ -19,7 +19,7 @@ INF = float("inf")
 def process_logits(
     logits: torch.Tensor, controls: LogitsControls, stop_ids: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
 ) -> torch.Tensor:
-    """Logits as the rows' requests want them; those of a row that asks nothing are returned as they are, bit for bit.
+    """Apply each row's bias, penalties and bans; a row without any keeps its logits bit for bit.
 
     Args:
         logits: [B, V] float32.

@@ -167,7 +167,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind its norm and added to the stream."""
+    """Attention and feed-forward, each after its norm and added to the stream."""
 
     def __init__(self, layer: int, args: ModelArgs) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Position behind the chunk's last prompt token."""
+        """The position after the chunk's last prompt token."""
         return self.start + self.valid
 
 
@@ -46,9 +46,8 @@ def plan(prompt_len: int, config: EngineConfig, cached: int = 0, longest: int | 
     """Cut a prompt into chunks.
 
     Args:
-        prompt_len: tokens of the longest prompt of a batch, 1 to ``config.max_seq_len``.
-        cached: how many of them are in the cache already, fewer than ``prompt_len``; the first chunk begins behind
-            them.
+        prompt_len: tokens of the prompt, 1 to ``config.max_seq_len``.
+        cached: how many of them are in the cache already, fewer than ``prompt_len``; the first chunk begins after them.
         longest: no chunk is longer; None for as long as there are.
 
     Returns:

@@ -289,7 +289,7 @@ class XlaRunner:
         self._tensors |= kept
         return outputs
 
-    # --- what the engine needs ---------------------------------------------------------------------------------------------
+    # --- what the engine needs ----------------------------------------------------------------------------------------
 
     def admit(self, sequence: Sequence) -> None:
         """Put a sequence into its slot: its tokens, its positions and its controls."""

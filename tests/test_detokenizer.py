@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from hypothesis import given, settings, strategies as st
 
-from llama.detokenizer import StopStrings
+from llama import SamplingParams, load_tokenizer
+from llama.detokenizer import Detokenizer, StopStrings
 
 TEXTS = st.text("ab ", max_size=30)
 STOPS = st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=4)
@@ -66,3 +68,17 @@ def test_without_stop_strings_everything_passes_at_once() -> None:
     watch = StopStrings(())
     assert [watch.push(piece) for piece in ("a", "", "bc")] == ["a", "", "bc"]
     assert watch.finish() == ""
+
+
+def test_a_cut_character_is_no_stop_string(tokenizer_path: Path) -> None:
+    """The bug: a text that ends within a character was flushed as U+FFFD, which the stop string U+FFFD matched."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    half = next(i for i in range(tokenizer.n_words) if tokenizer.token_bytes(i) == "é".encode()[:1])
+    whole = next(i for i in range(tokenizer.n_words) if tokenizer.token_bytes(i) == b"x")
+    text = Detokenizer(tokenizer, tokenizer.encode("a"), SamplingParams(9, stop=("\ufffd",)))
+    assert text.push(whole, search=True) == "x"
+    assert text.push(half, search=True) == ""
+    assert (text.finish(), text.stop, text.text) == ("\ufffd", None, "x\ufffd")
+    broken = Detokenizer(tokenizer, tokenizer.encode("a"), SamplingParams(9, stop=("\ufffd",)))
+    assert [broken.push(each, search=True) for each in (half, whole)] == ["", ""]  # in the middle it is text
+    assert broken.stop == "\ufffd"
