@@ -188,6 +188,10 @@ class LLaMA:
         """Whether ``interrupt`` was called and has ended nothing yet; the next call will not see it then."""
         return self._callers.take_interrupt()
 
+    def stats(self) -> dict[str, float]:
+        """Counters: requests running and waiting, shares of slots, cache and padding, tokens in all so far."""
+        return self.engine.scheduler.stats()
+
     def synthetic_prompt(self, length: int) -> list[int]:
         """BOS and ``length`` times one token, as pytorch-tpu/llama makes them for timings."""
         return [self.tokenizer.bos_id] + [SYNTHETIC_TOKEN] * length

@@ -428,6 +428,15 @@ def test_a_batch_is_collected_for_a_time_or_a_number_of_tokens() -> None:
     assert late.next_waiting() is not None
 
 
+def test_a_call_waits_while_requests_are_collected(tokenizer_path: Path) -> None:
+    """Alone it starts when the time is over; a full set of slots starts at once."""
+    llm = fake_llm(tokenizer_path, max_batch_size=2, collect_s=0.05)
+    (alone,) = llm.generate(["x"], 3, 0.0)
+    assert alone.timing.queue_s >= 0.05
+    both = llm.generate(["x", "y"], 3, 0.0)
+    assert max(r.timing.queue_s for r in both) < 0.05
+
+
 def test_what_is_counted() -> None:
     engine = make_engine()
     requests = [sequence(17, 5), sequence(9, 5)]
@@ -660,6 +669,15 @@ def test_any_mixture_of_what_callers_do(tokenizer_path: Path, seed: int) -> None
     assert llm.engine.scheduler.slots == [None] * 4
     assert llm.engine.scheduler.waiting == []
     assert finished > 20
+
+
+def test_stats_of_a_model(tokenizer_path: Path) -> None:
+    llm = fake_llm(tokenizer_path, max_batch_size=2, read_every=1)
+    stream = llm.stream("the cat", 30, 0.0)
+    next(stream)
+    assert (llm.stats()["running"], llm.stats()["slot_share"]) == (1, 0.5)
+    assert sum(1 for _ in stream) > 0
+    assert (llm.stats()["running"], llm.stats()["generated_tokens"]) == (0, 30)
 
 
 def test_next_token_depends_on_every_token() -> None:
