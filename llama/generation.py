@@ -172,9 +172,7 @@ class LLaMA:
                 log.info("%s %g, from the checkpoint's generation_config.json", name, default)
                 chosen[name] = default
             elif chosen[name] != default:
-                log.info(
-                    "%s %g, as asked; the checkpoint's generation_config.json has %g", name, chosen[name], default
-                )
+                log.info("%s %g, as asked; the checkpoint's generation_config.json has %g", name, chosen[name], default)
         return replace(otherwise or SamplingParams(), **chosen)
 
     def interrupt(self) -> None:

@@ -3,7 +3,7 @@
 A command's help is the fenced block after ``<!-- help: llama-xla COMMAND -->``. The
 table begins with ``| control |``.
 
-python scripts/refresh_help.py docs/cli.md docs/sampling.md
+.venv/bin/python scripts/refresh_help.py docs/cli.md docs/sampling.md
 """
 
 from __future__ import annotations

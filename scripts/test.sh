@@ -2,7 +2,7 @@
 # Run lint, types and tests. Installs everything first if needed.
 #   ./scripts/test.sh                         all tests, with line coverage; fails below the floor in pyproject.toml
 #   ./scripts/test.sh --fast                  without the tests marked slow: under a minute on two cores
-#   ./scripts/test.sh tests/test_buckets.py   any arguments of pytest, without coverage
+#   ./scripts/test.sh tests/test_chunks.py    any arguments of pytest, without coverage
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/check.sh

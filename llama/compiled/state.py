@@ -19,6 +19,8 @@ from llama.config import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_STOP_IDS, word_cou
 from llama.sampling_params import MAX_BIASED_IDS
 from llama.xla import ops
 
+MOST = float(np.finfo(np.float32).max)
+
 
 class State(NamedTuple):
     """What one program run hands to the next; all on the device.
@@ -168,7 +170,8 @@ class Packing(Generic[ControlsT]):
         for name, field in self._fields.items():
             array: np.ndarray = np.full(field.sizes, field.unused, dtype=field.dtype)
             if name in values:
-                array[...] = values[name]
+                # float32 holds no larger number, and NumPy would warn of it
+                array[...] = np.clip(values[name], -MOST, MOST) if field.dtype is np.float32 else values[name]
             parts.append(array.reshape(-1).view(np.int32))
         return np.concatenate(parts)
 

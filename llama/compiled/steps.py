@@ -121,16 +121,22 @@ def full(
 
 
 def score(
-    model: Transformer, tokens: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, stream: torch.Tensor
+    model: Transformer,
+    tokens: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    stream: torch.Tensor,
+    *,
+    length: int,
 ) -> Details:
     """Describe the token after each position of a chunk that has been run.
 
     Args:
         tokens: [slots, S] int32.
         slot, start: [1] int32; the chunk began at position ``start``.
-        stream: [1, T, dim], what ``chunk`` returned.
+        stream: [1, T, dim], as ``chunk`` returned it.
+        length: T.
     """
-    length = stream.shape[1]
     logits = model.head(stream)  # [1, T, V]
     following = start + 1 + torch.arange(length, dtype=torch.int32, device=stream.device)
     ids = ops.take_rows(tokens, slot, 1).gather(1, following.clamp(max=tokens.shape[1] - 1).long().unsqueeze(0))

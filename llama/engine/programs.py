@@ -97,7 +97,7 @@ class Program:
     def function(self, model: Transformer) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The function to compile: it takes and returns tensors in the order of ``takes`` and ``returns``."""
         kind = KINDS[self.kind]
-        sizes = {name: getattr(self, name) for name in kind.sizes if name != "length" or self.kind == "chunk"}
+        sizes = {name: getattr(self, name) for name in kind.sizes}
         leading = (model,) if kind.runs_model else ()
 
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

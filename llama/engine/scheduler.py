@@ -113,6 +113,8 @@ class Scheduler:
             by_length = self._config.schedule == "shortest"
             chosen = min(self.waiting, key=lambda s: len(s.prompt_ids)) if by_length else self.waiting[0]
         leader = chosen.leader
+        if leader is not None and leader.status is Status.WAITING:
+            return leader  # it runs their prompt, whatever the rule is
         if leader is not None and leader.is_live and leader.start < len(leader.prompt_ids) - 1:
             return None  # its prompt is on its way; those after it wait with it
         return chosen
