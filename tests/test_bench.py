@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import Run, finished, refused_at_once
 
-from llama.bench import kernels, report
+from llama.bench import kernels, mixed, report
 from llama.bench.peers import HuggingFaceRunner
 from llama.bench.workload import HEADS, SHAPES, Times, Workload
 from llama.compiled.model import Transformer
@@ -268,3 +268,21 @@ def test_ways_to_choose_a_token_side_by_side(run: Run) -> None:
 def test_a_checkpoint_has_its_own_vocabulary() -> None:
     with pytest.raises(ConfigError, match="vocab_size: a checkpoint has its own"):
         Workload(shape="demo", vocab_size=5)
+
+
+@pytest.mark.slow
+def test_requests_of_mixed_lengths(run: Run) -> None:
+    """All at once and arriving at random: every token is counted, rates are positive, and what it ignores is refused."""
+    outcome = run("bench", "--shape", "tiny", "--mixed", "6", "--batch", "2", "-r", "1", "--buckets", "64,8,1")
+    assert outcome.code == 0, outcome.err
+    row = json.loads(outcome.out.splitlines()[-1])
+    wanted = mixed.requests(6, 1024)
+    assert row["tokens"] == sum(len(prompt) + generated for prompt, generated in wanted)
+    assert all(5 <= len(prompt) <= 400 and 8 <= generated <= 200 for prompt, generated in wanted)
+    assert mixed.requests(6, 1024) == wanted
+    assert row["tok_s"] > row["generated_tok_s"] > 0
+    assert 0 < row["ttft_p50_s"] <= row["ttft_p99_s"]
+    assert row["arriving_tok_s"] > 0
+    for flags in (("--compare", "hf"), ("--batch", "2,4"), ("--heads", "greedy")):
+        refused_at_once(run("bench", "--shape", "tiny", "--mixed", "6", *flags), "--mixed", flags[0])
+    refused_at_once(run("bench", "--shape", "tiny", "--mixed", "6", "--max_seq_len", "99"), "--max_seq_len", "600")

@@ -18,6 +18,7 @@ from llama.bench.workload import WEIGHTS_SEED, Workload
 from llama.config import DEFAULT_BUCKETS, EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
+from llama.errors import ConfigError
 from llama.generation import LLaMA
 from llama.sampling_params import SamplingParams
 from llama.xla.counters import counters
@@ -48,7 +49,13 @@ def measure(work: Workload, count: int, repetitions: int, settings: dict[str, An
         count: requests.
         repetitions: timed runs; medians are returned.
         settings: further fields of EngineConfig.
+
+    Raises:
+        ConfigError: ``max_seq_len`` is too small for the longest request.
     """
+    least = PROMPT_TOKENS[1] + GENERATED_TOKENS[1]
+    if work.max_seq_len is not None and work.max_seq_len < least:
+        raise ConfigError(f"max_seq_len: got {work.max_seq_len}, expected at least {least} for the longest request")
     config = EngineConfig(
         max_seq_len=work.max_seq_len or POSITIONS,
         max_batch_size=work.batch,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llama.cli.flags import one_of
 from llama.cli.output import json_line, log_to_stderr, write
 from llama.config import BUCKET_POLICIES, EngineConfig
-from llama.errors import ConfigError
+from llama.errors import ConfigError, FlagError
 
 if TYPE_CHECKING:
     from llama.bench.workload import Workload
@@ -76,10 +76,16 @@ def bench(
     if plot is not None and not Path(plot).absolute().parent.is_dir():
         raise ConfigError(f"--plot: no such directory: {Path(plot).absolute().parent}")
     if mixed is not None:
+        others = {"compare": compare, "heads": heads, "plot": plot, "slots": slots, "batch": (batch or [8])[1:]}
+        unused = next((name for name, value in others.items() if value), None)
+        if unused is not None:
+            raise FlagError(f"--mixed measures this program alone, with one number of slots: leave --{unused} out")
         _bench_mixed(
             Workload(
                 shape,
                 ckpt_dir,
+                prompt_len=1,
+                gen_len=2,
                 batch=(batch or [8])[0],
                 dtype=dtype,
                 max_seq_len=max_seq_len,
@@ -88,7 +94,7 @@ def bench(
             ),
             mixed,
             repetitions,
-            {"prefill_budget": prefill_budget},
+            {"prefill_budget": prefill_budget, "bucket_policy": policy},
         )
         return
     works = [
