@@ -272,7 +272,7 @@ def test_a_checkpoint_has_its_own_vocabulary() -> None:
 
 @pytest.mark.slow
 def test_requests_of_mixed_lengths(run: Run) -> None:
-    """All at once and arriving at random: every token is counted, rates are positive, and what it ignores is refused."""
+    """All at once and arriving at random: every token counts, rates are positive, flags that it ignores are refused."""
     outcome = run("bench", "--shape", "tiny", "--mixed", "6", "--batch", "2", "-r", "1", "--buckets", "64,8,1")
     assert outcome.code == 0, outcome.err
     row = json.loads(outcome.out.splitlines()[-1])
