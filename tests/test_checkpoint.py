@@ -163,7 +163,7 @@ def test_vocab_size_of_minus_one_takes_the_embeddings_rows(tiny_checkpoint: Path
 )
 def test_rope_freqs_are_ignored(tiny_checkpoint: Path, table: torch.Tensor) -> None:
     """LLaMA 1 and 2 carry a table that follows from params.json; whatever is in it, it is neither used nor refused."""
-    plain = build(tiny_checkpoint).engine.model.rotary.cpu()
+    plain = build(tiny_checkpoint).engine.runner.model.rotary.cpu()
     edit_tensors(tiny_checkpoint, lambda t: t.update({"rope.freqs": table}))
     llm = build(tiny_checkpoint)
     assert "rope.freqs" not in on_device(llm)

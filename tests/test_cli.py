@@ -455,7 +455,7 @@ def test_more_prompts_than_slots_wait_for_one_and_keep_their_order(generate: Run
     assert [(r["index"], r["prompt"]) for r in waiting.results] == list(enumerate(prompts))
     assert [r["token_ids"] for r in waiting.results] == [r["token_ids"] for r in together.results]
     queued = [r["timing"]["queue_s"] for r in waiting.results]
-    assert queued[2] > 10 * max(queued[:2])
+    assert queued[2] > max(queued[:2])
     assert queued[2] >= min(r["timing"]["ttft_s"] for r in waiting.results)
     assert waiting.err.count("Processed prompts") == together.err.count("Processed prompts") == 1
 

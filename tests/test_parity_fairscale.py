@@ -179,15 +179,15 @@ def device_logits(
         return logits, view.kv_cache
 
     stacked = kv_cache.allocate(args, CONFIG, torch.float32, device)
-    programs: dict[int, programs.Program] = {}
+    compiled: dict[int, programs.Program] = {}
     found = torch.full((BATCH, PROMPT_LEN, args.vocab_size), float("nan"))
     for chunk, length in enumerate(CHUNKS):
         starts = [max(0, sum(CHUNKS[:chunk]) - lag) for lag in lags]
         pieces = torch.stack([ids[row, start : start + length] for row, start in enumerate(starts)])
         inputs = [transfers.upload(t.to(torch.int32), device) for t in (pieces, torch.tensor(starts))]
-        if length not in programs:
-            programs[length] = programs.compile_program(f"chunk of {length}", run, (*inputs, stacked), donated=(2,))
-        logits, stacked = programs[length](*inputs, stacked)
+        if length not in compiled:
+            compiled[length] = programs.compile_program(f"chunk of {length}", run, (*inputs, stacked), donated=(2,))
+        logits, stacked = compiled[length](*inputs, stacked)
         for row, (start, values) in enumerate(zip(starts, transfers.fetch(logits), strict=True)):
             found[row, start : start + length] = values
     return [found[row, : PROMPT_LEN - lag] for row, lag in enumerate(lags)]

@@ -162,8 +162,7 @@ def test_int8_in_other_formats_is_refused(tmp_path: Path) -> None:
 
 LAYERS = """
 import torch
-from llama.xla import ops
-from llama.xla import backend, programs, transfers
+from llama.xla import backend, linear, programs, transfers
 device = backend.init()
 x = transfers.upload(torch.randn({rows}, 1024), device)
 weights = [transfers.upload(torch.ones(1024, 1024, dtype=torch.{dtype}), device) for _ in range(12)]

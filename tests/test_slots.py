@@ -252,8 +252,8 @@ def test_an_interrupt_at_any_step_keeps_the_details(
         for cut, full in zip(results, whole, strict=True):
             count = len(cut.token_ids)
             for details, expected in ((cut.logprobs, full.logprobs), (cut.logits, full.logits)):
-                assert (details is None) == (expected is None)
-                assert details is None or len(details) == count
+                assert expected is not None or details is None
+                assert len(details if details is not None else ()) == (count if expected is not None else 0)
             assert cut.hidden_states is None or len(cut.hidden_states) == count
             if params.best_of is None:
                 assert cut.token_ids == full.token_ids[:count]
