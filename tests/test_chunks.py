@@ -21,6 +21,7 @@ def config(max_seq_len: int, **settings: object) -> EngineConfig:
     return EngineConfig(max_seq_len=max_seq_len, **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
 @pytest.mark.parametrize("max_seq_len", [2, 63, 64, 65, 600, 2048])
 @pytest.mark.parametrize("buckets", BUCKET_SETS)
@@ -60,6 +61,7 @@ def test_padding_never_passes_the_end_of_the_cache() -> None:
     assert [c.length for c in plan(62, config(63, buckets=(64, 8, 1), bucket_policy="pad"))][-1] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
 @pytest.mark.parametrize("buckets", [(512, 64, 8, 1), (512, 1), (1,), (7, 3, 1)])
 @pytest.mark.parametrize("invariant", [False, True])
