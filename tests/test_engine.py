@@ -211,6 +211,31 @@ def test_a_row_moves_where_that_makes_the_steps_narrower() -> None:
     assert widths[-30:] == [2] * 30
 
 
+def test_a_row_may_move_to_a_slot_whose_request_has_just_ended() -> None:
+    """The bug: the end of that request, still to be carried out, ended the one that had moved there."""
+    engine = make_engine(max_batch_size=8)
+    engine.runner.compile()
+    requests = [sequence(5, 60 if n in (0, 7) else 6, seed=n) for n in range(8)]
+    for each in requests:
+        engine.submit(each)
+    narrow = engine._narrow
+
+    def narrowing() -> None:
+        engine._to_end.add(1)  # as a stop string does that is found after a prompt's last chunk of the same round
+        narrow()
+        if engine.scheduler.slots[1] is None:
+            engine._to_end.discard(1)
+
+    while requests[1].finish_reason is None:
+        engine.step()
+    engine._narrow = narrowing  # type: ignore[method-assign]
+    while requests[7].slot != 1:
+        engine.step()
+    engine._narrow = narrow  # type: ignore[method-assign]
+    run_all(engine, [])
+    check(*requests)
+
+
 def test_batch_invariance_is_one_width_and_ones_own_chunks() -> None:
     engine = make_engine(batch_invariant=True)
     requests = [sequence(n, 10, seed=n) for n in (3, 30, 17, 50)]

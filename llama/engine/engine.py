@@ -175,9 +175,7 @@ class Engine:
             self._narrow()
             self._decode_step(running)
             self._unread_steps += 1
-        pending, self._pending = self._pending, []
-        for snapshot in pending:
-            self._take(snapshot, updates)
+        self._read_pending(updates)
         urgent = any((s.first_token is None and s.length > len(s.prompt_ids)) or s.grammar is not None for s in running)
         if urgent or not self.scheduler.running:
             self._read_all(updates)
@@ -193,6 +191,7 @@ class Engine:
             return all(map(self.runner.is_ready, needed))
 
         for sequence, target in self.scheduler.moves(is_ready):
+            self._to_end.discard(target)  # the slot's last request ended in this round
             self.runner.move(self._slot(sequence), target, sequence.start)
             self.scheduler.move(sequence, target)
 
@@ -234,6 +233,10 @@ class Engine:
         """Read everything that has been generated. Waits for the device."""
         if self._unread_steps or self._ending or self.scheduler.running:
             self._pending.append(self._snapshot())
+        self._read_pending(updates)
+
+    def _read_pending(self, updates: list[Update]) -> None:
+        """Read the snapshots that were taken and not read yet. Waits for the device."""
         pending, self._pending = self._pending, []
         for snapshot in pending:
             self._take(snapshot, updates)

@@ -167,7 +167,7 @@ class Scheduler:
         count = min(count, len(sequence.prompt_ids) - 1)
         if self._config.batch_invariant:  # bits must be those of a cold start: go on where one of its own chunks begins
             plan, _ = chunks.prefill(len(sequence.prompt_ids), self._config)
-            count = max((c.start for c in plan if c.start <= count), default=0) if plan else 0
+            count = max((c.start for c in plan if c.start <= count), default=0)
         return (count, slot) if count else (0, None)
 
     def ids_in(self, slot: int) -> list[int]:
