@@ -60,6 +60,8 @@ def place(
             on_the_way = 0
         yield size
     model.rotary = transfers.upload(model.rotary, device)
+    if device.type == "xla":
+        model.stack_layers()
 
 
 def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:

@@ -39,14 +39,16 @@ class CacheView:
 
     def __init__(self, kv_cache: torch.Tensor, first: torch.Tensor, starts: torch.Tensor, key_len: int) -> None:
         self.kv_cache = kv_cache
-        self._first, self._starts, self._key_len = first, starts, key_len
+        self.first, self.starts, self.key_len = first, starts, key_len
 
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, layer: int | torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a layer's ``keys`` and ``values`` [B, K, T, D]; return its first ones, [B, K, key_len, D]."""
         dtype = self.kv_cache.dtype
         self.kv_cache = ops.write_cache(
-            self.kv_cache, keys.to(dtype), values.to(dtype), self._first, self._starts, layer
+            self.kv_cache, keys.to(dtype), values.to(dtype), self.first, self.starts, layer
         )
-        rows = self._starts.shape[0]
-        read = ops.read_cache(self.kv_cache, self._first, layer, rows=rows, key_len=self._key_len)
+        rows = self.starts.shape[0]
+        read = ops.read_cache(self.kv_cache, self.first, layer, rows=rows, key_len=self.key_len)
         return read[0].to(keys.dtype), read[1].to(values.dtype)

@@ -21,7 +21,10 @@ from torch import nn
 
 from llama.compiled.cache import CacheView
 from llama.config import ModelArgs, RopeScaling
-from llama.xla.linear import attention_scores, linear
+from llama.xla import transfers
+from llama.xla.control_flow import Tensors, repeat
+from llama.xla.linear import attention_scores, choose_layers, linear
+from llama.xla.stacks import StackedWeight
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
@@ -118,7 +121,12 @@ class Attention(nn.Module):
         self.wo = Linear(self.n_heads * self.head_dim, args.dim)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, layer: int, cache: CacheView | None
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: torch.Tensor,
+        layer: int | torch.Tensor,
+        cache: CacheView | None,
     ) -> torch.Tensor:
         """Attend from each position of ``x`` [B, T, dim] to all positions up to its own; ``positions`` [B, T],
         ``rotary`` [B, T, D].
@@ -169,7 +177,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each after its norm and added to the stream."""
 
-    def __init__(self, layer: int, args: ModelArgs) -> None:
+    def __init__(self, layer: int | torch.Tensor, args: ModelArgs) -> None:
         super().__init__()
         self.layer = layer
         self.attention = Attention(args)
@@ -193,14 +201,22 @@ class Transformer(nn.Module):
         args: the checkpoint's shape, ``vocab_size`` settled.
         max_seq_len: how many positions the rotary table holds.
         activation_dtype: dtype of the residual stream; float32 on the CPU device, where bfloat16 arithmetic is slow.
+
+    Attributes:
+        stacks: the weights of all layers by their name in a layer, for a loop; none where the layers must be unrolled.
+            ``stack_layers`` makes them when the weights are on the device.
+        layers_as: ``loop`` or ``unrolled``; None leaves it to ``linear.choose_layers``.
     """
 
     rotary: torch.Tensor
+    stacks: dict[str, StackedWeight]
+    layers_as: str | None = None
 
     def __init__(self, args: ModelArgs, max_seq_len: int, activation_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.args = args
         self.activation_dtype = activation_dtype
+        self.stacks = {}
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(layer, args) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -224,9 +240,54 @@ class Transformer(nn.Module):
         """
         h: torch.Tensor = self.tok_embeddings(ids).to(self.activation_dtype)
         rotary = F.embedding(positions, self.rotary)  # [B, T, D]
+        if cache is not None and self.stacks and (self.layers_as or choose_layers(h.device)) == "loop":
+            return self._loop(h, positions, rotary, cache)
         for block in self.layers:
             h = block(h, positions, rotary, cache)
         return h
+
+    def _loop(
+        self, h: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, cache: CacheView
+    ) -> torch.Tensor:
+        """The layers as one loop of the program, which is compiled in the same time whatever their number."""
+
+        def one_layer(layer: torch.Tensor, h: torch.Tensor, kv_cache: torch.Tensor, *given: torch.Tensor) -> Tensors:
+            positions, rotary, first, starts = given
+            view = CacheView(kv_cache, first, starts, cache.key_len)
+            h = self._block_at(layer)(h, positions, rotary, view)
+            return h, view.kv_cache
+
+        constants = (positions, rotary, cache.first, cache.starts)
+        h, cache.kv_cache = repeat(self.args.n_layers, one_layer, (h, cache.kv_cache), constants)
+        return h
+
+    def _block_at(self, layer: torch.Tensor) -> TransformerBlock:
+        """The block of the layer that the loop is at."""
+        with torch.device("meta"):
+            block = TransformerBlock(layer, self.args)
+        for name, stack in self.stacks.items():
+            path, _, leaf = name.rpartition(".")
+            owner, weight = block.get_submodule(path), stack.at(layer)
+            delattr(owner, leaf)
+            setattr(owner, leaf, weight if isinstance(owner, Linear) and leaf == "weight" else weight.taken())
+        return block
+
+    def stack_layers(self) -> None:
+        """Make the stacks, after the weights have come to the CPU device; they copy nothing but norms and scales.
+
+        Without a stack the layers are unrolled: where there is but one, and where weights of one name differ in dtype.
+        """
+        blocks = [dict(block.named_parameters()) for block in self.layers]
+        alike = all({n: w.dtype for n, w in block.items()} == {n: w.dtype for n, w in blocks[0].items()} for block in blocks)
+        if not alike or len(blocks) == 1:
+            return
+        for name, weight in blocks[0].items():
+            each = [block[name] for block in blocks]
+            if weight.dim() > 1:
+                self.stacks[name] = StackedWeight.spanning(each)
+            else:
+                whole = torch.stack([transfers.fetch(one) for one in each])
+                self.stacks[name] = StackedWeight.of_one_tensor(transfers.upload(whole, weight.device))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocab] float32 of the residual stream ``hidden`` [..., dim]."""

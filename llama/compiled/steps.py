@@ -29,6 +29,7 @@ from llama.compiled.logits_processors import process_logits
 from llama.compiled.model import Transformer
 from llama.compiled.state import CONTROLS, Controls, Details, LogitsControls, State, logits_controls
 from llama.xla import ops
+from llama.xla.control_flow import when
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -115,7 +116,7 @@ def full(
     chosen = sampling.choose(logits, _filters(controls, wanted), controls.seed, row.length)
     chooses = ~row.done & (row.start == row.length) & (controls.full == 1)
     wants_details = (chooses & (controls.details == 1)).any()
-    (described,) = ops.when(wants_details, lambda *given: (token_info.describe(*given),), (raw, chosen))
+    (described,) = when(wants_details, lambda *given: (token_info.describe(*given),), (raw, chosen))
     details = Details(described.unsqueeze(1), model.norm(row.hidden).unsqueeze(1), raw.unsqueeze(1))
     return state.with_rows(append(row, controls, chosen.unsqueeze(-1), chooses.int()), row, first), details
 
@@ -170,10 +171,10 @@ def _choose_plain(model: Transformer, row: State, controls: Controls, active: to
             return (sampling.choose(logits, sampling.Filters(*filters), seed, length),)
 
         inputs = (logits, given.seed, length, given.temperature, given.top_k, given.top_p, given.min_p)
-        (draw,) = ops.when(sampled.any(), drawn, inputs)
+        (draw,) = when(sampled.any(), drawn, inputs)
         return (torch.where(sampled, draw, greedy),)
 
-    (ids,) = ops.when(chooses.any(), chosen, (row.hidden, row.length, *controls))
+    (ids,) = when(chooses.any(), chosen, (row.hidden, row.length, *controls))
     return append(row, controls, ids.unsqueeze(-1), chooses.int())
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from llama.xla import backend, modules
 from llama.xla.ops import materialised, written
+from llama.xla.stacks import LayerWeight
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
 WIDEST_ROW = 4080  # numbers: XLA:CPU fuses no row of 16 KiB into the loop, and transposes the weight at every step
@@ -29,12 +30,13 @@ MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product wo
 FEW_QUERIES = 8  # of a key head, up to which attention is sums
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T`` in the dtype of x, written the way the device's compiler does best.
 
     Args:
         x: [..., in], the activations' dtype.
-        weight: [out, in] as checkpoints keep it, any storage dtype; XLA fuses the conversion into the product.
+        weight: [out, in] as checkpoints keep it, any storage dtype; XLA fuses the conversion into the product. In a
+            loop over layers that of the layer, which XLA fuses, too, or a library's product reads where it is.
         scale: [out] float32, of an int8 weight (quantize.py): multiplies the product.
 
     Returns:
@@ -42,8 +44,23 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = N
     """
     if scale is not None:
         return (linear(x, weight) * scale).to(x.dtype)
-    lowering = choose_lowering(x.shape[:-1].numel(), x.shape[-1], weight.dtype, x.device)
-    return LOWERINGS[lowering](x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
+    rows = x.reshape(-1, x.shape[-1])
+    lowering = choose_lowering(len(rows), x.shape[-1], weight.dtype, x.device)
+    if isinstance(weight, LayerWeight):
+        library = LIBRARIES.get(lowering)
+        if library is not None and weight.dtype == x.dtype and weight.has_products:
+            product = _layer_product(rows, weight, library)
+        else:
+            product = LOWERINGS[lowering](rows, weight.taken())
+    else:
+        product = LOWERINGS[lowering](rows, weight)
+    return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _layer_product(x: torch.Tensor, weight: LayerWeight, library: modules.ProductKind) -> torch.Tensor:
+    """The product of rows [n, in] by a library, which would have the layer's part of a stack copied for it."""
+    whole = materialised(x.t().contiguous() if library == "onednn" else x)
+    return weight.product(whole, library).t()
 
 
 def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -66,6 +83,11 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
     elif rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64":
         return "onednn"
     return "panels" if width >= WIDE else "matrix"
+
+
+def choose_layers(device: torch.device) -> str:
+    """How the layers of a model become a program: as one ``loop``, or ``unrolled``."""
+    return "loop"
 
 
 def _on_cpu_device(device: torch.device) -> bool:
@@ -154,7 +176,7 @@ def linear_loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
     whole, group = materialised(x), max(loop_rows(x.shape[-1]), 1)
-    wide, product = widened(weight, whole), _product_op(onednn=False)
+    wide, product = widened(weight, whole), _product_op("loop")
     return torch.cat([product(wide, whole[a : a + group]).t() for a in range(0, len(whole), group)])
 
 
@@ -165,7 +187,7 @@ def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
     columns = materialised(x.t().contiguous())
-    product: torch.Tensor = _product_op(onednn=True)(widened(weight, columns), columns)
+    product: torch.Tensor = _product_op("onednn")(widened(weight, columns), columns)
     return product.t()
 
 
@@ -207,17 +229,21 @@ LOWERINGS = {
 }
 
 
+# the lowerings that hand a weight to a library as it is stored
+LIBRARIES: dict[str, modules.ProductKind] = {"onednn": "onednn", "matrix": "eigen"}
+
+
 @cache
-def _product_op(*, onednn: bool) -> Any:
-    """The registered XLA operation of one ready-made fusion, ``modules.product``."""
+def _product_op(kind: modules.ProductKind) -> Any:
+    """The registered XLA operation of one ready-made product, ``modules.product``."""
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
     def lower(weight: Any, x: Any) -> Any:
-        computation = modules.product(tuple(weight.shape().sizes), tuple(x.shape().sizes), onednn=onednn)
+        computation = modules.product(tuple(weight.shape().sizes), tuple(x.shape().sizes), kind=kind)
         return xb.Op.call(computation, (weight, x))
 
-    return registry.register(f"llama_product_{'onednn' if onednn else 'loop'}", lower)
+    return registry.register(f"llama_product_{kind}", lower)
 
 
 @cache

@@ -13,69 +13,131 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
-FLOAT32 = 11  # xla_data.proto's PrimitiveType
-LOOP, CUSTOM = "kLoop", "kCustom"
+FLOAT32, INT32, TUPLE = 11, 4, 13  # xla_data.proto's PrimitiveType
+ProductKind = Literal["loop", "onednn", "eigen"]
 ONEDNN = '{"fusion_config":{"kind":"__onednn_fusion"}}'  # how XLA:CPU's own rewriter marks what oneDNN shall run
 
 
 @cache
-def product(weight: tuple[int, int], x: tuple[int, int], *, onednn: bool) -> Any:
-    """A computation of one matrix product in float32, as one fusion: [out, n], a column for each row of x.
+def product(weight: tuple[int, int], x: tuple[int, int], *, kind: ProductKind, layers: int = 0) -> Any:
+    """A computation of one matrix product in float32: [out, n], a column for each row of x.
 
     Args:
         weight: its shape, [out, in].
         x: the other operand's shape: [n, in], but for oneDNN, which knows no other order, [in, n].
-        onednn: whether oneDNN runs it. Else it becomes one loop over the result's elements in their order: x is read
-            anew for each row of the weight, from the cache if it is small.
+        kind: ``loop`` is one fused loop over the result's elements in their order: x is read anew for each row of the
+            weight, from the cache if it is small. ``onednn`` and ``eigen`` are those libraries' products.
+        layers: 0, or of how many weights the computation takes one.
 
     Returns:
-        What ``Op.call`` of torch_xla's builder takes.
+        What ``Op.call`` of torch_xla's builder takes. Its parameters are (weight, x), or with ``layers`` (the number of
+        a weight, x, every weight): a Conditional with a branch for each weight, so that it is read where it is.
     """
     import torch_xla.core.xla_builder as xb
 
-    shapes, contracted = (shape(weight), shape(x)), 0 if onednn else 1  # the dimension of x; of the weight the second
+    module, shapes, contracted = Module(), (shape(weight), shape(x)), 0 if kind == "onednn" else 1
     result = shape((weight[0], x[1 - contracted]))
-    dot = instruction(3, "dot", result, [1, 2], nested(30, packed(1, [1]) + packed(2, [contracted])))
-    inner = computation(7, [parameter(1, shapes[0], 0), parameter(2, shapes[1], 1), dot], shapes, result, root=3)
-    kind = nested(11, (CUSTOM if onednn else LOOP).encode()) + packed(38, [7])
-    config = nested(43, ONEDNN.encode()) if onednn else b""
-    fusion = instruction(6, "fusion", result, [4, 5], kind + config)
-    entry = computation(8, [parameter(4, shapes[0], 0), parameter(5, shapes[1], 1), fusion], shapes, result, root=6)
-    module = nested(1, b"product") + nested(2, b"computation.8") + nested(3, inner) + nested(3, entry)
-    module += nested(4, signature(shapes, result)) + number(5, 9) + number(6, 8)
-    return xb.computation_from_module_proto("product", module)
+
+    def multiplied(within: Computation, operands: Sequence[int]) -> int:
+        """The product within a computation; weights are contracted along their second dimension."""
+        dimensions = nested(30, packed(1, [1]) + packed(2, [contracted]))
+        if kind == "eigen":
+            return within.add("dot", result, operands, dimensions)
+        inner = Computation(module, shapes)
+        fused = inner.ended(inner.add("dot", result, inner.parameters, dimensions), result)
+        config = nested(43, ONEDNN.encode()) if kind == "onednn" else b""
+        how = nested(11, b"kCustom" if kind == "onednn" else b"kLoop")
+        return within.add("fusion", result, operands, how + packed(38, [fused]) + config)
+
+    if not layers:
+        entry = Computation(module, shapes)
+        root = multiplied(entry, entry.parameters)
+    else:
+        pair = tuple_shape(shapes)
+        branches = []
+        for _ in range(layers):
+            branch = Computation(module, [pair])
+            operands = [branch.add("get-tuple-element", shapes[i], branch.parameters, number(13, i)) for i in (0, 1)]
+            branches.append(branch.ended(multiplied(branch, operands), result))
+        entry = Computation(module, [shape((), INT32), shapes[1], *[shapes[0]] * layers])
+        which, of_x, *weights = entry.parameters
+        pairs = [entry.add("tuple", pair, [each, of_x]) for each in weights]
+        root = entry.add("conditional", result, [which, *pairs], packed(38, branches))
+    return xb.computation_from_module_proto("product", module.serialised(entry, root, result))
 
 
-def shape(sizes: Sequence[int]) -> bytes:
-    """``ShapeProto`` of a float32 array whose last dimension is contiguous."""
-    return number(2, FLOAT32) + packed(3, sizes) + nested(5, packed(1, range(len(sizes))[::-1]))
+class Module:
+    """``HloModuleProto`` in the making: its computations, and the numbers of its instructions and computations."""
+
+    def __init__(self) -> None:
+        self._computations: list[bytes] = []
+        self._last = 0
+
+    def next_number(self) -> int:
+        """A number that nothing else in the module has."""
+        self._last += 1
+        return self._last
+
+    def append(self, computation: bytes) -> None:
+        """Take a computation that calls no other one than those before it."""
+        self._computations.append(computation)
+
+    def serialised(self, entry: Computation, root: int, result: bytes) -> bytes:
+        """The module's bytes."""
+        name, number_of = entry.name, entry.ended(root, result)
+        computations = b"".join(nested(3, each) for each in self._computations)
+        head = nested(1, b"product") + nested(2, name.encode())
+        return head + computations + nested(4, entry.signature(result)) + number(5, self.next_number()) + number(6, number_of)
 
 
-def signature(parameters: Sequence[bytes], result: bytes) -> bytes:
-    """``ProgramShapeProto``."""
-    names = (nested(3, f"p{i}".encode()) for i in range(len(parameters)))
-    return b"".join(nested(1, each) for each in parameters) + nested(2, result) + b"".join(names)
+class Computation:
+    """``HloComputationProto`` in the making.
+
+    Args:
+        module: that it belongs to.
+        parameters: their shapes.
+
+    Attributes:
+        parameters: the numbers of their instructions.
+    """
+
+    def __init__(self, module: Module, parameters: Sequence[bytes]) -> None:
+        self._module, self._shapes = module, parameters
+        self._number = module.next_number()
+        self._instructions: list[bytes] = []
+        self.name = f"computation.{self._number}"
+        self.parameters = [self.add("parameter", of, [], number(9, place)) for place, of in enumerate(parameters)]
+
+    def add(self, opcode: str, result: bytes, operands: Sequence[int], more: bytes = b"") -> int:
+        """Append an instruction; ``more`` are the fields of its opcode. Returns its number."""
+        number_of = self._module.next_number()
+        name = nested(1, f"{opcode}.{number_of}".encode()) + nested(2, opcode.encode())
+        wired = name + nested(3, result) + number(35, number_of) + packed(36, operands) + more
+        self._instructions.append(wired)
+        return number_of
+
+    def ended(self, root: int, result: bytes) -> int:
+        """Hand it to the module, with the instruction that it returns. Returns its number."""
+        body = nested(1, self.name.encode()) + b"".join(nested(2, each) for each in self._instructions)
+        self._module.append(body + nested(4, self.signature(result)) + number(5, self._number) + number(6, root))
+        return self._number
+
+    def signature(self, result: bytes) -> bytes:
+        """``ProgramShapeProto``."""
+        names = (nested(3, f"p{i}".encode()) for i in range(len(self._shapes)))
+        return b"".join(nested(1, each) for each in self._shapes) + nested(2, result) + b"".join(names)
 
 
-def parameter(number_of: int, of: bytes, place: int) -> bytes:
-    """``HloInstructionProto`` of a computation's parameter at a place."""
-    return instruction(number_of, "parameter", of, [], number(9, place))
+def shape(sizes: Sequence[int], kind: int = FLOAT32) -> bytes:
+    """``ShapeProto`` of an array whose last dimension is contiguous."""
+    return number(2, kind) + packed(3, sizes) + nested(5, packed(1, range(len(sizes))[::-1]))
 
 
-def instruction(number_of: int, opcode: str, result: bytes, operands: Sequence[int], more: bytes) -> bytes:
-    """``HloInstructionProto``; ``more`` are the fields of its opcode."""
-    name = nested(1, f"{opcode}.{number_of}".encode()) + nested(2, opcode.encode())
-    return name + nested(3, result) + number(35, number_of) + packed(36, operands) + more
-
-
-def computation(
-    number_of: int, instructions: Sequence[bytes], parameters: Sequence[bytes], result: bytes, root: int
-) -> bytes:
-    """``HloComputationProto``; XLA numbers computations and their instructions through together."""
-    body = nested(1, f"computation.{number_of}".encode()) + b"".join(nested(2, each) for each in instructions)
-    return body + nested(4, signature(parameters, result)) + number(5, number_of) + number(6, root)
+def tuple_shape(shapes: Sequence[bytes]) -> bytes:
+    """``ShapeProto`` of a tuple."""
+    return number(2, TUPLE) + b"".join(nested(4, each) for each in shapes)
 
 
 def varint(value: int) -> bytes:

@@ -5,7 +5,7 @@ Shapes: B rows, T chunk length, L layers, K key/value heads, S cache positions, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -49,7 +49,7 @@ def _cache_write_op() -> Any:
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(kv_cache: Any, keys: Any, values: Any, first: Any, starts: Any, layer: int) -> Any:
+    def lower(kv_cache: Any, keys: Any, values: Any, first: Any, starts: Any, layer: Any) -> Any:
         """One DynamicUpdateSlice per row and kind: XLA runs them in place where a scatter would be a loop.
 
         Keys and values apart, although one slice could hold both: XLA:CPU fuses the joining into the update and then
@@ -61,7 +61,7 @@ def _cache_write_op() -> Any:
         zero = xb.Op.scalar(builder, 0, dtype=int32)
         for kind, update in enumerate((keys, values)):
             stacked = update.reshape([1, *update.shape().sizes])
-            place = xb.Op.scalar(builder, 2 * layer + kind, dtype=int32)
+            place = _place(builder, layer, kind)
             for row in range(update.shape().sizes[0]):
                 start = starts.slice([row], [row + 1]).reshape([])
                 slot = xb.Op.scalar(builder, row, dtype=int32)
@@ -80,7 +80,7 @@ def write_cache(
     values: torch.Tensor,
     first: torch.Tensor,
     starts: torch.Tensor,
-    layer: int,
+    layer: int | torch.Tensor,
 ) -> torch.Tensor:
     """Write one layer's new keys and values into the stacked cache, each row at its own position.
 
@@ -90,14 +90,31 @@ def write_cache(
         first: int32 of one element; row r goes to slot ``first + r``.
         starts: [B] int32, the first position of each row. The caller keeps ``starts + T <= S``: XLA clamps a start that
             does not fit and would overwrite the last positions without a word.
-        layer: l.
+        layer: l; in a loop over layers its int32 scalar.
 
     Returns:
         The cache with the update in it: use it and forget the argument. In place where the argument is donated to the
         program.
     """
-    result: torch.Tensor = _cache_write_op()(kv_cache, keys, values, first, starts, layer=layer)
+    result: torch.Tensor = _with_layer(_cache_write_op(), (kv_cache, keys, values, first, starts), layer)
     return result
+
+
+def _with_layer(op: Any, tensors: Sequence[torch.Tensor], layer: int | torch.Tensor, **sizes: int) -> Any:
+    """Call a registered operation whose lowering takes a layer's number, which is known or a loop's count."""
+    if isinstance(layer, int):
+        return op(*tensors, layer=layer, **sizes)
+    return op(*tensors, layer, **sizes)
+
+
+def _place(builder: Any, layer: Any, kind: int) -> Any:
+    """Where in the stacked cache a layer's keys (kind 0) or values (1) are: the builder's int32."""
+    import torch_xla.core.xla_builder as xb
+
+    if isinstance(layer, int):
+        return xb.Op.scalar(builder, 2 * layer + kind, dtype=xb.Type.S32)
+    two, offset = (xb.Op.scalar(builder, each, dtype=xb.Type.S32) for each in (2, kind))
+    return layer * two + offset
 
 
 @cache
@@ -106,25 +123,25 @@ def _cache_read_op() -> Any:
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(kv_cache: Any, first: Any, layer: int, kind: int, rows: int, key_len: int) -> Any:
-        _, _, heads, _, columns = kv_cache.shape().sizes
+    def lower(kv_cache: Any, first: Any, layer: Any, kind: int, rows: int, key_len: int) -> Any:
+        _, slots, heads, _, columns = kv_cache.shape().sizes
         zero = xb.Op.scalar(kv_cache.builder(), 0, dtype=xb.Type.S32)
-        place = xb.Op.scalar(kv_cache.builder(), 2 * layer + kind, dtype=xb.Type.S32)
-        found = kv_cache.dynamic_slice([place, first.reshape([]), zero, zero, zero], [1, rows, heads, key_len, columns])
+        place, slot = _place(kv_cache.builder(), layer, kind), zero if slots == rows else first.reshape([])
+        found = kv_cache.dynamic_slice([place, slot, zero, zero, zero], [1, rows, heads, key_len, columns])
         return found.reshape([rows, heads, key_len, columns])
 
     return registry.register("llama_cache_read", lower)
 
 
 def read_cache(
-    kv_cache: torch.Tensor, first: torch.Tensor, layer: int, *, rows: int, key_len: int
+    kv_cache: torch.Tensor, first: torch.Tensor, layer: int | torch.Tensor, *, rows: int, key_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's first ``key_len`` keys and values of ``rows`` slots from ``first`` on: [rows, K, key_len, D] each."""
-    if kv_cache.shape[1] == rows:  # all slots: XLA does better with a slice that it knows
+    if kv_cache.shape[1] == rows and isinstance(layer, int):  # all slots: XLA does better with a slice that it knows
         pair = kv_cache[2 * layer : 2 * layer + 2, :, :, :key_len]
         return pair[0], pair[1]
-    read = _cache_read_op()
-    keys, values = (read(kv_cache, first, layer=layer, kind=kind, rows=rows, key_len=key_len) for kind in (0, 1))
+    read, tensors = _cache_read_op(), (kv_cache, first)
+    keys, values = (_with_layer(read, tensors, layer, kind=kind, rows=rows, key_len=key_len) for kind in (0, 1))
     return keys, values
 
 
@@ -200,59 +217,6 @@ def put_rows(x: torch.Tensor, rows: torch.Tensor, first: torch.Tensor) -> torch.
         return torch.cat((x[: int(first)], rows, x[int(first) + len(rows) :]))
     result: torch.Tensor = _put_rows_op()(x, rows, first)
     return result
-
-
-def when(
-    condition: torch.Tensor, fn: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """``fn(*inputs)`` where a condition holds, else zeros: a branch of the program, not computed where it is not taken.
-
-    Args:
-        condition: bool scalar on the device.
-        fn: a pure function of tensors. Tensors that it closes over, such as weights, become inputs of the branch; they
-            are not copied.
-        inputs: what it takes; it must close over no other tensor that the program computes.
-
-    Returns:
-        The outputs of ``fn``, or zeros of their shapes and dtypes.
-    """
-    if condition.device.type != "xla":
-        return tuple(torch.where(condition, each, torch.zeros_like(each)) for each in fn(*inputs))
-    import torch_xla
-    import torch_xla.core.xla_builder as xb
-
-    placeholders = [xb.create_placeholder_tensor(each.shape, each.dtype) for each in inputs]
-    traced = fn(*placeholders)
-    lowered = torch_xla._XLAC.lowering.LoweringContext("Branch")
-    lowered.set_name_string("branch")
-    lowered.build(list(traced))
-    branch = xb.computation_from_module_proto("branch", lowered.hlo())
-    arguments, place = list(inputs), {}  # place: of each parameter of the branch, its index among the arguments
-    for index, each in enumerate(placeholders):
-        parameter = lowered.tensor_parameter_id(each)
-        if parameter != -1:
-            place[parameter] = index
-    for parameter, held in lowered.device_parameter_id_tensor_mapping().items():
-        if parameter not in place:
-            place[parameter] = len(arguments)
-            arguments.append(held.to(condition.device))
-    builder = xb.create_builder("when")
-    taken, *parameters = (
-        xb.mkparam(builder, index, xb.tensor_shape(each)) for index, each in enumerate((condition, *arguments))
-    )
-    shapes = [(list(each.shape), _type_of(each.dtype)) for each in traced]
-
-    def yes(*given: Any) -> Any:
-        result = xb.Op.call(branch, [given[place[parameter]] for parameter in range(len(place))])
-        return result if result.shape().is_tuple() else xb.Op.tuple([result])
-
-    def no(*given: Any) -> Any:
-        zeros = (xb.Op.scalar(given[0].builder(), 0, dtype=kind).broadcast(sizes) for sizes, kind in shapes)
-        return xb.Op.tuple(list(zeros))
-
-    computation = taken.mkconditional(parameters, yes, no).build("when")
-    outputs = torch_xla._XLAC._xla_user_computation("xla::when", [condition, *arguments], computation)
-    return tuple(outputs)
 
 
 @cache
@@ -348,14 +312,6 @@ def _last_key_op() -> Any:
         return xb.Op.mkwhile([first_bit, none, keys, mass, wanted], more, one_bit).get_tuple_element(1)
 
     return registry.register("llama_last_key", lower)
-
-
-def _type_of(dtype: torch.dtype) -> Any:
-    """XLA's name of a dtype."""
-    import torch_xla.core.xla_builder as xb
-
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "S32", torch.bool: "PRED"}
-    return getattr(xb.Type, names[dtype])
 
 
 def _add(a: Any, b: Any) -> Any:

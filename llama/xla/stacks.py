@@ -1,0 +1,143 @@
+"""The weights of all layers as a loop over layers reads them: each a stack, of which the body takes its layer's part.
+
+A stack is no second copy. On the CPU device every layer's weight stays where it is, in a mapped file or in memory of its
+own, and the stack is the range of addresses from the first to the last, with a table of where each layer's weight
+begins; nothing between them is ever read. Other devices hold one tensor [L, ...] and no tensors of single layers.
+
+XLA:CPU fuses the taking of a part into loops that it compiles, and copies the part first where a library's product is
+to read it. ``products`` spares the copy: a branch for each layer, with that layer's own tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from llama.xla import modules, transfers
+
+
+class StackedWeight:
+    """One weight of every layer.
+
+    Attributes:
+        shape, dtype: of one layer's.
+    """
+
+    def __init__(self, whole: torch.Tensor, places: torch.Tensor | None, each: Sequence[torch.Tensor]) -> None:
+        """Use ``spanning`` or ``of_one_tensor``.
+
+        Args:
+            whole: [n], a range of memory, or [L, ...].
+            places: [L] int64, where in the range each layer's weight begins; None with [L, ...].
+            each: every layer's own tensor; none with [L, ...].
+        """
+        self._whole, self._places, self._each = whole, places, tuple(each)
+        self.shape = whole.shape[1:] if places is None else self._each[0].shape
+        self.dtype = whole.dtype
+
+    @classmethod
+    def spanning(cls, each: Sequence[torch.Tensor]) -> StackedWeight:
+        """A stack of weights on the CPU device, where they are.
+
+        Args:
+            each: every layer's, of one shape and dtype.
+        """
+        import torch_xla
+
+        device, dtype = each[0].device, each[0].dtype
+        addresses = [torch_xla._XLAC._unsafe_buffer_pointer(weight) for weight in each]
+        first = min(addresses)
+        size = max(addresses) + each[0].nbytes - first
+        # a range of addresses and not an allocation: only the weights' places in it are read
+        whole = torch.frombuffer((ctypes.c_uint8 * size).from_address(first), dtype=dtype)
+        places = torch.tensor([(address - first) // dtype.itemsize for address in addresses])
+        return cls(transfers.adopt(whole, device), transfers.upload(places, device), each)
+
+    @classmethod
+    def of_one_tensor(cls, whole: torch.Tensor) -> StackedWeight:
+        """A stack that is one tensor [L, ...] on the device."""
+        return cls(whole, None, ())
+
+    def at(self, layer: torch.Tensor) -> LayerWeight:
+        """The weight of a layer; ``layer`` is an int32 scalar that a loop counts."""
+        return LayerWeight(self, layer)
+
+
+class LayerWeight:
+    """The weight of the layer that a loop is at.
+
+    Attributes:
+        shape, dtype: its own.
+    """
+
+    def __init__(self, stack: StackedWeight, layer: torch.Tensor) -> None:
+        self._stack, self._layer = stack, layer
+        self.shape, self.dtype = stack.shape, stack.dtype
+
+    def taken(self) -> torch.Tensor:
+        """It as a tensor."""
+        stack = self._stack
+        if stack._places is None:
+            taken: torch.Tensor = _take_op()(stack._whole, self._layer)
+        else:
+            taken = _take_from_range_op()(stack._whole, stack._places, self._layer, sizes=tuple(self.shape))
+        return taken
+
+    @property
+    def has_products(self) -> bool:
+        """Whether ``product`` can be had."""
+        return bool(self._stack._each)
+
+    def product(self, x: torch.Tensor, kind: modules.ProductKind) -> torch.Tensor:
+        """The product with x by a library, which reads the weight where it is: [out, n].
+
+        Args:
+            x: as ``modules.product`` takes it, float32, computed once and in memory.
+            kind: see there.
+        """
+        product: torch.Tensor = _product_op(kind)(self._layer, x, *self._stack._each)
+        return product
+
+
+@cache
+def _take_op() -> Any:
+    """The registered XLA operation that takes a layer's part of [L, ...]."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(whole: Any, layer: Any) -> Any:
+        _, *sizes = whole.shape().sizes
+        zero = xb.Op.scalar(whole.builder(), 0, dtype=xb.Type.S32)
+        return whole.dynamic_slice([layer, *[zero] * len(sizes)], [1, *sizes]).reshape(sizes)
+
+    return registry.register("llama_take_layer", lower)
+
+
+@cache
+def _take_from_range_op() -> Any:
+    """The registered XLA operation that takes a layer's part of a range of memory."""
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(whole: Any, places: Any, layer: Any, sizes: tuple[int, ...]) -> Any:
+        place = places.dynamic_slice([layer], [1]).reshape([])
+        return whole.dynamic_slice([place], [torch.Size(sizes).numel()]).reshape(list(sizes))
+
+    return registry.register("llama_take_layer_from_range", lower)
+
+
+@cache
+def _product_op(kind: modules.ProductKind) -> Any:
+    """The registered XLA operation behind ``LayerWeight.product``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(layer: Any, x: Any, *each: Any) -> Any:
+        weight, of_x = tuple(each[0].shape().sizes), tuple(x.shape().sizes)
+        computation = modules.product(weight, of_x, kind=kind, layers=len(each))
+        return xb.Op.call(computation, (layer, x, *each))
+
+    return registry.register(f"llama_layers_product_{kind}", lower)
