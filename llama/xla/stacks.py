@@ -20,6 +20,10 @@ import torch
 from llama.xla import modules, transfers
 
 
+# XLA:CPU slices bfloat16 by way of float32 and back, number by number; as integers they are only moved
+HALVES = {torch.bfloat16: torch.int16}
+
+
 class StackedWeight:
     """One weight of every layer.
 
@@ -36,8 +40,8 @@ class StackedWeight:
             each: every layer's own tensor; none with [L, ...].
         """
         self._whole, self._places, self._each = whole, places, tuple(each)
-        self.shape = whole.shape[1:] if places is None else self._each[0].shape
-        self.dtype = whole.dtype
+        like = whole[0] if places is None else self._each[0]
+        self.shape, self.dtype = like.shape, like.dtype
 
     @classmethod
     def spanning(cls, each: Sequence[torch.Tensor]) -> StackedWeight:
@@ -53,7 +57,7 @@ class StackedWeight:
         first = min(addresses)
         size = max(addresses) + each[0].nbytes - first
         # a range of addresses and not an allocation: only the weights' places in it are read
-        whole = torch.frombuffer((ctypes.c_uint8 * size).from_address(first), dtype=dtype)
+        whole = torch.frombuffer((ctypes.c_uint8 * size).from_address(first), dtype=HALVES.get(dtype, dtype))
         places = torch.tensor([(address - first) // dtype.itemsize for address in addresses])
         return cls(transfers.adopt(whole, device), transfers.upload(places, device), each)
 
@@ -84,7 +88,9 @@ class LayerWeight:
         if stack._places is None:
             taken: torch.Tensor = _take_op()(stack._whole, self._layer)
         else:
-            taken = _take_from_range_op()(stack._whole, stack._places, self._layer, sizes=tuple(self.shape))
+            halves = "BF16" if self.dtype == torch.bfloat16 else None
+            take = _take_from_range_op()
+            taken = take(stack._whole, stack._places, self._layer, sizes=tuple(self.shape), halves=halves)
         return taken
 
     @property
@@ -120,11 +126,13 @@ def _take_op() -> Any:
 @cache
 def _take_from_range_op() -> Any:
     """The registered XLA operation that takes a layer's part of a range of memory."""
+    import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(whole: Any, places: Any, layer: Any, sizes: tuple[int, ...]) -> Any:
+    def lower(whole: Any, places: Any, layer: Any, sizes: tuple[int, ...], halves: str | None) -> Any:
         place = places.dynamic_slice([layer], [1]).reshape([])
-        return whole.dynamic_slice([place], [torch.Size(sizes).numel()]).reshape(list(sizes))
+        taken = whole.dynamic_slice([place], [torch.Size(sizes).numel()]).reshape(list(sizes))
+        return taken if halves is None else taken.bitcast(getattr(xb.Type, halves))
 
     return registry.register("llama_take_layer_from_range", lower)
 
