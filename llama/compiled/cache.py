@@ -9,10 +9,14 @@ of positions of every head, and that order reads memory in a line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from llama.config import EngineConfig, ModelArgs
 from llama.xla import ops, transfers
+from llama.xla.control_flow import Tensors, switch
 
 
 def cache_shape(args: ModelArgs, config: EngineConfig) -> tuple[int, int, int, int, int]:
@@ -28,27 +32,67 @@ def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: 
 
 
 class CacheView:
-    """One program's access to the cache while its layers run: each writes its chunk and reads a prefix.
+    """One program's access to the cache while its layers run: each writes its chunk and attends to a prefix.
 
     Args:
         kv_cache: the stacked cache.
         first: [1] int32; row r of the program is slot ``first + r``.
         starts: [B] int32, the position of the chunk's first token in each row.
-        key_len: how many leading positions the layers read; static, at least ``starts + T`` for every row.
+        keys: [1] int32, how many leading positions the layers have to read: at least ``starts + T`` for every row that
+            counts.
+        key_lens: how many they can read, ascending; each is a branch of the program, and the first that is enough is
+            taken.
     """
 
-    def __init__(self, kv_cache: torch.Tensor, first: torch.Tensor, starts: torch.Tensor, key_len: int) -> None:
+    def __init__(
+        self,
+        kv_cache: torch.Tensor,
+        first: torch.Tensor,
+        starts: torch.Tensor,
+        keys: torch.Tensor,
+        key_lens: tuple[int, ...],
+    ) -> None:
         self.kv_cache = kv_cache
-        self.first, self.starts, self.key_len = first, starts, key_len
+        self.first, self.starts, self.keys, self.key_lens = first, starts, keys, key_lens
 
-    def update(
-        self, layer: int | torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a layer's ``keys`` and ``values`` [B, K, T, D]; return its first ones, [B, K, key_len, D]."""
+    def with_tensors(self, kv_cache: torch.Tensor, *others: torch.Tensor) -> CacheView:
+        """The same access through other tensors, as a loop's body gets them: ``others`` stand for ``tensors``."""
+        return CacheView(kv_cache, *others, self.key_lens)
+
+    @property
+    def tensors(self) -> Tensors:
+        """What it reads beside the cache."""
+        return self.first, self.starts, self.keys
+
+    def write(self, layer: int | torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write a layer's ``keys`` and ``values`` [B, K, T, D]."""
         dtype = self.kv_cache.dtype
-        self.kv_cache = ops.write_cache(
-            self.kv_cache, keys.to(dtype), values.to(dtype), self.first, self.starts, layer
-        )
-        rows = self.starts.shape[0]
-        read = ops.read_cache(self.kv_cache, self.first, layer, rows=rows, key_len=self.key_len)
-        return read[0].to(keys.dtype), read[1].to(values.dtype)
+        keys, values = keys.to(dtype), values.to(dtype)
+        self.kv_cache = ops.write_cache(self.kv_cache, keys, values, self.first, self.starts, layer)
+
+    def attend(
+        self,
+        layer: int | torch.Tensor,
+        attention: Callable[..., torch.Tensor],
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """``attention(queries, keys, values, positions)`` with a layer's first keys and values, [B, K, key_len, D]
+        each in the queries' dtype.
+        """
+        in_loop = (layer,) if isinstance(layer, torch.Tensor) else ()
+
+        def branch(key_len: int) -> Callable[..., Tensors]:
+            def attended(
+                kv_cache: torch.Tensor, first: torch.Tensor, queries: torch.Tensor, positions: torch.Tensor, *at: Any
+            ) -> Tensors:
+                read = ops.read_cache(kv_cache, first, *(at or (layer,)), rows=len(queries), key_len=key_len)
+                keys, values = (each.to(queries.dtype) for each in read)
+                return (attention(queries, keys, values, positions),)
+
+            return attended
+
+        enough = torch.stack([self.keys > key_len for key_len in self.key_lens]).int().sum()
+        inputs = (self.kv_cache, self.first, queries, positions, *in_loop)
+        (result,) = switch(enough, [branch(key_len) for key_len in self.key_lens], inputs)
+        return result

@@ -138,8 +138,11 @@ class Attention(nn.Module):
         xv = self.wv(x).view(bsz, seqlen, self.kv_heads, self.head_dim)
         keys, values = xk.transpose(1, 2), xv.transpose(1, 2)  # [B, K, T, D]
         if cache is not None:
-            keys, values = cache.update(layer, keys, values)  # [B, K, S, D]
-        out: torch.Tensor = self.wo(self._attend(xq, keys, values, positions))
+            cache.write(layer, keys, values)
+            attended = cache.attend(layer, self._attend, xq, positions)
+        else:
+            attended = self._attend(xq, keys, values, positions)
+        out: torch.Tensor = self.wo(attended)
         return out
 
     def _attend(
@@ -252,12 +255,12 @@ class Transformer(nn.Module):
         """The layers as one loop of the program, which is compiled in the same time whatever their number."""
 
         def one_layer(layer: torch.Tensor, h: torch.Tensor, kv_cache: torch.Tensor, *given: torch.Tensor) -> Tensors:
-            positions, rotary, first, starts = given
-            view = CacheView(kv_cache, first, starts, cache.key_len)
+            positions, rotary, *others = given
+            view = cache.with_tensors(kv_cache, *others)
             h = self._block_at(layer)(h, positions, rotary, view)
             return h, view.kv_cache
 
-        constants = (positions, rotary, cache.first, cache.starts)
+        constants = (positions, rotary, *cache.tensors)
         h, cache.kv_cache = repeat(self.args.n_layers, one_layer, (h, cache.kv_cache), constants)
         return h
 

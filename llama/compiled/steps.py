@@ -37,21 +37,28 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def chunk(
-    model: Transformer, state: State, slot: torch.Tensor, *, length: int, key_len: int
+    model: Transformer,
+    state: State,
+    slot: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    length: int,
+    key_lens: tuple[int, ...],
 ) -> tuple[State, torch.Tensor]:
     """Run one chunk of a slot's prompt, from its ``start`` on.
 
     Args:
         slot: [1] int32.
+        keys: [1] int32, how many leading cache positions it may have to read.
         length: positions that the chunk fills; those after the prompt's last token are padding.
-        key_len: cache positions that are read.
+        key_lens: how many it can read: the first that is enough is taken.
 
     Returns:
         The next state, and the residual stream [1, T, dim], which the program ``score`` reads.
     """
     row = state.rows(slot, 1)
     offsets = torch.arange(length, dtype=torch.int32, device=row.start.device)
-    stream, kv_cache = _run(model, row, slot, row.start.unsqueeze(-1) + offsets, key_len)
+    stream, kv_cache = _run(model, row, slot, row.start.unsqueeze(-1) + offsets, keys, key_lens)
     end = torch.minimum(row.start + length, row.length)
     last = (end - 1 - row.start).long().view(-1, 1, 1).expand(-1, 1, stream.shape[-1])
     ran = row._replace(kv_cache=kv_cache, start=end, hidden=stream.gather(1, last).squeeze(1))
@@ -59,7 +66,14 @@ def chunk(
 
 
 def decode(
-    model: Transformer, state: State, packed: torch.Tensor, first: torch.Tensor, *, rows: int, key_len: int
+    model: Transformer,
+    state: State,
+    packed: torch.Tensor,
+    first: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    rows: int,
+    key_lens: tuple[int, ...],
 ) -> State:
     """Run the next token of some slots; where it is the last one known, choose the one that follows.
 
@@ -69,13 +83,14 @@ def decode(
     Args:
         packed: [slots, words] int32, the packed Controls.
         first: [1] int32, the first slot.
+        keys: [1] int32, how many leading cache positions it may have to read.
         rows: how many slots.
-        key_len: cache positions that are read.
+        key_lens: how many it can read: the first that is enough is taken.
     """
     row = state.rows(first, rows)
     controls = CONTROLS.unpack(ops.take_rows(packed, first, rows))
     active = ~row.done & (row.start >= row.ready)
-    stream, kv_cache = _run(model, row, first, row.start.unsqueeze(-1), key_len)
+    stream, kv_cache = _run(model, row, first, row.start.unsqueeze(-1), keys, key_lens)
     ran = row._replace(
         kv_cache=kv_cache,
         start=torch.where(active, row.start + 1, row.start),
@@ -146,11 +161,16 @@ def score(
 
 
 def _run(
-    model: Transformer, row: State, first: torch.Tensor, positions: torch.Tensor, key_len: int
+    model: Transformer,
+    row: State,
+    first: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    key_lens: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the tokens at ``positions`` [B, T]; return the residual stream [B, T, dim] and the cache."""
     ids = row.tokens.gather(1, positions.long())
-    view = CacheView(row.kv_cache, first, row.start, key_len)
+    view = CacheView(row.kv_cache, first, row.start, keys, key_lens)
     return model(ids, positions, view), view.kv_cache
 
 

@@ -7,7 +7,7 @@ which it donates, and which sizes it is compiled for. Warm-up and the runner rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,8 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "chunk": Kind(steps.chunk, ("state", "slot"), ("state", "stream"), ("kv_cache",), ("length", "key_len")),
-    "decode": Kind(steps.decode, ("state", "controls", "slot"), ("state",), ("kv_cache",), ("rows", "key_len")),
+    "chunk": Kind(steps.chunk, ("state", "slot", "keys"), ("state", "stream"), ("kv_cache",), ("length", "key_lens")),
+    "decode": Kind(steps.decode, ("state", "controls", "slot", "keys"), ("state",), ("kv_cache",), ("rows", "key_lens")),
     "choose": Kind(steps.choose, ("state", "controls", "slot"), ("state",)),
     "full": Kind(
         steps.full, ("state", "controls", "logits_controls", "allowed", "slot"), ("state", "details"), (), ("rows",)
@@ -66,7 +66,8 @@ class Program:
         kind: a name of ``KINDS``.
         rows: slots that it runs.
         length: positions of a chunk.
-        key_len: cache positions that it reads or copies.
+        key_len: cache positions that it reads at most, or copies. One that runs tokens has a branch for every key
+            bucket up to there.
     """
 
     kind: str
@@ -75,9 +76,15 @@ class Program:
     key_len: int = 0
 
     def __str__(self) -> str:
-        words = {"rows": "rows", "length": "chunk length", "key_len": "key bucket"}
-        sizes = [f"{words[name]} {getattr(self, name)}" for name in KINDS[self.kind].sizes]
+        words = {"rows": "rows", "length": "chunk length", "key_len": "positions", "key_lens": "keys up to"}
+        sizes = [f"{words[name]} {getattr(self, name.rstrip('s') if name == 'key_lens' else name)}" for name in KINDS[self.kind].sizes]
         return f"({', '.join([self.kind, *sizes])})"
+
+    def covers(self, other: Program) -> bool:
+        """Whether it does what another program does."""
+        same = replace(other, key_len=self.key_len) == self
+        reaches = "key_lens" in KINDS[self.kind].sizes and self.key_len >= other.key_len
+        return self == other or (same and reaches)
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -94,10 +101,12 @@ class Program:
         """The indices in ``takes`` of the tensors that are dead after a run."""
         return tuple(self.takes.index(name) for name in KINDS[self.kind].donates)
 
-    def function(self, model: Transformer) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def function(self, model: Transformer, config: EngineConfig) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The function to compile: it takes and returns tensors in the order of ``takes`` and ``returns``."""
         kind = KINDS[self.kind]
-        sizes = {name: getattr(self, name) for name in kind.sizes}
+        key_lens = tuple(k for k in config.key_buckets if self.length <= k <= self.key_len)
+        every = {"rows": self.rows, "length": self.length, "key_len": self.key_len, "key_lens": key_lens}
+        sizes = {name: every[name] for name in kind.sizes}
         leading = (model,) if kind.runs_model else ()
 
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -135,8 +144,9 @@ def all_programs(config: EngineConfig) -> list[Program]:
     """Every program that any request can need under this configuration."""
     scored = _scored_lengths(config)
     lengths = sorted({b for b in config.buckets if b > 1} | set(scored), reverse=True)
-    found = [Program("chunk", length=b, key_len=k) for b in lengths for k in config.key_buckets if k >= b]
-    found += [Program("decode", rows=w, key_len=k) for w in config.widths for k in decode_keys(1, config)]
+    longest = config.key_buckets[-1]
+    found = [Program("chunk", length=b, key_len=longest) for b in lengths]
+    found += [Program("decode", rows=w, key_len=longest) for w in config.widths]
     found += [Program("choose"), *(Program("full", rows=w) for w in dict.fromkeys((1, *config.widths)))]
     found += [Program("score", length=b) for b in scored]
     found += [Program("admit"), Program("end")]
@@ -155,19 +165,19 @@ def programs_for(sequences: Sequences[Sequence], config: EngineConfig, cached: S
     """
     if not sequences:
         return []
-    found = dict.fromkeys([Program("admit")])
+    found = [Program("admit")]
     several = config.max_batch_size > 1 and len(sequences) > 1
     width = next(w for w in config.widths if w >= min(len(sequences), config.max_batch_size))
     for sequence, held in zip(sequences, cached or [0] * len(sequences), strict=True):
-        found |= dict.fromkeys(_own_programs(sequence, config, held, width))
+        found += _own_programs(sequence, config, held, width)
     if several and any(s.leader is not None or s.reuse for s in sequences):
         longest = max(len(s.prompt_ids) for s in sequences)
-        found |= dict.fromkeys(
-            Program("copy", key_len=k) for k in config.key_buckets if k <= chunks.key_bucket(longest, config)
-        )
+        reach = chunks.key_bucket(longest, config)
+        found += [Program("copy", key_len=k) for k in config.key_buckets if k <= reach]
     if several or any(s.params.stop for s in sequences):
-        found |= {Program("end"): None}
-    return list(found)
+        found.append(Program("end"))
+    every = list(dict.fromkeys(found))
+    return [p for p in every if not any(other != p and other.covers(p) for other in every)]
 
 
 def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: int) -> Iterator[Program]:
@@ -183,21 +193,11 @@ def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: 
             yield Program("score", length=chunk.length)
     if ready == prompt_len:
         yield Program("full", rows=1) if sequence.needs_full else Program("choose")
-    keys = decode_keys(ready + 1, config, sequence.limit - 1)
-    yield from (Program("decode", rows=width, key_len=k) for k in keys)
-    if keys and sequence.needs_full:
-        yield Program("full", rows=width)
-
-
-def decode_keys(first_end: int, config: EngineConfig, last_end: int | None = None) -> list[int]:
-    """The key buckets of decode steps that run positions up to ``first_end``, ..., ``last_end`` (exclusive ends)."""
-    last_end = config.max_seq_len if last_end is None else last_end
-    if first_end > last_end:
-        return []
-    if config.batch_invariant:
-        return [config.max_seq_len]
-    first, last = chunks.key_bucket(first_end, config), chunks.key_bucket(last_end, config)
-    return [k for k in config.key_buckets if first <= k <= last]
+    if ready + 1 < sequence.limit:  # a decode step runs position ready, and others up to the one before the last
+        reach = config.max_seq_len if config.batch_invariant else chunks.key_bucket(sequence.limit - 1, config)
+        yield Program("decode", rows=width, key_len=reach)
+        if sequence.needs_full:
+            yield Program("full", rows=width)
 
 
 def _scored_lengths(config: EngineConfig) -> list[int]:

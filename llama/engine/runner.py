@@ -159,6 +159,7 @@ class XlaRunner:
     progress: bool = False
     stop_compiling: bool = False
     _programs: dict[Program, compiling.Program] = field(default_factory=dict)
+    _covering: dict[Program, Program | None] = field(default_factory=dict)  # which of them runs for which
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _chosen: list[Chosen] = field(default_factory=list)
     _warm: bool = False
@@ -182,8 +183,15 @@ class XlaRunner:
     # --- compiling ----------------------------------------------------------------------------------------------------
 
     def is_ready(self, program: Program) -> bool:
-        """Whether a program is compiled."""
-        return program in self._programs
+        """Whether a program is compiled, or one that covers it."""
+        return self._ready(program) is not None
+
+    def _ready(self, program: Program) -> Program | None:
+        """The compiled program that covers another with the fewest keys, or None."""
+        if program not in self._covering:
+            covering = (p for p in self._programs if p.covers(program))
+            self._covering[program] = min(covering, key=lambda p: p.key_len, default=None)
+        return self._covering[program]
 
     def compile(self, wanted: Sequences[Program] | None = None) -> None:
         """Compile programs ahead of their first use; run none of them.
@@ -195,7 +203,7 @@ class XlaRunner:
             RecompileError: ``fail_on_recompile`` is set, a compilation has been completed before, and something is left
                 to compile.
         """
-        missing = [p for p in (all_programs(self.config) if wanted is None else wanted) if p not in self._programs]
+        missing = [p for p in (all_programs(self.config) if wanted is None else wanted) if not self.is_ready(p)]
         if missing:
             self._refuse_recompile(missing)
             log.info("Compiling %d programs", len(missing))
@@ -218,18 +226,19 @@ class XlaRunner:
         arguments = [self._example(name, program) for name in program.takes]
         self._programs[program] = compiling.compile_program(
             str(program),
-            program.function(self.model),
+            program.function(self.model, self.config),
             arguments,
             program.donated,
             edits=not KINDS[program.kind].runs_model,
         )
+        self._covering.clear()
         log.debug("Compiled %s in %.2f seconds", program, counters.compile_s - before)
 
     def _example(self, name: str, program: Program) -> torch.Tensor:
         """A tensor like the one of that name that every run of the program takes."""
         if name in State._fields or name in self._host:
             return self._tensor(name)
-        if name in ("slot", "target", "position"):
+        if name in ("slot", "target", "position", "keys"):
             # not one and the same tensor for two arguments, which tracing could not tell apart
             return transfers.upload(torch.tensor([0], dtype=torch.int32), self.device)
         slots, positions = self.config.max_batch_size, self.config.positions
@@ -279,12 +288,13 @@ class XlaRunner:
 
         Compiles it first where nobody foresaw it.
         """
-        if program not in self._programs:
+        ready = self._ready(program)
+        if ready is None:
             self._refuse_recompile([program])
             log.info("Compiling 1 programs")
             self._compile(program)
         arguments = [inputs[name] if name in inputs else self._tensor(name) for name in program.takes]
-        outputs = dict(zip(program.returns, self._programs[program](*arguments), strict=True))
+        outputs = dict(zip(program.returns, self._programs[ready or program](*arguments), strict=True))
         kept = {name: outputs.pop(name) for name in list(outputs) if name in State._fields}
         self._tensors |= kept
         return outputs
@@ -307,7 +317,7 @@ class XlaRunner:
         """Run a chunk of a prompt; where the prompt is scored, fetch its details before the next chunk makes more."""
         slot = self._number(_slot(sequence))
         program = Program("chunk", length=chunk.length, key_len=chunk.key_len)
-        stream = self._run(program, slot=slot)["stream"]
+        stream = self._run(program, slot=slot, keys=self._number(chunk.key_len))["stream"]
         if sequence.params.prompt_logprobs:
             position = transfers.upload(torch.tensor([chunk.start], dtype=torch.int32), self.device)
             found = self._run(Program("score", length=chunk.length), slot=slot, position=position, stream=stream)
@@ -327,7 +337,7 @@ class XlaRunner:
     def decode(self, window: Window, chooses: tuple[Sequence, ...]) -> None:
         """Run the next token of the slots in a window; the program ``full`` chooses for the sequences given."""
         program = Program("decode", rows=window.rows, key_len=window.key_len)
-        self._run(program, slot=self._number(window.first))
+        self._run(program, slot=self._number(window.first), keys=self._number(window.key_len))
         if chooses:
             self._choose_full(window.first, window.rows, chooses)
 

@@ -90,6 +90,42 @@ def when(condition: torch.Tensor, fn: Callable[..., Tensors], inputs: Sequence[t
     return _run("when", taken.mkconditional(parameters, yes, no), (condition, *traced.arguments))
 
 
+def switch(index: torch.Tensor, branches: Sequence[Callable[..., Tensors]], inputs: Sequence[torch.Tensor]) -> Tensors:
+    """``branches[index](*inputs)``: the other branches are not computed.
+
+    Args:
+        index: int32 or int64 scalar on the device, from 0 on; the last branch is taken for larger ones, too.
+        branches: pure functions of ``inputs`` whose outputs have the same shapes and dtypes; see ``when``.
+    """
+    if len(branches) == 1:
+        return branches[0](*inputs)
+    if index.device.type != "xla":
+        return branches[min(int(index), len(branches) - 1)](*inputs)
+    import torch_xla.core.xla_builder as xb
+
+    traced = [_Traced("branch", fn, inputs) for fn in branches]
+    extra = [each.arguments[len(inputs) :] for each in traced]
+    arguments = (index, *inputs, *(held for each in extra for held in each))
+    which, *parameters = _parameters("switch", arguments)
+
+    def choose(which: Any, given: Sequence[Any], number: int) -> Any:
+        begin = len(inputs) + sum(map(len, extra[:number]))
+
+        def this(which: Any, *given: Any) -> Any:
+            return xb.Op.tuple(traced[number].call((*given[: len(inputs)], *given[begin : begin + len(extra[number])])))
+
+        if number == len(traced) - 1:
+            return this(which, *given)
+
+        def later(which: Any, *given: Any) -> Any:
+            return choose(which, given, number + 1)
+
+        is_this = which <= xb.Op.scalar(which.builder(), number, dtype=which.shape().dtype)
+        return is_this.mkconditional((which, *given), this, later)
+
+    return _run("switch", choose(which, parameters, 0), arguments)
+
+
 def repeat(
     count: int, fn: Callable[..., Tensors], carry: Sequence[torch.Tensor], constants: Sequence[torch.Tensor] = ()
 ) -> Tensors:
