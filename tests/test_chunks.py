@@ -109,9 +109,9 @@ def test_a_prompt_is_prefilled_by_chunks_and_its_tail_by_steps(
 def test_what_a_full_warm_up_compiles() -> None:
     """docs/architecture.md: for one slot, for eight, and for eight of which each keeps its bits."""
     for settings, expected in (
-        (config(2048), 9 + 3 + 1 + 1 + 2 + 2),
-        (config(2048, max_batch_size=8), 9 + 4 * 3 + 1 + 4 + 2 + 2 + 3 + 1),
-        (config(2048, max_batch_size=8, batch_invariant=True), 9 + 1 + 1 + 2 + 2 + 2 + 3 + 1),
+        (config(2048), 3 + 1 + 1 + 1 + 2 + 2),
+        (config(2048, max_batch_size=8), 3 + 4 + 1 + 4 + 2 + 2 + 3 + 1),
+        (config(2048, max_batch_size=8, batch_invariant=True), 3 + 1 + 1 + 2 + 2 + 2 + 3 + 1),
     ):
         programs = all_programs(settings)
         assert len(programs) == len(set(programs)) == expected
