@@ -44,6 +44,7 @@ from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
 from llama.xla.counters import counters, surprises
+from llama.xla.stacks import spans_layers
 
 log = logging.getLogger("llama")
 
@@ -126,7 +127,10 @@ class LLaMA:
         log.debug("Memory: %s", memory)
         with torch.device("meta"):
             model = Transformer(args, config.positions, activation_dtype)
-        named = checkpoint.random_tensors(model, seed) if source is None else checkpoint.checked(source, allow_nan)
+        order = None if source is None or spans_layers(device) else checkpoint.stack_order(source.infos())
+        named = (
+            checkpoint.random_tensors(model, seed) if source is None else checkpoint.checked(source, allow_nan, order)
+        )
         with tqdm(
             total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
         ) as bar:

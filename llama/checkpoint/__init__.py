@@ -22,9 +22,21 @@ from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
 from llama.compiled.model import Linear, Transformer
+from llama.compiled.partition import LAYER, numberless
 from llama.xla import backend, transfers
+from llama.xla.stacks import StackedWeight, spans_layers
 
-__all__ = ["Source", "TensorInfo", "checked", "is_finite", "is_scale", "open_checkpoint", "place", "random_tensors"]
+__all__ = [
+    "Source",
+    "TensorInfo",
+    "checked",
+    "is_finite",
+    "is_scale",
+    "open_checkpoint",
+    "place",
+    "random_tensors",
+    "stack_order",
+]
 
 WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
 
@@ -32,36 +44,70 @@ WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
 def place(
     model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[int]:
-    """Move tensors into a model built on the meta device, one at a time.
+    """Move tensors into a model built on the meta device, one at a time, and stack its layers (xla/stacks.py).
 
-    There is never a second copy of the weights.
+    There is never a second copy of the weights. Where stacks are tensors of their own, the weights of the layers end up
+    in them alone, and the model's parameters of single layers stay on the meta device.
 
     Args:
         model: its parameters are replaced.
-        tensors: (name, host tensor) for every parameter.
+        tensors: (name, host tensor) for every parameter; in the order of ``stack_order`` where stacks are tensors of
+            their own, or the host holds them all at once.
         dtype: storage dtype on the device; int8 quantises the linear layers (quantize.py) and keeps the rest.
 
     Yields:
         The number of bytes of each tensor, when it is on the device, for a progress bar.
     """
-    on_the_way = 0
+    on_the_way, in_ranges = 0, spans_layers(device)
+    filling: dict[str, tuple[torch.Tensor, int]] = {}  # by name in a layer: the stack, and how many layers are in it
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
         parts = stored_as(tensor, leaf, dtype, isinstance(owner, Linear))
         del tensor  # or it would stay in memory while the next one is read
+        size = 0
         for part, host in parts.items():
-            setattr(owner, part, nn.Parameter(transfers.adopt(host, device), requires_grad=False))
-        size = sum(host.numel() * host.element_size() for host in parts.values())
-        del parts, host
+            layer = LAYER.match(name)
+            if in_ranges or layer is None:
+                placed = transfers.adopt(host, device)
+            else:
+                _fill(model, filling, f"{module[layer.end() :]}.{part}", int(layer[1]), host, device)
+                placed = host.to("meta")
+            setattr(owner, part, nn.Parameter(placed, requires_grad=False))
+            size += host.nbytes
+        del parts, host, placed
         on_the_way += size
         if on_the_way > WAIT_AFTER and device.type == "xla":
             backend.wait()  # a transfer keeps its host tensor until it is done
             on_the_way = 0
         yield size
     model.rotary = transfers.upload(model.rotary, device)
-    if device.type == "xla":
+    if in_ranges and device.type == "xla":
         model.stack_layers()
+
+
+def _fill(
+    model: Transformer,
+    filling: dict[str, tuple[torch.Tensor, int]],
+    name: str,
+    layer: int,
+    host: torch.Tensor,
+    device: torch.device,
+) -> None:
+    """Copy a layer's weight into the stack of its name, and hand the stack to the device when it is full."""
+    stack, count = filling.pop(name, (None, 0))
+    if stack is None:
+        stack = torch.empty(model.args.n_layers, *host.shape, dtype=host.dtype)
+    stack[layer] = host
+    if count + 1 < model.args.n_layers:
+        filling[name] = stack, count + 1
+    else:
+        model.stacks[name] = StackedWeight.of_one_tensor(transfers.upload(stack, device))
+
+
+def stack_order(names: Iterable[str]) -> list[str]:
+    """Names of weights with those of all layers that share a stack side by side."""
+    return sorted(names, key=numberless)
 
 
 def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -131,9 +131,9 @@ class Source(ABC):
         assert tuple(tensor.shape) == info.shape
         return tensor
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) of every weight, in the model's order; see ``read``."""
-        for name in self._infos:
+    def tensors(self, order: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) of every weight, in the model's order or another one; see ``read``."""
+        for name in order or self._infos:
             yield name, self.read(name)
             self._let_go(name)
 
@@ -149,17 +149,20 @@ class Source(ABC):
         """Return one whole weight; also the head of a tied model if the files hold one."""
 
 
-def checked(source: Source, allow_nan: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def checked(
+    source: Source, allow_nan: bool = False, order: Iterable[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) for every weight of a source; refuse NaN and infinity.
 
     Args:
         source: an opened checkpoint.
         allow_nan: log a warning with the name and continue.
+        order: of the names; None for the model's.
 
     Raises:
         CheckpointError: the first weight that is not finite, with its file.
     """
-    for name, tensor in source.tensors():
+    for name, tensor in source.tensors(order):
         if not is_finite(tensor):
             where = f"{source.infos()[name].file}: tensor {source.label(name)} holds NaN or infinity"
             if not allow_nan:

@@ -55,9 +55,11 @@ class CacheView:
         self.kv_cache = kv_cache
         self.first, self.starts, self.keys, self.key_lens = first, starts, keys, key_lens
 
-    def with_tensors(self, kv_cache: torch.Tensor, *others: torch.Tensor) -> CacheView:
-        """The same access through other tensors, as a loop's body gets them: ``others`` stand for ``tensors``."""
-        return CacheView(kv_cache, *others, self.key_lens)
+    def with_tensors(
+        self, kv_cache: torch.Tensor, first: torch.Tensor, starts: torch.Tensor, keys: torch.Tensor
+    ) -> CacheView:
+        """The same access through the tensors that a loop's body gets for the cache and for ``tensors``."""
+        return CacheView(kv_cache, first, starts, keys, self.key_lens)
 
     @property
     def tensors(self) -> Tensors:

@@ -249,14 +249,12 @@ class Transformer(nn.Module):
             h = block(h, positions, rotary, cache)
         return h
 
-    def _loop(
-        self, h: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, cache: CacheView
-    ) -> torch.Tensor:
+    def _loop(self, h: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, cache: CacheView) -> torch.Tensor:
         """The layers as one loop of the program, which is compiled in the same time whatever their number."""
 
         def one_layer(layer: torch.Tensor, h: torch.Tensor, kv_cache: torch.Tensor, *given: torch.Tensor) -> Tensors:
-            positions, rotary, *others = given
-            view = cache.with_tensors(kv_cache, *others)
+            positions, rotary, first, starts, keys = given
+            view = cache.with_tensors(kv_cache, first, starts, keys)
             h = self._block_at(layer)(h, positions, rotary, view)
             return h, view.kv_cache
 
@@ -278,11 +276,10 @@ class Transformer(nn.Module):
     def stack_layers(self) -> None:
         """Make the stacks, after the weights have come to the CPU device; they copy nothing but norms and scales.
 
-        Without a stack the layers are unrolled: where there is but one, and where weights of one name differ in dtype.
+        Where weights of one name differ in dtype there are none, and the layers are unrolled.
         """
         blocks = [dict(block.named_parameters()) for block in self.layers]
-        alike = all({n: w.dtype for n, w in block.items()} == {n: w.dtype for n, w in blocks[0].items()} for block in blocks)
-        if not alike or len(blocks) == 1:
+        if len({tuple((name, weight.dtype) for name, weight in sorted(block.items())) for block in blocks}) > 1:
             return
         for name, weight in blocks[0].items():
             each = [block[name] for block in blocks]

@@ -43,7 +43,9 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "chunk": Kind(steps.chunk, ("state", "slot", "keys"), ("state", "stream"), ("kv_cache",), ("length", "key_lens")),
-    "decode": Kind(steps.decode, ("state", "controls", "slot", "keys"), ("state",), ("kv_cache",), ("rows", "key_lens")),
+    "decode": Kind(
+        steps.decode, ("state", "controls", "slot", "keys"), ("state",), ("kv_cache",), ("rows", "key_lens")
+    ),
     "choose": Kind(steps.choose, ("state", "controls", "slot"), ("state",)),
     "full": Kind(
         steps.full, ("state", "controls", "logits_controls", "allowed", "slot"), ("state", "details"), (), ("rows",)
@@ -77,7 +79,10 @@ class Program:
 
     def __str__(self) -> str:
         words = {"rows": "rows", "length": "chunk length", "key_len": "positions", "key_lens": "keys up to"}
-        sizes = [f"{words[name]} {getattr(self, name.rstrip('s') if name == 'key_lens' else name)}" for name in KINDS[self.kind].sizes]
+        sizes = [
+            f"{words[name]} {getattr(self, name.rstrip('s') if name == 'key_lens' else name)}"
+            for name in KINDS[self.kind].sizes
+        ]
         return f"({', '.join([self.kind, *sizes])})"
 
     def covers(self, other: Program) -> bool:

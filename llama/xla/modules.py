@@ -89,7 +89,13 @@ class Module:
         name, number_of = entry.name, entry.ended(root, result)
         computations = b"".join(nested(3, each) for each in self._computations)
         head = nested(1, b"product") + nested(2, name.encode())
-        return head + computations + nested(4, entry.signature(result)) + number(5, self.next_number()) + number(6, number_of)
+        return (
+            head
+            + computations
+            + nested(4, entry.signature(result))
+            + number(5, self.next_number())
+            + number(6, number_of)
+        )
 
 
 class Computation:

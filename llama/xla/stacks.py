@@ -1,11 +1,11 @@
-"""The weights of all layers as a loop over layers reads them: each a stack, of which the body takes its layer's part.
+"""The weights of all layers as a loop reads them: stacks, of which its body takes its layer's part.
 
-A stack is no second copy. On the CPU device every layer's weight stays where it is, in a mapped file or in memory of its
-own, and the stack is the range of addresses from the first to the last, with a table of where each layer's weight
+A stack is no second copy. On the CPU device every layer's weight stays where it is, in a mapped file or in memory of
+its own, and the stack is the range of addresses from the first to the last, with a table of where each layer's weight
 begins; nothing between them is ever read. Other devices hold one tensor [L, ...] and no tensors of single layers.
 
 XLA:CPU fuses the taking of a part into loops that it compiles, and copies the part first where a library's product is
-to read it. ``products`` spares the copy: a branch for each layer, with that layer's own tensor.
+to read it. ``LayerWeight.product`` spares the copy: a branch for each layer, with that layer's own tensor.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from typing import Any
 
 import torch
 
-from llama.xla import modules, transfers
-
+from llama.xla import backend, modules, transfers
 
 # XLA:CPU slices bfloat16 by way of float32 and back, number by number; as integers they are only moved
 HALVES = {torch.bfloat16: torch.int16}
+
+
+def spans_layers(device: torch.device) -> bool:
+    """Whether stacks are ranges of memory that holds the layers' own tensors; else they are tensors of their own."""
+    return device.type != "xla" or backend.device_kind() == "CPU"
 
 
 class StackedWeight:
