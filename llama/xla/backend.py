@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from llama.errors import ConfigError
+from llama.xla.imports import import_torch_xla
 
 # How XLA compiles for the CPU device; whoever sets XLA_FLAGS has the last word. Measured in docs/log.md, 2026-11-21.
 CPU_FLAGS = (
@@ -48,9 +49,7 @@ def init() -> torch.device:
         set_malloc(MALLOC_AT_START)
         if CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # a parent process may have set them
             os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
-    import torch_xla
-
-    device: torch.device = torch_xla.device()
+    device: torch.device = import_torch_xla().device()
     return device
 
 
