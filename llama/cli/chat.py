@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llama.chat import choose_format
 from llama.cli.flags import one_of, shown
-from llama.cli.loading import readable_tokenizer
+from llama.cli.loading import announce_imports, readable_tokenizer
 from llama.cli.output import interruptible, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
 from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
@@ -83,12 +82,15 @@ def chat(
         raise PromptError(
             "stdin: got nothing, expected a question; for a conversation run llama-xla chat at a terminal"
         )
+    from llama.chat import choose_format
+
     tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
     chosen = (
         choose_format(tokenizer, Path(ckpt_dir), chat_format)
         if tokenizer is not None and Path(ckpt_dir).is_dir()
         else None
     )
+    announce_imports()
     from llama.conversation import Conversation
     from llama.generation import LLaMA
 
@@ -121,7 +123,7 @@ def _talk(llm: LLaMA, conversation: Conversation) -> None:
             elif line.strip():
                 with interruptible(llm):
                     _answer(conversation, line)
-        except UserError as error:
+        except (UserError, InterruptedRunError) as error:
             print(f"llama-xla: {shown(error, chat)}", file=sys.stderr)
 
 

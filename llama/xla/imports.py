@@ -1,9 +1,10 @@
 """Import torch_xla without the compilers that it imports and generation never calls.
 
-``import torch_xla`` imports torch's dynamo and inductor, and with them sympy, networkx and triton, in three places: a GRU
-layer that replaces torch's, the export to StableHLO, and two settings of dynamo. That is more than half of its time
+``import torch_xla`` imports torch's dynamo and inductor, and with them sympy, networkx and triton, in three places: a
+GRU layer that replaces torch's, the export to StableHLO, and two settings of dynamo. That is nine tenths of its time
 (docs/log.md, 2026-11-21). Here stand-ins take these three places during the import. Afterwards they are removed, and
-whoever uses one of the names gets the real module, which is imported then.
+whoever uses one of the names gets the real module, which is imported then. Only ``from torch.nn import *`` has no GRU
+until somebody has used it.
 
 Written against torch_xla 2.9.0, pinned in setup.py; tests/test_startup.py checks that everything deferred works.
 """
@@ -65,7 +66,7 @@ def import_torch_xla() -> ModuleType:
             if sys.modules.get(module.__name__) is module:
                 del sys.modules[module.__name__]
         if torch.nn.GRU is placeholder:
-            torch.nn.GRU = gru
+            torch.nn.GRU = gru  # type: ignore[misc]
     _resolve_later(torch.nn, "GRU", lambda: _patched_gru(gru))
     for name in EXPORTS:
         _resolve_later(torch_xla, name, lambda name=name: getattr(import_module(STABLEHLO), name))  # type: ignore[misc]
