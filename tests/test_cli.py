@@ -998,17 +998,6 @@ def test_ctrl_c_while_compiling_ends_the_command(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_while_loading_ends_the_process(
-    generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before there is a model there is nothing to keep: one line and the exit code."""
-    stderr = CtrlCAt("Loading")
-    monkeypatch.setattr(sys, "stderr", stderr)
-    assert exit_code(generate_flags("--prompt", "a")) == 130
-    assert capsys.readouterr().out == ""
-    assert stderr.getvalue() == "Loading\nllama-xla: interrupted\n"
-
-
 def test_ctrl_c_between_two_passes_is_not_lost(
     generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

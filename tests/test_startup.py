@@ -232,10 +232,16 @@ def test_ctrl_c_while_a_chat_compiles(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.4, 0.9, 1.5])
-def test_ctrl_c_while_importing_and_loading(after_s: float) -> None:
-    """One line, the exit code, no traceback, whatever is being imported."""
-    outcome = interrupted([*GENERATE], at="Importing", after_s=after_s)
+@pytest.mark.parametrize(
+    ("at", "after_s"),
+    [("Importing", 0.0), ("Importing", 0.1), ("Importing", 0.5), ("Importing", 1.0), ("Loading", 0.0)],
+)
+def test_ctrl_c_while_importing_and_loading(at: str, after_s: float) -> None:
+    """One line, the exit code, no traceback, whatever is being imported: there is nothing to keep yet.
+
+    The bug: a KeyboardInterrupt within torch_xla's import could be printed as ignored, and the command ran on.
+    """
+    outcome = interrupted(GENERATE, at, after_s=after_s)
     assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.message in ("llama-xla: interrupted", "llama-xla: interrupted while compiling")
+    assert outcome.message == "llama-xla: interrupted"
     assert "Traceback" not in outcome.err

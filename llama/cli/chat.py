@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llama.cli.flags import one_of, shown
 from llama.cli.loading import announce_imports, readable_tokenizer
-from llama.cli.output import interruptible, log_to_stderr, write
+from llama.cli.output import ending_at_once, interruptible, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
 from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
 from llama.errors import InterruptedRunError, PromptError, UserError
@@ -91,12 +91,13 @@ def chat(
         else None
     )
     announce_imports()
-    from llama.conversation import Conversation
-    from llama.generation import LLaMA
+    with ending_at_once():
+        from llama.conversation import Conversation
+        from llama.generation import LLaMA
 
-    llm = LLaMA.build(
-        ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty()
-    )
+        llm = LLaMA.build(
+            ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty()
+        )
     params = llm.sampling(DEFAULTS, **given)
     assert chosen is not None  # a model without a tokenizer has been refused by now
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama.cli.flags import one_of
 from llama.cli.loading import announce_imports, readable_tokenizer
-from llama.cli.output import Printer, interruptible, log_to_stderr
+from llama.cli.output import Printer, ending_at_once, interruptible, log_to_stderr
 from llama.cli.sampling import checked, takes_controls
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, SCHEDULES, EngineConfig, ModelArgs
 from llama.errors import FlagError, InterruptedRunError, PromptError
@@ -172,19 +172,19 @@ def generate(
         if name is not None:
             _made_directory(flag, name)
     announce_imports()
-    from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
+    with ending_at_once():
+        from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
 
-    progress = not quiet and sys.stderr.isatty()
-    llm = LLaMA.build(
-        ckpt_dir,
-        tokenizer_path,
-        tokenizer=tokenizer,
-        config=config,
-        random_weights=random_args,
-        allow_nan=allow_nan,
-        progress=progress,
-        startup=startup,
-    )
+        llm = LLaMA.build(
+            ckpt_dir,
+            tokenizer_path,
+            tokenizer=tokenizer,
+            config=config,
+            random_weights=random_args,
+            allow_nan=allow_nan,
+            progress=not quiet and sys.stderr.isatty(),
+            startup=startup,
+        )
     params = llm.sampling(**given)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
     prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size

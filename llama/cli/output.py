@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from llama.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from llama.generation import LLaMA
@@ -115,6 +118,24 @@ def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within: Ctrl-C ends the process with one line and its exit code; there is nothing to keep yet.
+
+    A KeyboardInterrupt would not always do that: modules that are being imported may print it as ignored and go on.
+    """
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        print("llama-xla: interrupted", file=sys.stderr, flush=True)
+        os._exit(InterruptedRunError.exit_code)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
