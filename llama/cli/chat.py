@@ -114,7 +114,7 @@ def chat(
 
 
 def _talk(llm: LLaMA, conversation: Conversation) -> None:
-    """Answer line after line until /exit or Ctrl-D; an error is shown and the conversation goes on."""
+    """Answer line after line until /exit or Ctrl-D; an error or an interrupt is shown and the conversation goes on."""
     write("/help lists the commands.\n")
     for line in _lines():
         try:
@@ -126,6 +126,8 @@ def _talk(llm: LLaMA, conversation: Conversation) -> None:
                     _answer(conversation, line)
         except (UserError, InterruptedRunError) as error:
             print(f"llama-xla: {shown(error, chat)}", file=sys.stderr)
+        except KeyboardInterrupt:  # it came when the answer had just ended
+            write("\n")
 
 
 def _lines() -> Iterator[str]:
