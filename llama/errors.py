@@ -12,7 +12,7 @@
     ├── EngineError            exit code 1: the engine lost its state, and with it the requests that ran
     ├── QueueFullError         exit code 1: more requests wait than may
     ├── RecompileError         exit code 3: a program was compiled after warm-up
-    └── InterruptedRunError    exit code 130: Ctrl-C, after what had been generated was printed
+    └── InterruptedRunError    exit code 130: an interrupt while programs were compiled, or Ctrl-C on the command line
 
 A message says what happened, what was got, what was expected, and how to mend it. It names settings as Python does
 (``max_seq_len``), by ``setting("max_seq_len")`` where the name stands within the message; a command shows those that it
@@ -108,6 +108,6 @@ class RecompileError(LLaMAError):
 
 
 class InterruptedRunError(LLaMAError):
-    """The command line was interrupted; the results so far have been printed."""
+    """Interrupted: while programs were compiled, or on the command line, where the results so far have been printed."""
 
     exit_code = 130

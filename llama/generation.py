@@ -25,7 +25,7 @@ from llama.engine.callers import Call, Callers
 from llama.engine.engine import Engine
 from llama.engine.runner import XlaRunner
 from llama.engine.sequence import Sequence as Request
-from llama.errors import ConfigError, RecompileError, TokenizerError, setting
+from llama.errors import ConfigError, InterruptedRunError, RecompileError, TokenizerError, setting
 from llama.grammar import Grammars
 from llama.inputs import Prompt, make_sequences
 from llama.outputs import (
@@ -41,6 +41,7 @@ from llama.outputs import (
     result_of,
 )
 from llama.sampling_params import SamplingParams
+from llama.startup import Startup
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
 from llama.xla.counters import counters, surprises
@@ -61,6 +62,7 @@ class LLaMA:
         load_s: float = 0.0,
         defaults: GenerationDefaults | None = None,
         directory: Path = DEMO_DIR,
+        startup: Startup | None = None,
     ) -> None:
         self.defaults = defaults or GenerationDefaults()
         self.directory = directory
@@ -70,6 +72,7 @@ class LLaMA:
         self.vocab_size = engine.runner.vocab_size
         self._callers = Callers(engine)
         self.load_s = load_s
+        self.startup = startup or Startup()
         self._grammars = Grammars(tokenizer)
 
     @classmethod
@@ -86,6 +89,7 @@ class LLaMA:
         seed: int = 1,
         allow_nan: bool = False,
         progress: bool = False,
+        startup: Startup | None = None,
     ) -> LLaMA:
         """Load a checkpoint and its tokenizer onto the device.
 
@@ -102,11 +106,13 @@ class LLaMA:
             seed: of the random weights.
             allow_nan: go on where a weight holds NaN or infinity.
             progress: bars on stderr while loading and compiling.
+            startup: the stopwatch of the process; None means a new one, which begins here.
 
         Raises:
             CheckpointError, TokenizerError, ConfigError: see errors.py; nothing is loaded then.
         """
-        began = time.perf_counter()
+        startup = startup or Startup()
+        startup.enter("load")
         log.info("Loading")
         if random_weights is not None and ckpt_dir is not None:
             raise ConfigError(
@@ -119,7 +125,10 @@ class LLaMA:
         source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
         tokenizer = tokenizer or load_tokenizer(tokenizer_path or find_tokenizer(directory))
         args = _matched(random_weights, source, tokenizer, config)
-        device = backend.init()
+        with startup.within("import"):
+            backend.prepare()
+        with startup.within("device"):
+            device = backend.init()
         dtype, activation_dtype = dtypes_for(
             config, on_cpu=backend.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
         )
@@ -137,22 +146,30 @@ class LLaMA:
             for loaded in checkpoint.place(model, named, dtype, device):
                 bar.update(loaded)
         backend.wait()
-        load_s = time.perf_counter() - began
+        startup.enter("load")  # goes on, until the first call compiles
+        load_s = startup.seconds["load"]
         log.info("Loaded in %.2f seconds", load_s)
         defaults = GenerationDefaults() if source is None else source.defaults
         engine = Engine(config, XlaRunner(model, config, device, progress))
-        return cls(engine, tokenizer, load_s, defaults, directory)
+        return cls(engine, tokenizer, load_s, defaults, directory, startup)
 
     def warm_up(self) -> float:
         """Compile every program that any prompt and parameter can need, and say how many seconds it took.
 
         Afterwards nothing compiles, whatever comes. Without it, each call compiles what it needs and lacks before its
         clock starts.
+
+        Raises:
+            InterruptedRunError: ``interrupt`` was called meanwhile.
         """
         began = time.perf_counter()
-        with self._callers.exclusive() as engine:
+        with self._callers.exclusive() as engine, self.startup.within("compile"):
             engine.runner.stop_compiling = False
-            engine.runner.compile()
+            try:
+                engine.runner.compile()
+            except InterruptedRunError:
+                self._callers.take_interrupt()
+                raise
         return time.perf_counter() - began
 
     def sampling(self, otherwise: SamplingParams | None = None, **given: Any) -> SamplingParams:
@@ -182,6 +199,7 @@ class LLaMA:
     def interrupt(self) -> None:
         """End the running call after its current step, or the next call where none runs; what was generated is kept.
 
+        A call that compiles ends after the current program, with InterruptedRunError: nothing has been generated.
         Safe from a signal handler or another thread.
         """
         self._callers.interrupt()
@@ -228,6 +246,7 @@ class LLaMA:
             PromptError: a prompt that does not fit; nothing is generated then.
             ConfigError: a control out of its range, or two that contradict each other; likewise.
             RecompileError: under ``fail_on_recompile``, when something was left to compile after warm-up.
+            InterruptedRunError: ``interrupt`` was called while programs were compiled.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         common = SamplingParams(max_gen_len, temperature, top_p, seed, **controls) if params is None else params
@@ -371,7 +390,11 @@ class LLaMA:
         call, totals, ranking = Call(sequences), Totals(), _Ranking()
         before = counters.compiled, counters.runs
         surprised, left = surprises(), len(sequences)
+        self.startup.enter("compile")
         for sequence, text, is_last in self._callers.run(call):
+            if sequence.first_token is not None:
+                submitted = min(s.submitted or sequence.first_token for s in sequences)
+                self.startup.first_token(submitted, sequence.first_token, counters.compiled)
             ranked = sequence.params.is_ranked
             if text and not ranked:
                 yield Piece(sequence.index, sequence.sample, text, None)

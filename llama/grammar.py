@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-
-import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from typing import TYPE_CHECKING
 
 from llama.errors import ConfigError
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from llguidance import LLTokenizer
 
 JSON_SPACE = r"( |\n {0,16})?"  # within JSON: any of it is allowed, and small models write it for ever
 
@@ -35,6 +37,8 @@ def compile_grammar(params: SamplingParams) -> str:
 
 @lru_cache(maxsize=64)
 def _compiled(json_schema: str | None, regex: str | None) -> str:
+    from llguidance import LLMatcher
+
     if json_schema is not None:
         name, grammar = "json_schema", _from_schema(json_schema)
     else:
@@ -46,6 +50,8 @@ def _compiled(json_schema: str | None, regex: str | None) -> str:
 
 
 def _from_schema(text: str) -> str:
+    from llguidance import LLMatcher
+
     try:
         schema = json.loads(text)
     except ValueError as error:
@@ -74,6 +80,8 @@ class Vocabulary:
     @cached_property
     def compiled(self) -> LLTokenizer:
         """llguidance's own form of it, a trie of all tokens."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
         return LLTokenizer(TokenizerWrapper(self), eos_token=list(self.stop_ids))
 
     def __call__(self, text: str | bytes) -> list[int]:
@@ -93,6 +101,8 @@ class Grammar:
     """
 
     def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
+        from llguidance import LLMatcher
+
         self._matcher = LLMatcher(vocabulary.compiled, grammar, log_level=0)
         self._check()
 
@@ -101,6 +111,8 @@ class Grammar:
 
         Stop tokens only where the grammar is satisfied; ids beyond the tokenizer never.
         """
+        import numpy as np
+
         words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
         found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
         words[: len(found)] = found[: len(words)]  # a word more than the tokenizer needs

@@ -93,7 +93,7 @@ class Timing:
     """Seconds and rates of one request.
 
     Attributes:
-        load_s: loading the weights and the tokenizer, once a model.
+        load_s: loading the weights and the tokenizer, once a model; without imports and the start of the device.
         compile_s: compiling the programs that its call needed and did not have; no other number includes it.
         queue_s: from submit to a free slot.
         ttft_s: from submit to its first token on the host.

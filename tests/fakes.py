@@ -18,7 +18,7 @@ from llama.engine.programs import Program, all_programs
 from llama.engine.runner import REPORT_WINDOW, News, Snapshot, new_tokens
 from llama.engine.scheduler import Window
 from llama.engine.sequence import Sequence
-from llama.errors import EngineError, RecompileError
+from llama.errors import EngineError, InterruptedRunError, RecompileError
 
 import numpy as np  # isort: skip
 
@@ -93,13 +93,15 @@ class FakeRunner:
             raise RecompileError(f"{len(missing)} programs would be compiled: {missing[0]}")
         for program in missing:
             if self.stop_compiling:
-                return
+                raise InterruptedRunError("interrupted while compiling")
             self.compiled.append(program)
         self.is_warm = True
 
     def _run(self, program: Program, *numbers: object) -> None:
         if not self.is_ready(program):
-            self.compile([*self.compiled, program])
+            if self.is_warm and self.config.fail_on_recompile:
+                raise RecompileError(f"1 programs would be compiled: {program}")
+            self.compiled.append(program)
         if self.fail_after is not None:
             self.fail_after -= 1
             if self.fail_after < 0:

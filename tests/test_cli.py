@@ -966,16 +966,14 @@ def test_ctrl_c_ends_the_row_and_those_behind_it(
     assert all(r["token_ids"] == [] and r["generation"] == "" for r in rest)
 
 
-@pytest.mark.parametrize("moment", ["Compiling", "Processing prompt pos [0, 8)", "Processing prompt pos [8, 9)"])
+@pytest.mark.parametrize("moment", ["Processing prompt pos [0, 8)", "Processing prompt pos [8, 9)"])
 def test_ctrl_c_before_the_first_token_is_a_result_too(
     generate_flags: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     moment: str,
 ) -> None:
-    """While programs are compiled and between two sections of a prompt there is no text yet; the result is empty and
-    says why.
-    """
+    """Between two sections of a prompt there is no text yet; the result is empty and says why."""
     stderr = CtrlCAt(moment)
     monkeypatch.setattr(sys, "stderr", stderr)
     code = exit_code(generate_flags("--prompt_len", "8", "--max_gen_len", "50", "--json"))
@@ -987,15 +985,17 @@ def test_ctrl_c_before_the_first_token_is_a_result_too(
     assert len(result["token_ids"]) == (1 if moment.endswith("[8, 9)") else 0)
 
 
-def test_ctrl_c_while_loading_ends_the_process(
+def test_ctrl_c_while_compiling_ends_the_command(
     generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before there is a model there is nothing to keep: one line and the exit code."""
-    stderr = CtrlCAt("Loading")
+    """After the current program, without a result: nothing has been generated."""
+    stderr = CtrlCAt("Compiling")
     monkeypatch.setattr(sys, "stderr", stderr)
-    assert exit_code(generate_flags("--prompt", "a")) == 130
+    before = signal.getsignal(signal.SIGINT)
+    assert exit_code(generate_flags("--prompt_len", "8", "--max_gen_len", "50", "--json")) == 130
     assert capsys.readouterr().out == ""
-    assert stderr.getvalue() == "Loading\nllama-xla: interrupted\n"
+    assert stderr.getvalue().endswith("llama-xla: interrupted while compiling\n")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_between_two_passes_is_not_lost(

@@ -19,7 +19,7 @@ from llama.engine.programs import Program
 from llama.engine.runner import REPORT_WINDOW, new_tokens
 from llama.engine.scheduler import MOST_PASSED_OVER, Scheduler
 from llama.engine.sequence import Sequence, Status
-from llama.errors import ConfigError, EngineError, QueueFullError, RecompileError
+from llama.errors import ConfigError, EngineError, InterruptedRunError, QueueFullError, RecompileError
 
 VOCAB = 320
 SMALL: dict[str, Any] = {"max_seq_len": 128, "buckets": (16, 4, 1), "key_buckets": (32, 64)}
@@ -597,6 +597,30 @@ def test_an_interrupt_before_a_call_ends_it_and_nothing_after_it(tokenizer_path:
     assert (first.finish_reason, first.token_ids, second.finish_reason) == ("interrupted", [], "length")
 
 
+@pytest.mark.parametrize("call", ["generate", "warm_up"])
+def test_an_interrupt_while_compiling_is_an_error_of_that_call_alone(
+    tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Nothing has been generated: no result. What was compiled is kept, and the next call runs."""
+    llm = fake_llm(tokenizer_path)
+    runner = runner_of(llm)
+    compiled: list[object] = []
+
+    class InterruptAtTheSecond(list[object]):
+        def append(self, program: object) -> None:
+            super().append(program)
+            if len(self) == 1:
+                llm.interrupt()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "compiled", InterruptAtTheSecond(compiled))
+        with pytest.raises(InterruptedRunError, match=r"^interrupted while compiling$"):
+            llm.warm_up() if call == "warm_up" else llm.generate(["x"], 5, 0.0)
+        assert len(runner.compiled) == 1
+    assert not llm.take_interrupt()
+    assert llm.generate(["x"], 5, 0.0)[0].finish_reason == "length"
+
+
 def test_best_of_with_more_samples_than_slots_can_be_interrupted(tokenizer_path: Path) -> None:
     """The bug: an AssertionError, or an interrupt that stayed set and ended the next call."""
     llm = fake_llm(tokenizer_path, max_batch_size=2, read_every=1)
@@ -616,7 +640,8 @@ def test_an_interrupted_warm_up_is_not_warm(tokenizer_path: Path) -> None:
     llm = fake_llm(tokenizer_path, fail_on_recompile=True)
     runner = runner_of(llm)
     runner.stop_compiling = True
-    runner.compile()
+    with pytest.raises(InterruptedRunError):
+        runner.compile()
     assert runner.compiled == []
     runner.stop_compiling = False
     assert llm.generate(["x"], 3, 0.0)[0].finish_reason == "length"

@@ -15,7 +15,7 @@ import llama
 ROOT = Path(llama.__file__).parent
 # Lower rooms know nothing of higher ones. Rooms on one line may know each other.
 LADDER = [
-    {"config", "errors", "sampling_params"},
+    {"config", "errors", "sampling_params", "startup"},
     {"xla"},
     {"compiled"},
     {"checkpoint", "tokenizer"},
@@ -31,6 +31,7 @@ HOLDS_NO_TENSORS = {
     "config",
     "errors",
     "sampling_params",
+    "startup",
     "grammar",
     "detokenizer",
     "tokenizer",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from fairscale.nn.model_parallel.utils import VocabUtility, divide_and_check_no_remainder
 
 from llama.checkpoint import names
 from llama.config import ModelArgs
@@ -12,6 +11,8 @@ from llama.errors import CheckpointError
 
 def piece(size: int, rank: int, parts: int) -> tuple[int, int]:
     """Return the offset and length of one rank's part of ``size``, which ``parts`` divides."""
+    from fairscale.nn.model_parallel.utils import VocabUtility, divide_and_check_no_remainder
+
     first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(
         divide_and_check_no_remainder(size, parts), rank, parts
     )

@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llama.chat import choose_format
 from llama.cli.flags import one_of, shown
-from llama.cli.loading import readable_tokenizer
-from llama.cli.output import interruptible, log_to_stderr, write
+from llama.cli.loading import announce_imports, readable_tokenizer
+from llama.cli.output import ending_at_once, interruptible, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
 from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
 from llama.errors import InterruptedRunError, PromptError, UserError
@@ -83,18 +82,22 @@ def chat(
         raise PromptError(
             "stdin: got nothing, expected a question; for a conversation run llama-xla chat at a terminal"
         )
+    from llama.chat import choose_format
+
     tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
     chosen = (
         choose_format(tokenizer, Path(ckpt_dir), chat_format)
         if tokenizer is not None and Path(ckpt_dir).is_dir()
         else None
     )
-    from llama.conversation import Conversation
-    from llama.generation import LLaMA
+    announce_imports()
+    with ending_at_once():
+        from llama.conversation import Conversation
+        from llama.generation import LLaMA
 
-    llm = LLaMA.build(
-        ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty()
-    )
+        llm = LLaMA.build(
+            ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty()
+        )
     params = llm.sampling(DEFAULTS, **given)
     assert chosen is not None  # a model without a tokenizer has been refused by now
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)
@@ -111,7 +114,7 @@ def chat(
 
 
 def _talk(llm: LLaMA, conversation: Conversation) -> None:
-    """Answer line after line until /exit or Ctrl-D; an error is shown and the conversation goes on."""
+    """Answer line after line until /exit or Ctrl-D; an error or an interrupt is shown and the conversation goes on."""
     write("/help lists the commands.\n")
     for line in _lines():
         try:
@@ -121,8 +124,10 @@ def _talk(llm: LLaMA, conversation: Conversation) -> None:
             elif line.strip():
                 with interruptible(llm):
                     _answer(conversation, line)
-        except UserError as error:
+        except (UserError, InterruptedRunError) as error:
             print(f"llama-xla: {shown(error, chat)}", file=sys.stderr)
+        except KeyboardInterrupt:  # it came when the answer had just ended
+            write("\n")
 
 
 def _lines() -> Iterator[str]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.flags import one_of
-from llama.cli.loading import readable_tokenizer
-from llama.cli.output import Printer, interruptible, log_to_stderr
+from llama.cli.loading import announce_imports, readable_tokenizer
+from llama.cli.output import Printer, ending_at_once, interruptible, log_to_stderr
 from llama.cli.sampling import checked, takes_controls
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, SCHEDULES, EngineConfig, ModelArgs
 from llama.errors import FlagError, InterruptedRunError, PromptError
-from llama.inputs import check_fit, encode_prompt
 from llama.sampling_params import SamplingParams
+from llama.startup import Startup, process_start
 
 if TYPE_CHECKING:
     from llama.generation import LLaMA
@@ -65,6 +65,7 @@ def generate(
     json: bool = False,
     quiet: bool = False,
     verbose: bool = False,
+    timings: bool = False,
     profile: str | None = None,
     dump_hlo: str | None = None,
 ) -> None:
@@ -115,11 +116,14 @@ def generate(
         logits: Write the raw logits to this directory, one .npy file per generation.
         quiet: Log nothing to stderr.
         verbose: Log the memory plan, too, and every program that is compiled.
+        timings: Split the seconds from process start to first token into import, device, load, compile and prefill:
+            a table in the log, or with --json the key startup.
         repeat: Timed passes over all prompts.
         profile: Write a trace of a few steps, run after the last pass, to this directory; TensorBoard and Perfetto
             open it.
         dump_hlo: Write the compiled programs to this directory, as XLA prints them, with a summary in summary.txt.
     """
+    startup = Startup(process_start())
     log_to_stderr(quiet, verbose)
     if repeat < 1:
         raise FlagError(f"--repeat: got {repeat}, expected at least 1")
@@ -152,11 +156,14 @@ def generate(
         prefill_budget=prefill_budget,
         schedule=one_of("schedule", schedule, SCHEDULES),
     )
-    tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
-    if tokenizer is not None:
-        for index, text in enumerate(texts):  # before the weights, whose loading can take minutes
-            ids = encode_prompt(tokenizer, index, text, tokenizer.n_words)
-            check_fit(index, len(ids), request.max_gen_len, config.max_seq_len)
+    from llama.inputs import check_fit, encode_prompt
+
+    with startup.within("load"):
+        tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
+        if tokenizer is not None:
+            for index, text in enumerate(texts):  # before the weights, whose loading can take minutes
+                ids = encode_prompt(tokenizer, index, text, tokenizer.n_words)
+                check_fit(index, len(ids), request.max_gen_len, config.max_seq_len)
     if dump_hlo is not None:
         from llama.xla import backend
 
@@ -164,22 +171,31 @@ def generate(
     for flag, name in (("profile", profile), ("hidden_states", hidden_states), ("logits", logits)):
         if name is not None:
             _made_directory(flag, name)
-    from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
+    announce_imports()
+    with ending_at_once():
+        from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
 
-    progress = not quiet and sys.stderr.isatty()
-    llm = LLaMA.build(
-        ckpt_dir,
-        tokenizer_path,
-        tokenizer=tokenizer,
-        config=config,
-        random_weights=random_args,
-        allow_nan=allow_nan,
-        progress=progress,
-    )
+        llm = LLaMA.build(
+            ckpt_dir,
+            tokenizer_path,
+            tokenizer=tokenizer,
+            config=config,
+            random_weights=random_args,
+            allow_nan=allow_nan,
+            progress=not quiet and sys.stderr.isatty(),
+            startup=startup,
+        )
     params = llm.sampling(**given)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
     prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size
-    printer = Printer([llm.prompt_text(p) for p in prompts], params.n, as_json=json, stream=stream, echo=echo)
+    printer = Printer(
+        [llm.prompt_text(p) for p in prompts],
+        params.n,
+        as_json=json,
+        stream=stream,
+        echo=echo,
+        startup=startup if timings else None,
+    )
     with interruptible(llm):
         for number in range(1, repeat + 1):
             if repeat > 1:
@@ -188,7 +204,9 @@ def generate(
             _save(results, hidden_states, logits)
             if params.is_constrained:
                 _warn_of_cuts(results, params.constraint_name)
-            _log_summary(results)
+            if timings and not json and number == 1:
+                log.info("Process start to first token:\n%s", "\n".join(startup.table()))
+            _log_summary(results, startup)
             if any(result.finish_reason == "interrupted" for result in results) or llm.take_interrupt():
                 raise InterruptedRunError("interrupted; what had been generated is printed")
     if profile is not None:
@@ -302,13 +320,15 @@ def _read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def _log_summary(results: Sequence[Generation]) -> None:
+def _log_summary(results: Sequence[Generation], startup: Startup) -> None:
     """Log the times and rates of a pass over all prompts."""
     first, totals = results[0], results[0].totals
     log.info(
-        "load %.2f s, compile %.2f s (%d programs), first token %.3f s, prefill %.3f s (%d tokens, %.1f tok/s), "
-        "decode %.3f s (%d tokens, %.1f tok/s), %d program runs",
-        first.timing.load_s,
+        "import %.2f s, device %.2f s, load %.2f s, compile %.2f s (%d programs), first token %.3f s, "
+        "prefill %.3f s (%d tokens, %.1f tok/s), decode %.3f s (%d tokens, %.1f tok/s), %d program runs",
+        startup.seconds["import"],
+        startup.seconds["device"],
+        startup.seconds["load"],
         first.timing.compile_s,
         first.programs.compiled,
         totals.ttft_s,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,9 +13,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from llama.errors import InterruptedRunError
+
 if TYPE_CHECKING:
     from llama.generation import LLaMA
     from llama.outputs import Generation, Piece
+    from llama.startup import Startup
 
 log = logging.getLogger("llama")
 
@@ -26,9 +31,19 @@ class Printer:
     Args:
         prompts: the prompts' texts, for ``echo``.
         samples: results per prompt.
+        startup: printed with each JSON result.
     """
 
-    def __init__(self, prompts: Sequence[str], samples: int, as_json: bool, stream: bool, echo: bool) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        samples: int,
+        as_json: bool,
+        stream: bool,
+        echo: bool,
+        startup: Startup | None = None,
+    ) -> None:
+        self._startup = startup
         self._prompts, self._as_json, self._stream, self._echo = prompts, as_json, stream, echo
         self._order = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
         self._begun: tuple[int, int] | None = None  # prompt and sample whose text has begun last
@@ -57,7 +72,8 @@ class Printer:
             if self._stream and piece.text:
                 write(json_line({"index": piece.index, "sample": piece.sample, "piece": piece.text}))
             if piece.result is not None:
-                write(json_line(piece.result.as_json()))
+                startup = {} if self._startup is None else {"startup": self._startup.as_json()}
+                write(json_line({**piece.result.as_json(), **startup}))
         elif self._stream or piece.result is not None:
             self._begin(piece)
             text = piece.text if self._stream or piece.result is None else piece.result.generation
@@ -105,15 +121,47 @@ def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
 
 
 @contextmanager
-def interruptible(llm: LLaMA) -> Iterator[None]:
-    """Let the first Ctrl-C end the generation after its current step, and the second one the process."""
+def ending_at_once() -> Iterator[None]:
+    """Within: Ctrl-C ends the process with one line and its exit code; there is nothing to keep yet.
+
+    A KeyboardInterrupt would not always do that: modules that are being imported may print it as ignored and go on.
+    """
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        llm.interrupt()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("llama-xla: interrupted", file=sys.stderr, flush=True)
+        os._exit(InterruptedRunError.exit_code)
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def interruptible(llm: LLaMA) -> Iterator[None]:
+    """Let the first Ctrl-C end the generation after its current step or compile, and the second one the process.
+
+    The second one ends it at once, by the signal, also within a compile: Python would run a handler only after it.
+    """
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        llm.interrupt()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    _only_once(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _only_once(number: signal.Signals) -> None:
+    """Have the system, not Python, reset a signal to its default action when it comes: SA_RESETHAND, by glibc's
+    sysv_signal.
+    """
+    install = getattr(ctypes.CDLL(None), "sysv_signal", None)
+    if install is not None:
+        install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        install(number, install(number, None))  # None is SIG_DFL; the inner call returns Python's own handler

@@ -16,6 +16,7 @@ from types import FrameType
 
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence, Update
+from llama.errors import InterruptedRunError
 
 
 @dataclass(eq=False)
@@ -90,14 +91,14 @@ class Callers:
 
         Raises:
             LLaMAError: what ended one of the sequences; the others of the call are cancelled.
+            InterruptedRunError: an interrupt came while the call's programs were compiled.
         """
         call.interrupted = self.take_interrupt()
         self._open.append(call)
         left = {s.id: s for s in call.sequences}
         try:
-            with self.exclusive() as engine:
-                engine.runner.stop_compiling = call.interrupted
-                call.compile_s = engine.prepare(call.sequences)
+            if not call.interrupted:
+                self._prepare(call)
             for sequence in call.sequences:
                 self._calls[sequence.id] = call
                 self.engine.submit(sequence)
@@ -117,6 +118,16 @@ class Callers:
                 self.engine.cancel(sequence)
             if call.interrupted and all(s.finish_reason != "interrupted" for s in call.sequences):
                 self._interrupted = True  # it came too late to end anything: it is the next call's
+
+    def _prepare(self, call: Call) -> None:
+        """Compile a call's programs."""
+        with self.exclusive() as engine:
+            engine.runner.stop_compiling = call.interrupted
+            try:
+                call.compile_s = engine.prepare(call.sequences)
+            except InterruptedRunError:
+                call.interrupted = False  # the error ends the call
+                raise
 
     def _next(self, call: Call) -> Update:
         """The next update of a call; runs rounds, or waits while another caller runs one."""

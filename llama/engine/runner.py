@@ -23,12 +23,15 @@ from llama.engine.chunks import Chunk
 from llama.engine.programs import KINDS, Program, all_programs
 from llama.engine.scheduler import Window
 from llama.engine.sequence import Sequence, TokenDetails, bits_of
-from llama.errors import EngineError, RecompileError, setting
+from llama.errors import EngineError, InterruptedRunError, RecompileError, setting
 from llama.xla import programs as compiling, transfers
 from llama.xla.counters import counters
 
 log = logging.getLogger("llama")
 
+# Seconds that compiling one program takes, before the first has been timed: one that runs the model, of any depth, and
+# one that only edits slots (docs/log.md, 2026-11-21).
+FIRST_GUESS_S = {True: 0.7, False: 0.05}
 REPORT_WINDOW = 32  # tokens a slot that a report holds: the most that may be generated between two reads
 
 
@@ -163,6 +166,7 @@ class XlaRunner:
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _chosen: list[Chosen] = field(default_factory=list)
     _warm: bool = False
+    _took: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
     def __post_init__(self) -> None:
         slots, vocab_size = self.config.max_batch_size, self.model.args.vocab_size
@@ -202,16 +206,28 @@ class XlaRunner:
         Raises:
             RecompileError: ``fail_on_recompile`` is set, a compilation has been completed before, and something is left
                 to compile.
+            InterruptedRunError: ``stop_compiling`` was set; what has been compiled is kept.
         """
         missing = [p for p in (all_programs(self.config) if wanted is None else wanted) if not self.is_ready(p)]
         if missing:
             self._refuse_recompile(missing)
-            log.info("Compiling %d programs", len(missing))
-            for program in tqdm(missing, "Compiling", unit="program", disable=not self.progress, leave=False):
-                if self.stop_compiling:
-                    return  # not warm: what is left is compiled when it is needed
-                self._compile(program)
+            seconds = self._announce(missing)
+            with tqdm(
+                missing, f"Compiling, about {seconds} s", unit="program", disable=not self.progress, leave=False
+            ) as bar:
+                for program in bar:
+                    if not self.stop_compiling:
+                        self._compile(program)
+                    if self.stop_compiling:  # not warm: what is left is compiled when it is needed
+                        raise InterruptedRunError("interrupted while compiling")
         self._warm = True
+
+    def _announce(self, missing: Sequences[Program]) -> int:
+        """Log how many programs are compiled now; return the seconds, if they take as long as others of their kind."""
+        mean = {kind: sum(found) / len(found) if found else FIRST_GUESS_S[kind] for kind, found in self._took.items()}
+        seconds = max(round(sum(mean[KINDS[program.kind].runs_model] for program in missing)), 1)
+        log.info("Compiling %d program%s, about %d s", len(missing), "" if len(missing) == 1 else "s", seconds)
+        return seconds
 
     def _refuse_recompile(self, missing: Sequences[Program]) -> None:
         if self._warm and self.config.fail_on_recompile:
@@ -232,6 +248,7 @@ class XlaRunner:
             edits=not KINDS[program.kind].runs_model,
         )
         self._covering.clear()
+        self._took[KINDS[program.kind].runs_model].append(counters.compile_s - before)
         log.debug("Compiled %s in %.2f seconds", program, counters.compile_s - before)
 
     def _example(self, name: str, program: Program) -> torch.Tensor:
@@ -291,7 +308,7 @@ class XlaRunner:
         ready = self._ready(program)
         if ready is None:
             self._refuse_recompile([program])
-            log.info("Compiling 1 programs")
+            self._announce([program])
             self._compile(program)
         arguments = [inputs[name] if name in inputs else self._tensor(name) for name in program.takes]
         outputs = dict(zip(program.returns, self._programs[ready or program](*arguments), strict=True))

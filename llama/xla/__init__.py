@@ -1,5 +1,6 @@
 """The rooms that know torch_xla; nothing else imports it.
 
+imports.py     torch_xla without the compilers that generation never calls
 backend.py     starting the device, XLA's and the allocator's settings, memory, profiling
 programs.py    compiling a function into a program
 transfers.py   tensors to and from the device

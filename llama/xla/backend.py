@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from llama.errors import ConfigError
+from llama.xla.imports import import_torch_xla
 
 # How XLA compiles for the CPU device; whoever sets XLA_FLAGS has the last word. Measured in docs/log.md, 2026-11-21.
 CPU_FLAGS = (
@@ -42,16 +44,19 @@ def init() -> torch.device:
 
     Sets ``PJRT_DEVICE=CPU`` when neither the variable nor a TPU is there, so that a laptop needs no set-up.
     """
+    device: torch.device = prepare().device()
+    return device
+
+
+def prepare() -> ModuleType:
+    """Import torch_xla after its environment variables and the allocator have been set; start no client yet."""
     if "PJRT_DEVICE" not in os.environ and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
         os.environ["PJRT_DEVICE"] = "CPU"
     if os.environ.get("PJRT_DEVICE") == "CPU":
         set_malloc(MALLOC_AT_START)
         if CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # a parent process may have set them
             os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
-    import torch_xla
-
-    device: torch.device = torch_xla.device()
-    return device
+    return import_torch_xla()
 
 
 def set_malloc(options: Mapping[str, int]) -> None:
