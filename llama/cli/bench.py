@@ -134,6 +134,8 @@ def bench(
         _refuse("warm_up", "compiles and runs nothing", given, "warm_up batch other_version n_layers")
         if n_layers and work.directory is not None:
             raise FlagError("--n_layers: a checkpoint has its own; leave it out, or name random weights by --shape")
+        if n_layers and min(n_layers) < 1:
+            raise ConfigError(f"n_layers: got {min(n_layers)}, expected at least 1")
         work = replace(work, gen_len=2, max_seq_len=_positions(work, max_seq_len, 3))
         works = [replace(work, batch=rows) for rows in batch or WARM_UP_SLOTS]
         _bench_warm_up(works, n_layers or [None], other_version, repetitions, output)
