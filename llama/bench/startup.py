@@ -15,13 +15,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +86,7 @@ class Ended:
 def run_process(command: Sequence[str], import_from: Path | None = None) -> Ended:
     """Run a process in an empty directory, and time its first byte of output.
 
-    The process and all of its children are killed if this call is interrupted.
+    The process is killed if this call is interrupted.
 
     Args:
         command: program and arguments; paths must be absolute.
@@ -107,7 +106,6 @@ def run_process(command: Sequence[str], import_from: Path | None = None) -> Ende
             stderr=log,
             cwd=empty,
             env=environment,
-            start_new_session=True,
         )
         assert process.stdout is not None
         try:
@@ -118,8 +116,7 @@ def run_process(command: Sequence[str], import_from: Path | None = None) -> Ende
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
             if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
             process.stdout.close()
         log.seek(0)
