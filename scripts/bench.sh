@@ -5,6 +5,7 @@
 #   scripts/bench.sh startup    process start to first token, and full warm-ups
 # Needs the extra: pip install -e '.[bench]' (llama.cpp is built from source). Nothing else should run on the machine meanwhile.
 # Start-up is compared with an older commit in a temporary worktree, where the repository has that commit.
+# It writes up to 9 GB of random weights to the temporary directory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 part=${1:-all}

@@ -370,6 +370,27 @@ def test_flags_that_do_not_go_together_are_refused(run: Run, flags: list[str], w
     refused_at_once(run("bench", "--shape", "110m", *flags) if "demo" not in flags else run("bench", *flags), *words)
 
 
+def test_results_are_written_between_their_marks(tmp_path: Path) -> None:
+    """scripts/bench_table.py fills the section of start-up, and keeps the table of speeds, which has no results."""
+    rows = measured()
+    result = {"measured": "startup", "rows": rows, "ratios": startup.ratios(rows)}
+    (tmp_path / "results.jsonl").write_text(json.dumps(result) + "\n")
+    text = (
+        "a\n<!-- bench: begin -->\nspeeds\n<!-- bench: end -->\n"
+        "<!-- startup: begin -->\nold\n<!-- startup: end -->\nz\n"
+    )
+    (tmp_path / "full.md").write_text(text)
+    names = ["results.jsonl", "full.md", "readme.md"]
+    outcome = finished(["scripts/bench_table.py", *(str(tmp_path / name) for name in names)])
+    assert outcome.code == 0, outcome.err
+    written = (tmp_path / "full.md").read_text()
+    assert written.startswith(text.partition("\nold")[0])
+    assert written.endswith("<!-- startup: end -->\nz\n")
+    assert "old" not in written
+    assert "| a24bb4a | demo | 20 | 0.50 | 0.43 | 1.00 |" in written
+    assert not (tmp_path / "readme.md").exists()
+
+
 @pytest.mark.slow
 def test_the_start_of_this_version(tmp_path: Path) -> None:
     """Real processes of the demo model: to a first token, and through a full warm-up of few programs."""

@@ -533,7 +533,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 COLOURS = {
     "other_s": "#bbbbbb",
-    "import_s": "#888888",
+    "import_s": "#8877bb",
     "device_s": "#44aa99",
     "load_s": "#4477aa",
     "compile_s": "#cc6677",
