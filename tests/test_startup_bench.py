@@ -392,14 +392,19 @@ def test_results_are_written_between_their_marks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_start_of_this_version(tmp_path: Path) -> None:
-    """Real processes of the demo model: to a first token, and through a full warm-up of few programs."""
+def test_the_start_of_this_version() -> None:
+    """Real processes of the demo model to a first token."""
     outcome = finished(["-m", "llama.cli", "bench", "--startup", "--shape", "demo", "-p", "9", "-r", "1"])
     assert outcome.code == 0, outcome.err
     (row,) = json.loads(outcome.out.splitlines()[-1])["rows"]
     assert row["programs"] >= 2
     assert 0 < row["prefill_s"] < row["first_s"]
     assert row["compile_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_warm_up_of_this_version() -> None:
+    """A real process through a full warm-up of few programs."""
     flags = ["--warm_up", "--shape", "tiny", "--batch", "1", "-r", "1", "--max_seq_len", "64", "--buckets", "8,1"]
     outcome = finished(["-m", "llama.cli", "bench", *flags])
     assert outcome.code == 0, outcome.err
