@@ -100,9 +100,10 @@ def speed_tables(runs: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return full, [*where, *compared]
 
 
-def start_tables(runs: list[dict[str, Any]]) -> list[str]:
-    """Process starts and full warm-ups, each with its ratios."""
-    lines = [f"{heading()} Medians."]
+def start_tables(runs: list[dict[str, Any]], picture: Path) -> list[str]:
+    """Process starts and full warm-ups, each with its ratios, after the picture if there is one."""
+    lines = [f"![Seconds from process start to first token, by phase]({picture.name})", ""] if picture.exists() else []
+    lines += [f"{heading()} Medians."]
     for kind, columns in (("startup", startup.COLUMNS), ("warm_up", startup.WARM_UP_COLUMNS)):
         found = [run for run in runs if run["measured"] == kind]
         rows = [row for run in found for row in run["rows"]]
@@ -121,7 +122,7 @@ def main(results: Path, full: Path, readme: Path) -> None:
         write(full, "bench", everything)
         write(readme, "bench", compared)
     if starts:
-        write(full, "startup", start_tables(starts))
+        write(full, "startup", start_tables(starts, full.with_name("startup.png")))
 
 
 if __name__ == "__main__":
