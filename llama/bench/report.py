@@ -92,20 +92,31 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def render(rows: Sequence[dict[str, Any]], compared: Sequence[dict[str, Any]], form: str) -> str:
-    """The rows in one of ``FORMATS``; points are left to the picture and to json."""
+    """The rows in one of ``FORMATS``, with the ratios and heads as lines after the markdown table."""
+    return written(
+        rows, form, COLUMNS, [*(_compared(each) for each in compared), *(_head(each) for each in heads(rows))]
+    )
+
+
+def written(rows: Sequence[dict[str, Any]], form: str, columns: dict[str, str], notes: Sequence[str]) -> str:
+    """Rows of any benchmark in one of ``FORMATS``; a csv leaves out lists.
+
+    Args:
+        columns: of the markdown table: name and heading.
+        notes: lines after it.
+    """
     if form == "json":
         return json.dumps(list(rows), indent=2) + "\n"
     if form == "jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows)
     if form == "csv":
         out = io.StringIO()
-        plain = [{name: value for name, value in row.items() if name != "points"} for row in rows]
+        plain = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
         writer = csv.DictWriter(out, list(dict.fromkeys(name for row in plain for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(plain)
         return out.getvalue()
-    notes = [*(_compared(each) for each in compared), *(_head(each) for each in heads(rows))]
-    return "\n".join([*table(rows, COLUMNS), *([""] if notes else []), *notes]) + "\n"
+    return "\n".join([*table(rows, columns), *([""] if notes else []), *notes]) + "\n"
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:
@@ -161,14 +172,8 @@ def plot(rows: Sequence[dict[str, Any]], ceiling: float, path: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError(f"{setting('plot')} needs matplotlib: pip install 'llama-xla[bench]'") from error
-    figure, (speed, cost) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    library = pyplot()
+    figure, (speed, cost) = library.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for row in (r for r in rows if len(r["points"]) > 2):
         label = f"{row['model']}, {row['dtype']}, batch {row['batch']}"
         steps = [
@@ -185,9 +190,34 @@ def plot(rows: Sequence[dict[str, Any]], ceiling: float, path: Path) -> None:
     speed.set(xlabel="position", ylabel="decoded tokens per second", ylim=(0, None))
     cost.set(xlabel="position", ylabel="milliseconds per step", ylim=(0, None))
     cost.legend(fontsize=8)
+    save(figure, path)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, without a display.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as library
+    except ImportError as error:
+        raise ConfigError(f"{setting('plot')} needs matplotlib: pip install 'llama-xla[bench]'") from error
+    return library
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to a file, and close it.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"plot: {path} cannot be written: {error}") from error
     finally:
-        pyplot.close(figure)
+        pyplot().close(figure)

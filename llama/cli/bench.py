@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.cli.flags import one_of
 from llama.cli.output import json_line, log_to_stderr, write
-from llama.config import BUCKET_POLICIES, EngineConfig
+from llama.config import BUCKET_POLICIES, DEMO_CONTEXT, DTYPES, EngineConfig
 from llama.errors import ConfigError, FlagError
 
 if TYPE_CHECKING:
+    from llama.bench import startup
     from llama.bench.workload import Workload
+
+PROMPT_LEN, GEN_LEN = 512, 128
+WARM_UP_SLOTS = (1, 8)
 
 
 def bench(
     *,
     shape: str = "110m",
     ckpt_dir: str | None = None,
-    prompt_len: int = 512,
-    gen_len: int = 128,
+    prompt_len: list[int] | None = None,
+    gen_len: int | None = None,
     repetitions: int = 5,
     batch: list[int] | None = None,
     dtype: str = "float32",
@@ -33,22 +39,29 @@ def bench(
     slots: int | None = None,
     prefill_budget: int = EngineConfig.prefill_budget,
     compare: list[str] | None = None,
+    startup: bool = False,
+    warm_up: bool = False,
+    other_version: str | None = None,
+    n_layers: list[int] | None = None,
+    keep: str | None = None,
     output: str = "md",
     plot: str | None = None,
 ) -> None:
     """Measure prefill and decode speed, alone or beside another program. Warm-up is not counted.
 
     llama-xla bench --shape 110m -p 512 -n 64 -r 5 --compare hf
+    llama-xla bench --shape 110m -p 512,1501 -r 5 --startup --compare llama.cpp
 
     Workload:
         shape: demo, tiny, 110m, 1.1b or 7b: the demo model, or random weights of that size.
         ckpt_dir: A checkpoint instead of random weights.
-        prompt_len: Prompt tokens; also -p.
-        gen_len: Generated tokens; also -n.
+        prompt_len: Prompt tokens, BOS included; also -p. --startup takes several, such as 512,1501. Default: 512.
+        gen_len: Generated tokens; also -n. Default: 128.
         repetitions: Runs that are counted; also -r.
         batch: Rows that run together; 1,8 measures both. Default: 1.
         dtype: How weights are stored: float32, bfloat16 or int8.
-        max_seq_len: Positions of the cache. Default: as many as the workload needs.
+        max_seq_len: Positions of the cache. Default: as many as the workload needs; with --startup and --warm_up 2048,
+            or 512 for the demo model, or as many as the longest prompt needs.
         buckets: Chunk lengths. Default: the engine's.
         bucket_policy: greedy, or pad.
         vocab_size: Tokens of the random model's vocabulary. Default: the shape's own.
@@ -59,12 +72,22 @@ def bench(
         prefill_budget: With --mixed: prompt tokens that may run before the running requests get their next token.
         compare: Run hf (transformers) or llama.cpp on the same weights, alternating with llama-xla.
 
+    Start-up:
+        startup: Instead of the workload above: seconds from process start to first token, in phases. Each run is a
+            fresh process that maps a checkpoint; random weights are written to one first.
+        warm_up: Instead of the workload above: wall and CPU seconds of a full warm-up with --batch slots, 1,8 by
+            default, in fresh processes.
+        other_version: Measure this checkout of the project, too, alternating; a directory.
+        n_layers: With --warm_up: layers of the random model; 12,32 measures both. Default: the shape's own.
+        keep: With --startup: write the checkpoint to this directory and keep it for the next time. Default: a temporary
+            one.
+
     Output:
         output: md, csv, json or jsonl; also -o. The last line is always one JSON object.
-        plot: Write a PNG of tokens per second and time per step over the position to this file.
+        plot: Write a PNG of tokens per second and time per step over the position to this file; with --startup of
+            the phases.
     """
-    from llama.bench import child, report
-    from llama.bench.ceiling import read_ceiling
+    from llama.bench import report
     from llama.bench.workload import HEADS, RUNNERS, Workload
 
     log_to_stderr(quiet=True)
@@ -75,45 +98,91 @@ def bench(
         raise ConfigError(f"repetitions: got {repetitions}, expected at least 1")
     if plot is not None and not Path(plot).absolute().parent.is_dir():
         raise ConfigError(f"--plot: no such directory: {Path(plot).absolute().parent}")
-    if mixed is not None:
-        others = {"compare": compare, "heads": heads, "plot": plot, "slots": slots, "batch": (batch or [8])[1:]}
-        unused = next((name for name, value in others.items() if value), None)
-        if unused is not None:
-            raise FlagError(f"--mixed measures this program alone, with one number of slots: leave --{unused} out")
-        _bench_mixed(
-            Workload(
-                shape,
-                ckpt_dir,
-                prompt_len=1,
-                gen_len=2,
-                batch=(batch or [8])[0],
-                dtype=dtype,
-                max_seq_len=max_seq_len,
-                buckets=tuple(buckets) if buckets else None,
-                vocab_size=vocab_size,
-            ),
-            mixed,
-            repetitions,
-            {"prefill_budget": prefill_budget, "bucket_policy": policy},
+    work = Workload(
+        shape,
+        ckpt_dir,
+        prompt_len=1,
+        dtype=one_of("dtype", dtype, DTYPES[1:]),
+        buckets=tuple(buckets) if buckets else None,
+        bucket_policy=policy,
+        vocab_size=vocab_size,
+    )
+    given = {
+        "warm_up": warm_up,
+        "prompt_len": prompt_len,
+        "gen_len": gen_len,
+        "batch": batch,
+        "heads": heads,
+        "mixed": mixed,
+        "slots": slots,
+        "prefill_budget": prefill_budget != EngineConfig.prefill_budget,
+        "compare": compare,
+        "other_version": other_version,
+        "n_layers": n_layers,
+        "keep": keep,
+        "plot": plot,
+    }
+    if startup:
+        _refuse("startup", "measures one token of one request", given, "prompt_len compare other_version keep plot")
+        lengths = prompt_len or [PROMPT_LEN]
+        if min(lengths) < 2:
+            raise ConfigError(f"prompt_len: got {min(lengths)}, expected at least 2: BOS and one token after it")
+        work = replace(work, gen_len=2, max_seq_len=_positions(work, max_seq_len, max(lengths) + 2))
+        works = [replace(work, prompt_len=length) for length in lengths]
+        _bench_startup(works, runners[1:], other_version, repetitions, keep, output, plot)
+    elif warm_up:
+        _refuse("warm_up", "compiles and runs nothing", given, "warm_up batch other_version n_layers")
+        if n_layers and work.directory is not None:
+            raise FlagError("--n_layers: a checkpoint has its own; leave it out, or name random weights by --shape")
+        if n_layers and min(n_layers) < 1:
+            raise ConfigError(f"n_layers: got {min(n_layers)}, expected at least 1")
+        work = replace(work, gen_len=2, max_seq_len=_positions(work, max_seq_len, 3))
+        works = [replace(work, batch=rows) for rows in batch or WARM_UP_SLOTS]
+        _bench_warm_up(works, n_layers or [None], other_version, repetitions, output)
+    elif mixed is not None:
+        _refuse("mixed", "measures this program alone", given, "mixed batch prefill_budget")
+        if len(batch or ()) > 1:
+            raise FlagError("--mixed takes one number of slots: got several in --batch, expected one")
+        work = replace(work, gen_len=2, batch=(batch or [8])[0], max_seq_len=max_seq_len)
+        _bench_mixed(work, mixed, repetitions, {"prefill_budget": prefill_budget, "bucket_policy": policy})
+    else:
+        misplaced = next((name for name in ("other_version", "n_layers", "keep") if given[name]), None)
+        if misplaced is not None:
+            raise FlagError(f"--{misplaced}: got it without --startup and --warm_up, expected one of them beside it")
+        if len(prompt_len or ()) > 1:
+            raise FlagError("--prompt_len: got several lengths, expected one; --startup takes several")
+        work = replace(
+            work,
+            prompt_len=(prompt_len or [PROMPT_LEN])[0],
+            gen_len=GEN_LEN if gen_len is None else gen_len,
+            max_seq_len=max_seq_len,
+            heads=tuple(one_of("heads", head, HEADS) for head in heads or ()),
+            slots=slots,
         )
-        return
-    works = [
-        Workload(
-            shape,
-            ckpt_dir,
-            prompt_len,
-            gen_len,
-            rows,
-            dtype,
-            max_seq_len,
-            tuple(buckets) if buckets else None,
-            policy,
-            vocab_size,
-            tuple(one_of("heads", head, HEADS) for head in heads or ()),
-            slots,
-        )
-        for rows in batch or (1,)
-    ]
+        _bench_speed([replace(work, batch=rows) for rows in batch or (1,)], runners, repetitions, output, plot)
+
+
+def _refuse(mode: str, reason: str, given: Mapping[str, object], used: str) -> None:
+    """Refuse the first given flag that a mode does not use; ``used`` lists those that it does."""
+    unused = next((name for name, value in given.items() if value and name not in used.split()), None)
+    if unused is not None:
+        raise FlagError(f"--{mode} {reason}: got --{unused}, too; leave one of them out")
+
+
+def _positions(work: Workload, max_seq_len: int | None, least: int) -> int:
+    """The cache's length: what the flag says, else generate's default, or ``least`` if that is more."""
+    if max_seq_len is not None:
+        return max_seq_len
+    is_demo = work.ckpt_dir is None and work.directory is not None
+    return max(least, DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len)
+
+
+def _bench_speed(
+    works: Sequence[Workload], runners: Sequence[str], repetitions: int, output: str, plot: str | None
+) -> None:
+    from llama.bench import child, report
+    from llama.bench.ceiling import read_ceiling
+
     rows, ceiling = [], 0.0
     for work in works:
         children: list[child.Child] = []
@@ -136,6 +205,61 @@ def bench(
         report.plot([row for row in rows if row["runner"] == "ours"], ceiling, Path(plot))
     brief = [{name: value for name, value in row.items() if name != "points"} for row in rows]
     write(json_line({"rows": brief, "ratios": compared, "read_ceiling_gb_s": ceiling / 1e9}))
+
+
+def _bench_startup(
+    works: Sequence[Workload],
+    compare: Sequence[str],
+    other_version: str | None,
+    repetitions: int,
+    keep: str | None,
+    output: str,
+    plot: str | None,
+) -> None:
+    from llama.bench import report, startup
+
+    if set(compare) - {"llama.cpp"}:
+        raise FlagError(f"--startup: got --compare {' and '.join(compare)}, expected llama.cpp or none")
+    if keep is not None and not Path(keep).is_dir():
+        raise FlagError(f"--keep: got {keep}, expected a directory that exists; make it first")
+    programs: list[startup.Startable] = list(_versions(other_version))
+    with startup.place_for_files(None if keep is None else Path(keep)) as place:
+        directory = startup.write_checkpoint(works[0], place)
+        if compare:
+            programs.append(startup.LlamaCpp(startup.write_llama_cpp_file(works[0], directory, place)))
+        rows = startup.measure(works, directory, programs, repetitions, _say)
+    compared = startup.ratios(rows)
+    write(report.written(rows, output, startup.COLUMNS, startup.notes(compared)))
+    if plot is not None:
+        startup.plot(rows, Path(plot))
+    write(json_line({"measured": "startup", "rows": rows, "ratios": compared}))
+
+
+def _bench_warm_up(
+    works: Sequence[Workload],
+    depths: Sequence[int | None],
+    other_version: str | None,
+    repetitions: int,
+    output: str,
+) -> None:
+    from llama.bench import report, startup
+
+    pairs = [(work, depth) for depth in depths for work in works]
+    rows = startup.measure_warm_up(pairs, _versions(other_version), repetitions, _say)
+    compared = startup.ratios(rows)
+    write(report.written(rows, output, startup.WARM_UP_COLUMNS, startup.notes(compared)))
+    write(json_line({"measured": "warm_up", "rows": rows, "ratios": compared}))
+
+
+def _versions(other_version: str | None) -> list[startup.Version]:
+    """This version, and another one if there is one."""
+    from llama.bench.startup import Version
+
+    return [Version(), *([] if other_version is None else [Version(Path(other_version))])]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _bench_mixed(work: Workload, count: int, repetitions: int, settings: dict[str, object]) -> None:
