@@ -166,7 +166,7 @@ def test_kernels_times_every_lowering_and_marks_the_picked(
     outcome = run("kernels", "--shape", "tiny", "--rows", "1,4", "--save", str(tmp_path / "table.md"))
     assert outcome.code == 0, outcome.err
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines()[2:]]
-    assert {(line[0], line[1], line[2]) for line in lines if line[6] == "yes" and "attention" not in line[2]} == {
+    assert {(line[0], line[1], line[2]) for line in lines if line[6] == "yes" and ":" not in line[2]} == {
         (dtype, rows, lowering)
         for dtype, few in (("float32", "loop"), ("bfloat16", "row_by_row"), ("int8", "row_by_row"))
         for rows, lowering in (("1", "one_row"), ("4", few))
@@ -174,6 +174,8 @@ def test_kernels_times_every_lowering_and_marks_the_picked(
     assert {line[2] for line in lines if line[2].startswith("attention")} == {
         f"attention: {name}" for name in kernels.ATTENTION
     }
+    layers = {(line[2], line[6]) for line in lines if line[2].startswith("layers")}
+    assert layers == {("layers: loop", "yes"), ("layers: unrolled", ""), ("layers: layer program", "")}
     assert (tmp_path / "table.md").read_text() == outcome.out
 
 

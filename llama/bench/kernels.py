@@ -1,4 +1,4 @@
-"""The kernel table: every lowering of a linear layer and of attention, timed on the shapes of a model.
+"""The kernel table: every lowering of a linear layer, of attention and of the layers, timed on the shapes of a model.
 
 A chain of layers that depend on each other, as in a model, so that neither XLA nor the caches can take a short cut:
 their weights together are larger than the caches.
@@ -9,12 +9,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from llama import checkpoint
 from llama.checkpoint.quantize import quantize
-from llama.config import ModelArgs
+from llama.compiled import cache
+from llama.compiled.cache import CacheView
+from llama.compiled.model import Transformer, block_with
+from llama.config import EngineConfig, ModelArgs
 from llama.xla import backend, linear, programs, transfers
 
 CHAIN_BYTES = 160 * 2**20
@@ -22,6 +27,7 @@ MOST_LAYERS = 24  # each is a few kernels to compile
 RUNS = 7
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 KEYS = 512
+FEW_LAYERS = 6  # of a model that is timed as a whole
 MOST_SUMS = 8  # rows: it holds rows x keys x head columns
 TOO_SLOW = {"plain": 16, "row_by_row": 128, "one_row": 1, "loop": 16}  # up to how many rows a lowering is tried
 
@@ -152,6 +158,99 @@ def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]
                 }
             )
     return found
+
+
+def layers_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Every way to run the layers x rows of a chunk x dtype; lines as ``linear_table``'s, a layer each.
+
+    A **layer program** is compiled for one layer and run once for each by the host, with that layer's weights.
+    """
+    device, found = backend.init(), []
+    shape = replace(args, n_layers=min(args.n_layers, FEW_LAYERS))
+    for dtype_name, dtype in DTYPES.items():
+        with torch.device("meta"):
+            model = Transformer(shape, 2 * KEYS)
+        for _ in checkpoint.place(model, checkpoint.random_tensors(model, 1), dtype, device):
+            pass
+        size = sum(parameter.nbytes for parameter in model.layers.parameters())
+        numbers = sum(parameter.numel() for parameter in model.layers.parameters())
+        for count in rows:
+            if count > KEYS:
+                continue
+            for name, way in {"loop": _loop, "unrolled": _loop, "layer program": _layer_program}.items():
+                model.layers_as = name
+                seconds = way(model, count, device) / shape.n_layers
+                found.append(
+                    {
+                        "lowering": f"layers: {name}",
+                        "rows": count,
+                        "dtype": dtype_name,
+                        "ms": 1e3 * seconds,
+                        "gb_s": size / shape.n_layers / seconds / 1e9,
+                        "gflop_s": 2 * numbers / shape.n_layers * count / seconds / 1e9,
+                        "picked": linear.choose_layers(device) == name,
+                    }
+                )
+        del model
+    return found
+
+
+def _inputs(model: Transformer, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Slot, start, keys, positions and an empty cache for a chunk of so many rows at the end of KEYS positions."""
+    config = EngineConfig(max_seq_len=2 * KEYS)
+    start = KEYS - count
+    numbers = ([0], [start], [KEYS], [list(range(start, KEYS))])
+    uploaded = (transfers.upload(torch.tensor(each, dtype=torch.int32), device) for each in numbers)
+    return (*uploaded, cache.allocate(model.args, config, model.activation_dtype, device))
+
+
+def _loop(model: Transformer, count: int, device: torch.device) -> float:
+    """Seconds of all layers in one program, in a loop or unrolled as the model says."""
+    slot, start, keys, positions, kv_cache = _inputs(model, count, device)
+    ids = transfers.upload(torch.zeros(1, count, dtype=torch.int32), device)
+
+    def run(kv_cache: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        slot, start, keys, positions = given
+        view = CacheView(kv_cache, slot, start, keys, (KEYS,))
+        stream = model(ids, positions, view)
+        return view.kv_cache, stream
+
+    program = programs.compile_program("layers", run, (kv_cache, slot, start, keys, positions), donated=(0,))
+    held = [kv_cache]
+
+    def once() -> list[torch.Tensor]:
+        held[0], stream = program(held[0], slot, start, keys, positions)
+        return [stream]
+
+    return measure(once, ())
+
+
+def _layer_program(model: Transformer, count: int, device: torch.device) -> float:
+    """Seconds of all layers, each a run of one program."""
+    slot, start, keys, positions, kv_cache = _inputs(model, count, device)
+    stream = transfers.upload(torch.zeros(1, count, model.args.dim), device)
+    rotary = transfers.upload(torch.zeros(1, count, model.args.head_dim), device)
+    names = [name for name, _ in model.layers[0].named_parameters()]
+    weights = [[layer.get_parameter(name) for name in names] for layer in model.layers]
+    numbers = [transfers.upload(torch.tensor([n], dtype=torch.int32), device) for n in range(len(weights))]
+
+    def run(kv_cache: torch.Tensor, stream: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        slot, start, keys, positions, rotary, number, *own = given
+        view = CacheView(kv_cache, slot, start, keys, (KEYS,))
+        block = block_with(model.args, number.sum().int(), dict(zip(names, own, strict=True)))
+        return view.kv_cache, block(stream, positions, rotary, view)
+
+    common = (slot, start, keys, positions, rotary)
+    program = programs.compile_program("layer", run, (kv_cache, stream, *common, numbers[0], *weights[0]), donated=(0,))
+    held = [kv_cache]
+
+    def once() -> list[torch.Tensor]:
+        passed = stream
+        for number, own in zip(numbers, weights, strict=True):
+            held[0], passed = program(held[0], passed, *common, number, *own)
+        return [passed]
+
+    return measure(once, ())
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

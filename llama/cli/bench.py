@@ -276,12 +276,12 @@ bench.short = {"p": "prompt_len", "n": "gen_len", "r": "repetitions", "o": "outp
 
 
 def kernels(*, shape: str = "110m", rows: list[int] | None = None, save: str | None = None, json: bool = False) -> None:
-    """Time every lowering of a linear layer and of attention, and show which one the engine picks.
+    """Time every lowering of a linear layer, of attention and of the layers, and show which one the engine picks.
 
     llama-xla kernels --shape 110m --rows 1,8,64,512
 
     Flags:
-        shape: tiny, 110m, 1.1b or 7b: its feed-forward layer, and its attention to 512 keys.
+        shape: tiny, 110m, 1.1b or 7b: its feed-forward layer, its attention to 512 keys, and six of its layers.
         rows: Rows that go through the layer at once. Default: 1,8,64,512.
         save: Write the table to this file, too.
         json: Print one JSON object per line and lowering.
@@ -292,7 +292,8 @@ def kernels(*, shape: str = "110m", rows: list[int] | None = None, save: str | N
     log_to_stderr(quiet=True)
     args = SHAPES[one_of("shape", shape, tuple(SHAPES))]
     counts = rows or (1, 8, 64, 512)
-    found = timing.linear_table(args, counts) + timing.attention_table(args, counts)
+    tables = (timing.linear_table, timing.attention_table, timing.layers_table)
+    found = [line for table in tables for line in table(args, counts)]
     text = "".join(json_line(each) for each in found) if json else timing.table(found)
     write(text)
     if save is not None:

@@ -14,6 +14,7 @@ rotary embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary sca
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from llama.config import ModelArgs, RopeScaling
 from llama.xla import transfers
 from llama.xla.control_flow import Tensors, repeat
 from llama.xla.linear import attention_scores, choose_layers, linear
-from llama.xla.stacks import StackedWeight
+from llama.xla.stacks import LayerWeight, StackedWeight
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
@@ -196,6 +197,20 @@ class TransformerBlock(nn.Module):
         return out
 
 
+def block_with(
+    args: ModelArgs, layer: int | torch.Tensor, weights: Mapping[str, torch.Tensor | LayerWeight]
+) -> TransformerBlock:
+    """A block that computes with these weights, by their names in a layer; where they come from is the caller's."""
+    with torch.device("meta"):
+        block = TransformerBlock(layer, args)
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        owner = block.get_submodule(path)
+        delattr(owner, leaf)
+        setattr(owner, leaf, weight)
+    return block
+
+
 class Transformer(nn.Module):
     """The model without its cache: ``forward`` yields the residual stream, ``head`` the logits of the positions that
     are wanted.
@@ -264,14 +279,11 @@ class Transformer(nn.Module):
 
     def _block_at(self, layer: torch.Tensor) -> TransformerBlock:
         """The block of the layer that the loop is at."""
-        with torch.device("meta"):
-            block = TransformerBlock(layer, self.args)
+        weights: dict[str, torch.Tensor | LayerWeight] = {}
         for name, stack in self.stacks.items():
-            path, _, leaf = name.rpartition(".")
-            owner, weight = block.get_submodule(path), stack.at(layer)
-            delattr(owner, leaf)
-            setattr(owner, leaf, weight if isinstance(owner, Linear) and leaf == "weight" else weight.taken())
-        return block
+            weight = stack.at(layer)
+            weights[name] = weight if len(weight.shape) > 1 else weight.taken()
+        return block_with(self.args, layer, weights)
 
     def stack_layers(self) -> None:
         """Make the stacks, after the weights have come to the CPU device; they copy nothing but norms and scales.

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+RUN = re.compile(r"branch_computations=\{([^}]*)\}|(?:body|true_computation|false_computation)=%?([\w.-]+)")
+CALL = re.compile(r" call\(.*to_apply=%?([\w.-]+)")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 SHOWN = 8
 
@@ -23,8 +26,8 @@ class ProgramSummary:
 
     Attributes:
         name: of its file.
-        operations: how many of each kind its entry computation runs.
-        copies: bytes that copy operations of the entry write.
+        operations: how many of each kind its computations have: the entry, loops' bodies and branches, each once.
+        copies: bytes that their copy operations write.
         aliases: outputs that take over an input's memory.
         largest: bytes written by kind of operation, the most first.
         scratch: bytes that a run needs beside its inputs and outputs; 0 where XLA wrote no report of it.
@@ -42,10 +45,9 @@ def summarise(path: Path) -> ProgramSummary:
     """Read one ``*after_optimizations.txt``."""
     text = path.read_text(encoding="utf-8")
     header, _, _ = text.partition("\n")
-    entry = text[text.index("\nENTRY ") :]
     operations: Counter[str] = Counter()
     written: Counter[str] = Counter()
-    for line in entry.splitlines():
+    for line in run_lines(text):
         found = OPERATION.match(line)
         if found is None or found[3] in ("parameter", "constant", "bitcast", "get-tuple-element", "tuple"):
             continue
@@ -59,6 +61,32 @@ def summarise(path: Path) -> ProgramSummary:
     return ProgramSummary(
         path.name, operations, written["copy"], aliases, written.most_common(SHOWN), scratch_bytes(path)
     )
+
+
+def run_lines(text: str) -> Iterator[str]:
+    """The lines of the entry computation and of those that it runs: bodies, branches and calls, not the insides of
+    fusions.
+    """
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        header = COMPUTATION.match(line)
+        if header is not None:
+            lines = computations.setdefault("ENTRY" if header[1] else header[2], [])
+        lines.append(line)
+    waiting, seen = ["ENTRY"], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in computations:
+            continue
+        seen.add(name)
+        for line in computations[name]:
+            yield line
+            for found in RUN.finditer(line):
+                waiting += [each.strip(" %") for each in (found[1] or found[2]).split(",")]
+            called = CALL.search(line)
+            if called is not None:
+                waiting.append(called[1])
 
 
 def scratch_bytes(path: Path) -> int:
