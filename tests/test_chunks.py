@@ -70,16 +70,20 @@ def test_a_full_warm_up_holds_what_every_prompt_needs(buckets: tuple[int, ...], 
     settings = config(
         1100, buckets=buckets, bucket_policy=policy, key_buckets=(128, 512), max_batch_size=4, batch_invariant=invariant
     )
-    every = set(all_programs(settings))
+    every = all_programs(settings)
+
+    def covered(programs: list[Program]) -> bool:
+        return all(any(one.covers(program) for one in every) for program in programs)
+
     for prompt_len in (*range(1, 140), *range(500, 600), *range(1000, 1100)):
         for params in (SamplingParams(1), SamplingParams(min(40, 1100 - prompt_len), logprobs=1, prompt_logprobs=True)):
             sequence = Sequence((1,) * prompt_len, params)
             for cached in {0, prompt_len // 3, prompt_len - 1}:
-                assert set(programs_for([sequence], settings, [cached])) <= every
+                assert covered(programs_for([sequence], settings, [cached]))
     leader = Sequence((1,) * 600, SamplingParams(40, regex="a*"))
     sequences = [leader, Sequence((1,) * 600, leader.params, leader=leader), Sequence((1,), leader.params, reuse=True)]
     assert Program("copy", key_len=1100) in programs_for(sequences, settings)
-    assert set(programs_for(sequences, settings)) <= every
+    assert covered(programs_for(sequences, settings))
 
 
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
@@ -128,3 +132,23 @@ def test_planning_needs_no_torch() -> None:
     """The plan command answers at once, on a machine without a device."""
     code = "import sys, llama.engine.chunks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_program_covers() -> None:
+    """One that reads more keys does for less; another length, width or kind does not, nor does a longer copy."""
+    decode = Program("decode", rows=2, key_len=64)
+    assert decode.covers(decode)
+    assert decode.covers(Program("decode", rows=2, key_len=32))
+    assert not decode.covers(Program("decode", rows=2, key_len=65))
+    assert not decode.covers(Program("decode", rows=1, key_len=32))
+    assert not decode.covers(Program("chunk", rows=2, key_len=64))
+    assert not Program("copy", key_len=64).covers(Program("copy", key_len=32))
+
+
+def test_a_call_asks_for_the_largest_program_only() -> None:
+    """Prompts of several key buckets share a program of each length and width."""
+    settings = config(2048, max_batch_size=2)
+    sequences = [Sequence((1,) * length, SamplingParams(40)) for length in (513, 1601)]
+    found = programs_for(sequences, settings)
+    assert [p for p in found if p.kind == "chunk" and p.length == 512] == [Program("chunk", length=512, key_len=2048)]
+    assert [p for p in found if p.kind == "decode"] == [Program("decode", rows=2, key_len=2048)]

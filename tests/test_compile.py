@@ -36,8 +36,8 @@ llm.engine.runner.compile([{program}])
 CACHE = "f32[6,2,2,103,16]"  # 2 x 3 layers, 2 slots, 2 key heads, 96 positions and 7 for padding, heads of 16
 
 
-DECODE = 'Program("decode", rows=2, key_len=32)'
-WRITERS = [DECODE, 'Program("decode", rows=1, key_len=32)', 'Program("chunk", length=8, key_len=32)']
+DECODE = 'Program("decode", rows=2, key_len=96)'
+WRITERS = [DECODE, 'Program("decode", rows=1, key_len=96)', 'Program("chunk", length=8, key_len=96)']
 WRITERS.append('Program("copy", key_len=32)')
 
 
@@ -117,7 +117,7 @@ def test_fail_on_recompile_names_the_shape(make_llm: LLMFactory) -> None:
     llm = make_llm(seed=77, fail_on_recompile=True)
     llm.generate([[1] * 5], max_gen_len=4, temperature=0)
     llm.generate([[1] * 6], max_gen_len=4, temperature=0)
-    with pytest.raises(RecompileError, match=r"chunk, chunk length 64, key bucket 128") as error:
+    with pytest.raises(RecompileError, match=r"chunk, chunk length 64, keys up to 128") as error:
         llm.generate([[1] * 70], max_gen_len=4, temperature=0)
     assert error.value.exit_code == 3
     assert llm.generate([[1] * 5], max_gen_len=4, temperature=0)[0].programs.compiled == 0

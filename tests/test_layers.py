@@ -219,15 +219,14 @@ def test_repeat_counts_and_carries() -> None:
     assert same.tolist() == [3, 4]
 
 
-@pytest.mark.parametrize("kind", ["onednn", "eigen"])
-def test_a_library_multiplies_with_the_layers_own_weight(kind: Any) -> None:
+def test_onednn_multiplies_with_the_layers_own_weight() -> None:
     """The product by a branch for each layer is that of the layer that is asked for."""
     host = [torch.randn(24, 16, generator=torch.Generator().manual_seed(n)) for n in range(4)]
     stack = stacks.StackedWeight.spanning([transfers.adopt(each, on("xla")) for each in host])
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(9))
 
     def fn(x: torch.Tensor, layer: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (linear._layer_product(x, stack.at(layer.sum().int()), kind),)
+        return (linear._layer_onednn(x, stack.at(layer.sum().int())),)
 
     given = [transfers.upload(x, on("xla")), transfers.upload(torch.tensor([0], dtype=torch.int32), on("xla"))]
     program = programs.compile_program("products", fn, given)

@@ -174,7 +174,8 @@ def device_logits(
 
     def run(ids: torch.Tensor, starts: torch.Tensor, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         positions = starts.unsqueeze(-1) + torch.arange(ids.shape[1], dtype=torch.int32, device=device)
-        view = CacheView(stacked, starts[:1] * 0, starts, CONFIG.max_seq_len)
+        keys = starts.amax(dim=0, keepdim=True) + ids.shape[1]  # the first branch at the first chunks, then the last
+        view = CacheView(stacked, starts[:1] * 0, starts, keys, (PROMPT_LEN // 2, CONFIG.max_seq_len))
         logits = model.head(model(ids, positions, view))
         return logits, view.kv_cache
 

@@ -256,7 +256,8 @@ def chunk_program(model: Transformer, length: int, key_len: int) -> programs.Pro
 
     def run(ids: torch.Tensor, starts: torch.Tensor, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         positions = starts.unsqueeze(-1) + torch.arange(length, dtype=torch.int32, device=starts.device)
-        view = CacheView(stacked, starts[:1] * 0, starts, key_len)
+        keys = starts * 0 + key_len  # the branch of exactly so many keys, beside one of all positions
+        view = CacheView(stacked, starts * 0, starts, keys, tuple(sorted({key_len, POSITIONS})))
         logits = model.head(model(ids, positions, view))
         return logits, view.kv_cache
 

@@ -46,21 +46,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Ten
         return (linear(x, weight) * scale).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     lowering = choose_lowering(len(rows), x.shape[-1], weight.dtype, x.device)
-    if isinstance(weight, LayerWeight):
-        library = LIBRARIES.get(lowering)
-        if library is not None and weight.dtype == x.dtype and weight.has_products:
-            product = _layer_product(rows, weight, library)
-        else:
-            product = LOWERINGS[lowering](rows, weight.taken())
-    else:
+    if not isinstance(weight, LayerWeight):
         product = LOWERINGS[lowering](rows, weight)
+    elif lowering == "onednn" and weight.has_each:
+        product = _layer_onednn(rows, weight)
+    else:
+        product = LOWERINGS[lowering](rows, weight.taken())
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _layer_product(x: torch.Tensor, weight: LayerWeight, library: modules.ProductKind) -> torch.Tensor:
-    """The product of rows [n, in] by a library, which would have the layer's part of a stack copied for it."""
-    whole = materialised(x.t().contiguous() if library == "onednn" else x)
-    return weight.product(whole, library).t()
+def _layer_onednn(x: torch.Tensor, weight: LayerWeight) -> torch.Tensor:
+    """``linear_onednn`` with the weight of a loop's layer: XLA would copy a part of the stack for the library."""
+    return weight.product(materialised(x.t().contiguous())).t()
 
 
 def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -227,10 +224,6 @@ LOWERINGS = {
     "matrix": linear_matrix,
     "panels": linear_panels,
 }
-
-
-# the lowerings that hand a weight to a library as it is stored
-LIBRARIES: dict[str, modules.ProductKind] = {"onednn": "onednn", "matrix": "eigen"}
 
 
 @cache

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, Literal
 
 FLOAT32, INT32, TUPLE = 11, 4, 13  # xla_data.proto's PrimitiveType
-ProductKind = Literal["loop", "onednn", "eigen"]
+ProductKind = Literal["loop", "onednn"]
 ONEDNN = '{"fusion_config":{"kind":"__onednn_fusion"}}'  # how XLA:CPU's own rewriter marks what oneDNN shall run
 
 
@@ -28,7 +28,7 @@ def product(weight: tuple[int, int], x: tuple[int, int], *, kind: ProductKind, l
         weight: its shape, [out, in].
         x: the other operand's shape: [n, in], but for oneDNN, which knows no other order, [in, n].
         kind: ``loop`` is one fused loop over the result's elements in their order: x is read anew for each row of the
-            weight, from the cache if it is small. ``onednn`` and ``eigen`` are those libraries' products.
+            weight, from the cache if it is small. ``onednn`` is that library's product.
         layers: 0, or of how many weights the computation takes one.
 
     Returns:
@@ -43,8 +43,6 @@ def product(weight: tuple[int, int], x: tuple[int, int], *, kind: ProductKind, l
     def multiplied(within: Computation, operands: Sequence[int]) -> int:
         """The product within a computation; weights are contracted along their second dimension."""
         dimensions = nested(30, packed(1, [1]) + packed(2, [contracted]))
-        if kind == "eigen":
-            return within.add("dot", result, operands, dimensions)
         inner = Computation(module, shapes)
         fused = inner.ended(inner.add("dot", result, inner.parameters, dimensions), result)
         config = nested(43, ONEDNN.encode()) if kind == "onednn" else b""

@@ -4,8 +4,9 @@ A stack is no second copy. On the CPU device every layer's weight stays where it
 its own, and the stack is the range of addresses from the first to the last, with a table of where each layer's weight
 begins; nothing between them is ever read. Other devices hold one tensor [L, ...] and no tensors of single layers.
 
-XLA:CPU fuses the taking of a part into loops that it compiles, and copies the part first where a library's product is
-to read it. ``LayerWeight.product`` spares the copy: a branch for each layer, with that layer's own tensor.
+XLA:CPU fuses the taking of a part into loops that it compiles, and copies the part first where a library is to read it.
+For a long chunk that copy is nothing beside the product; for a few dozen rows ``LayerWeight.product`` spares it: a
+branch for each layer, with that layer's own tensor.
 """
 
 from __future__ import annotations
@@ -98,18 +99,17 @@ class LayerWeight:
         return taken
 
     @property
-    def has_products(self) -> bool:
-        """Whether ``product`` can be had."""
+    def has_each(self) -> bool:
+        """Whether every layer's weight is a tensor of its own."""
         return bool(self._stack._each)
 
-    def product(self, x: torch.Tensor, kind: modules.ProductKind) -> torch.Tensor:
-        """The product with x by a library, which reads the weight where it is: [out, n].
+    def product(self, columns: torch.Tensor) -> torch.Tensor:
+        """The product by oneDNN, which reads the weight where it is: [out, n] float32.
 
         Args:
-            x: as ``modules.product`` takes it, float32, computed once and in memory.
-            kind: see there.
+            columns: [in, n] float32, in memory.
         """
-        product: torch.Tensor = _product_op(kind)(self._layer, x, *self._stack._each)
+        product: torch.Tensor = _product_op()(self._layer, columns, *self._stack._each)
         return product
 
 
@@ -142,14 +142,14 @@ def _take_from_range_op() -> Any:
 
 
 @cache
-def _product_op(kind: modules.ProductKind) -> Any:
+def _product_op() -> Any:
     """The registered XLA operation behind ``LayerWeight.product``."""
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(layer: Any, x: Any, *each: Any) -> Any:
-        weight, of_x = tuple(each[0].shape().sizes), tuple(x.shape().sizes)
-        computation = modules.product(weight, of_x, kind=kind, layers=len(each))
-        return xb.Op.call(computation, (layer, x, *each))
+    def lower(layer: Any, columns: Any, *each: Any) -> Any:
+        weight, of_x = tuple(each[0].shape().sizes), tuple(columns.shape().sizes)
+        computation = modules.product(weight, of_x, kind="onednn", layers=len(each))
+        return xb.Op.call(computation, (layer, columns, *each))
 
-    return registry.register(f"llama_layers_product_{kind}", lower)
+    return registry.register("llama_layers_onednn", lower)
