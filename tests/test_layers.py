@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,26 @@ def test_a_stack_is_where_the_weights_are() -> None:
         begin = address(stack._whole)
         for layer, place in enumerate(transfers.fetch(stack._places).tolist()):
             assert begin + place * 4 == address(model.layers[layer].get_parameter(name))
+
+
+def test_a_program_keeps_the_weights_of_its_stacks() -> None:
+    """A program that outlives the model still reads them: the range of addresses owns what lies in it."""
+
+    def compiled(x: torch.Tensor) -> programs.Program:
+        host = [torch.full((64, 48), float(n + 1)) for n in range(3)]
+        stack = stacks.StackedWeight.spanning([transfers.adopt(each, on("xla")) for each in host])
+
+        def body(layer: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (total + stack.at(layer).taken(),)
+
+        return programs.compile_program("owner", lambda x: repeat(3, body, (x,)), [x])
+
+    x = transfers.upload(torch.zeros(64, 48), on("xla"))
+    program = compiled(x)
+    gc.collect()
+    overwriting = [torch.full((64, 48), -1.0) for _ in range(64)]
+    assert transfers.fetch(program(x)[0]).unique().tolist() == [1.0 + 2.0 + 3.0]
+    assert len(overwriting) == 64
 
 
 def test_layers_of_two_dtypes_are_unrolled() -> None:

@@ -61,8 +61,10 @@ class StackedWeight:
         addresses = [torch_xla._XLAC._unsafe_buffer_pointer(weight) for weight in each]
         first = min(addresses)
         size = max(addresses) + each[0].nbytes - first
-        # a range of addresses and not an allocation: only the weights' places in it are read
-        whole = torch.frombuffer((ctypes.c_uint8 * size).from_address(first), dtype=HALVES.get(dtype, dtype))
+        # a range of addresses and not an allocation: only the weights' places in it are read, and it owns them
+        memory: Any = (ctypes.c_uint8 * size).from_address(first)
+        memory.owns = tuple(each)
+        whole = torch.frombuffer(memory, dtype=HALVES.get(dtype, dtype))
         places = torch.tensor([(address - first) // dtype.itemsize for address in addresses])
         return cls(transfers.adopt(whole, device), transfers.upload(places, device), each)
 
