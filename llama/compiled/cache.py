@@ -28,7 +28,7 @@ def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: 
     """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked,
     not skipped.
     """
-    return transfers.upload(torch.zeros(cache_shape(args, config), dtype=dtype), device)
+    return transfers.zeros(cache_shape(args, config), dtype, device)
 
 
 class CacheView:

@@ -78,12 +78,13 @@ class Program:
     key_len: int = 0
 
     def __str__(self) -> str:
-        words = {"rows": "rows", "length": "chunk length", "key_len": "positions", "key_lens": "keys up to"}
-        sizes = [
-            f"{words[name]} {getattr(self, name.rstrip('s') if name == 'key_lens' else name)}"
-            for name in KINDS[self.kind].sizes
-        ]
-        return f"({', '.join([self.kind, *sizes])})"
+        words = {
+            "rows": f"rows {self.rows}",
+            "length": f"chunk length {self.length}",
+            "key_len": f"positions {self.key_len}",
+            "key_lens": f"keys up to {self.key_len}",
+        }
+        return f"({', '.join([self.kind, *(words[name] for name in KINDS[self.kind].sizes)])})"
 
     def covers(self, other: Program) -> bool:
         """Whether it does what another program does."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from llama.xla.backend import device_kind
-from llama.xla.counters import counters
+from llama.xla.counters import counters, xla_compilations
 
 ALIGNMENT = 64  # bytes
 
@@ -14,6 +16,20 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a host tensor to the device. A transfer: it compiles nothing."""
     counters.sent(tensor)
     return tensor.to(device)
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros, made on the device. Its memory is the device's own: on the CPU device an uploaded tensor's is
+    not, and the first program that it is donated to copies it.
+    """
+    made = torch.zeros(*shape, dtype=dtype, device=device)
+    if device.type == "xla":
+        import torch_xla
+
+        compilations = xla_compilations()
+        torch_xla.sync()
+        counters.expected += xla_compilations() - compilations
+    return made
 
 
 def adopt(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
