@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from llama.xla import backend, modules
 from llama.xla.ops import materialised, written
-from llama.xla.stacks import LayerWeight
+from llama.xla.stacks import LayerWeight, part
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
 WIDEST_ROW = 4080  # numbers: XLA:CPU fuses no row of 16 KiB into the loop, and transposes the weight at every step
@@ -50,6 +50,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Ten
         product = LOWERINGS[lowering](rows, weight)
     elif lowering == "onednn" and weight.has_each:
         product = _layer_onednn(rows, weight)
+    elif lowering == "row_by_row":
+        product = _layer_row_by_row(rows, weight)
     else:
         product = LOWERINGS[lowering](rows, weight.taken())
     return product.reshape(*x.shape[:-1], weight.shape[0])
@@ -58,6 +60,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Ten
 def _layer_onednn(x: torch.Tensor, weight: LayerWeight) -> torch.Tensor:
     """``linear_onednn`` with the weight of a loop's layer: XLA would copy a part of the stack for the library."""
     return weight.product(materialised(x.t().contiguous())).t()
+
+
+def _layer_row_by_row(x: torch.Tensor, weight: LayerWeight) -> torch.Tensor:
+    """``linear_row_by_row`` with the weight of a loop's layer, taken within the loop over rows: before it, it would be
+    written to memory.
+    """
+    out: torch.Tensor = _row_by_row_op()(x, *weight.source, sizes=tuple(weight.shape), dtype=str(weight.dtype))
+    return out
 
 
 def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -166,7 +176,7 @@ def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
-    out: torch.Tensor = _row_by_row_op()(x, weight)
+    out: torch.Tensor = _row_by_row_op()(x, weight, sizes=tuple(weight.shape), dtype=str(weight.dtype))
     return out
 
 
@@ -255,27 +265,28 @@ def _row_by_row_op() -> Any:
 
     int32 = xb.Type.S32
 
-    def lower(x: Any, weight: Any) -> Any:
+    def lower(x: Any, *source: Any, sizes: tuple[int, int], dtype: str) -> Any:
         builder = x.builder()
         rows, width = x.shape().sizes
-        dtype = x.shape().dtype
-        out = xb.Op.scalar(builder, 0.0, dtype=dtype).broadcast([rows, weight.shape().sizes[0]])
+        wide = x.shape().dtype
+        out = xb.Op.scalar(builder, 0.0, dtype=wide).broadcast([rows, sizes[0]])
 
-        def more(row: Any, x: Any, weight: Any, out: Any) -> Any:
+        def more(row: Any, x: Any, out: Any, *source: Any) -> Any:
             return row < xb.Op.scalar(row.builder(), rows, dtype=int32)
 
-        def one_row(row: Any, x: Any, weight: Any, out: Any) -> Any:
+        def one_row(row: Any, x: Any, out: Any, *source: Any) -> Any:
             zero = xb.Op.scalar(row.builder(), 0, dtype=int32)
+            weight = part(source, sizes, dtype)
             products = [
                 x.dynamic_slice([row, xb.Op.scalar(row.builder(), a, dtype=int32)], [1, b - a])
-                @ weight.slice_in_dim(a, b, 1).cast(dtype).transpose([1, 0])
+                @ weight.slice_in_dim(a, b, 1).cast(wide).transpose([1, 0])
                 for a, b in parts_of(width)
             ]
             product = functools.reduce(operator.add, map(written, products)) if len(products) > 1 else products[0]
             following = row + xb.Op.scalar(row.builder(), 1, dtype=int32)
-            return xb.Op.tuple([following, x, weight, out.dynamic_update_slice(product, [row, zero])])
+            return xb.Op.tuple([following, x, out.dynamic_update_slice(product, [row, zero]), *source])
 
         first = xb.Op.scalar(builder, 0, dtype=int32)
-        return xb.Op.mkwhile([first, x, weight, out], more, one_row).get_tuple_element(3)
+        return xb.Op.mkwhile([first, x, out, *source], more, one_row).get_tuple_element(2)
 
     return registry.register("llama_linear_row_by_row", lower)

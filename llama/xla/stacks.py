@@ -89,15 +89,15 @@ class LayerWeight:
         self._stack, self._layer = stack, layer
         self.shape, self.dtype = stack.shape, stack.dtype
 
+    @property
+    def source(self) -> tuple[torch.Tensor, ...]:
+        """What ``part`` takes it from."""
+        stack = self._stack
+        return (stack._whole, self._layer) if stack._places is None else (stack._whole, stack._places, self._layer)
+
     def taken(self) -> torch.Tensor:
         """It as a tensor."""
-        stack = self._stack
-        if stack._places is None:
-            taken: torch.Tensor = _take_op()(stack._whole, self._layer)
-        else:
-            halves = "BF16" if self.dtype == torch.bfloat16 else None
-            take = _take_from_range_op()
-            taken = take(stack._whole, stack._places, self._layer, sizes=tuple(self.shape), halves=halves)
+        taken: torch.Tensor = _part_op()(*self.source, sizes=tuple(self.shape), dtype=str(self.dtype))
         return taken
 
     @property
@@ -115,32 +115,37 @@ class LayerWeight:
         return product
 
 
-@cache
-def _take_op() -> Any:
-    """The registered XLA operation that takes a layer's part of [L, ...]."""
+def part(source: Sequence[Any], sizes: Sequence[int], dtype: str) -> Any:
+    """The builder's part of ``taken``.
+
+    Args:
+        source: the builder's values of ``LayerWeight.source``, or a weight alone.
+        sizes: of the weight.
+        dtype: of the weight.
+    """
     import torch_xla.core.xla_builder as xb
+
+    if len(source) == 1:
+        return source[0]
+    *stack, layer = source
+    if len(stack) == 1:
+        zero = xb.Op.scalar(layer.builder(), 0, dtype=xb.Type.S32)
+        return stack[0].dynamic_slice([layer, *[zero] * len(sizes)], [1, *sizes]).reshape(list(sizes))
+    whole, places = stack
+    place = places.dynamic_slice([layer], [1]).reshape([])
+    taken = whole.dynamic_slice([place], [torch.Size(sizes).numel()]).reshape(list(sizes))
+    return taken.bitcast(xb.Type.BF16) if dtype == str(torch.bfloat16) else taken
+
+
+@cache
+def _part_op() -> Any:
+    """The registered XLA operation behind ``LayerWeight.taken``."""
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(whole: Any, layer: Any) -> Any:
-        _, *sizes = whole.shape().sizes
-        zero = xb.Op.scalar(whole.builder(), 0, dtype=xb.Type.S32)
-        return whole.dynamic_slice([layer, *[zero] * len(sizes)], [1, *sizes]).reshape(sizes)
+    def lower(*source: Any, sizes: tuple[int, ...], dtype: str) -> Any:
+        return part(source, sizes, dtype)
 
-    return registry.register("llama_take_layer", lower)
-
-
-@cache
-def _take_from_range_op() -> Any:
-    """The registered XLA operation that takes a layer's part of a range of memory."""
-    import torch_xla.core.xla_builder as xb
-    import torch_xla.core.xla_op_registry as registry
-
-    def lower(whole: Any, places: Any, layer: Any, sizes: tuple[int, ...], halves: str | None) -> Any:
-        place = places.dynamic_slice([layer], [1]).reshape([])
-        taken = whole.dynamic_slice([place], [torch.Size(sizes).numel()]).reshape(list(sizes))
-        return taken if halves is None else taken.bitcast(getattr(xb.Type, halves))
-
-    return registry.register("llama_take_layer_from_range", lower)
+    return registry.register("llama_layer_part", lower)
 
 
 @cache
