@@ -95,7 +95,7 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
 def choose_layers(device: torch.device) -> str:
     """How the layers of a model become a program: as one ``loop``, or ``unrolled``.
 
-    A loop for every device, number of rows, width and dtype: it compiles in a tenth of the time and runs as fast
+    A loop for every device, number of rows, width and dtype: it compiles in a tenth of the time and runs about as fast
     (docs/performance.md; ``llama-xla kernels`` times both, and a program run once a layer).
     """
     return "loop"
