@@ -45,7 +45,6 @@ from llama.startup import Startup
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
 from llama.xla.counters import counters, surprises
-from llama.xla.stacks import spans_layers
 
 log = logging.getLogger("llama")
 
@@ -136,10 +135,10 @@ class LLaMA:
         log.debug("Memory: %s", memory)
         with torch.device("meta"):
             model = Transformer(args, config.positions, activation_dtype)
-        order = None if source is None or spans_layers(device) else checkpoint.stack_order(source.infos())
-        named = (
-            checkpoint.random_tensors(model, seed) if source is None else checkpoint.checked(source, allow_nan, order)
-        )
+        if source is None:
+            named = checkpoint.random_tensors(model, seed)
+        else:
+            named = checkpoint.checked(source, allow_nan, checkpoint.loading_order(source.infos(), device))
         with tqdm(
             total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
         ) as bar:

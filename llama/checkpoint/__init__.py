@@ -32,10 +32,10 @@ __all__ = [
     "checked",
     "is_finite",
     "is_scale",
+    "loading_order",
     "open_checkpoint",
     "place",
     "random_tensors",
-    "stack_order",
 ]
 
 WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
@@ -51,7 +51,7 @@ def place(
 
     Args:
         model: its parameters are replaced.
-        tensors: (name, host tensor) for every parameter; in the order of ``stack_order`` where stacks are tensors of
+        tensors: (name, host tensor) for every parameter; in ``loading_order`` where stacks are tensors of
             their own, or the host holds them all at once.
         dtype: storage dtype on the device; int8 quantises the linear layers (quantize.py) and keeps the rest.
 
@@ -105,9 +105,11 @@ def _fill(
         model.stacks[name] = StackedWeight.of_one_tensor(transfers.upload(stack, device))
 
 
-def stack_order(names: Iterable[str]) -> list[str]:
-    """Names of weights with those of all layers that share a stack side by side."""
-    return sorted(names, key=numberless)
+def loading_order(names: Iterable[str], device: torch.device) -> list[str]:
+    """Names of weights in the order in which ``place`` needs the least memory: where stacks are tensors of their own,
+    those of all layers that share a stack side by side.
+    """
+    return list(names) if spans_layers(device) else sorted(names, key=numberless)
 
 
 def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:

@@ -66,7 +66,7 @@ def _layer_row_by_row(x: torch.Tensor, weight: LayerWeight) -> torch.Tensor:
     """``linear_row_by_row`` with the weight of a loop's layer, taken within the loop over rows: before it, it would be
     written to memory.
     """
-    out: torch.Tensor = _row_by_row_op()(x, *weight.source, sizes=tuple(weight.shape), dtype=str(weight.dtype))
+    out: torch.Tensor = _row_by_row_op()(x, *weight.source, sizes=tuple(weight.shape))
     return out
 
 
@@ -176,7 +176,7 @@ def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
-    out: torch.Tensor = _row_by_row_op()(x, weight, sizes=tuple(weight.shape), dtype=str(weight.dtype))
+    out: torch.Tensor = _row_by_row_op()(x, weight, sizes=tuple(weight.shape))
     return out
 
 
@@ -265,7 +265,7 @@ def _row_by_row_op() -> Any:
 
     int32 = xb.Type.S32
 
-    def lower(x: Any, *source: Any, sizes: tuple[int, int], dtype: str) -> Any:
+    def lower(x: Any, *source: Any, sizes: tuple[int, int]) -> Any:
         builder = x.builder()
         rows, width = x.shape().sizes
         wide = x.shape().dtype
@@ -276,7 +276,7 @@ def _row_by_row_op() -> Any:
 
         def one_row(row: Any, x: Any, out: Any, *source: Any) -> Any:
             zero = xb.Op.scalar(row.builder(), 0, dtype=int32)
-            weight = part(source, sizes, dtype)
+            weight = part(source, sizes)
             products = [
                 x.dynamic_slice([row, xb.Op.scalar(row.builder(), a, dtype=int32)], [1, b - a])
                 @ weight.slice_in_dim(a, b, 1).cast(wide).transpose([1, 0])

@@ -97,7 +97,7 @@ class LayerWeight:
 
     def taken(self) -> torch.Tensor:
         """It as a tensor."""
-        taken: torch.Tensor = _part_op()(*self.source, sizes=tuple(self.shape), dtype=str(self.dtype))
+        taken: torch.Tensor = _part_op()(*self.source, sizes=tuple(self.shape))
         return taken
 
     @property
@@ -115,13 +115,12 @@ class LayerWeight:
         return product
 
 
-def part(source: Sequence[Any], sizes: Sequence[int], dtype: str) -> Any:
+def part(source: Sequence[Any], sizes: Sequence[int]) -> Any:
     """The builder's part of ``taken``.
 
     Args:
         source: the builder's values of ``LayerWeight.source``, or a weight alone.
         sizes: of the weight.
-        dtype: of the weight.
     """
     import torch_xla.core.xla_builder as xb
 
@@ -134,7 +133,7 @@ def part(source: Sequence[Any], sizes: Sequence[int], dtype: str) -> Any:
     whole, places = stack
     place = places.dynamic_slice([layer], [1]).reshape([])
     taken = whole.dynamic_slice([place], [torch.Size(sizes).numel()]).reshape(list(sizes))
-    return taken.bitcast(xb.Type.BF16) if dtype == str(torch.bfloat16) else taken
+    return taken.bitcast(xb.Type.BF16) if taken.shape().dtype == xb.Type.S16 else taken  # HALVES
 
 
 @cache
@@ -142,8 +141,8 @@ def _part_op() -> Any:
     """The registered XLA operation behind ``LayerWeight.taken``."""
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(*source: Any, sizes: tuple[int, ...], dtype: str) -> Any:
-        return part(source, sizes, dtype)
+    def lower(*source: Any, sizes: tuple[int, ...]) -> Any:
+        return part(source, sizes)
 
     return registry.register("llama_layer_part", lower)
 
