@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from llama.errors import ConfigError
+from llama.errors import ConfigError, setting
 from llama.sampling_params import controls
 
 DType = Literal["auto", "float32", "bfloat16", "int8"]
@@ -29,10 +30,23 @@ LONGEST_SCORED = (
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
+DRAFTERS = ("auto", "lookup", "suffix", "model", "lookahead", "medusa", "retrieval")
+DRAFTER_OF = {  # which drafter a setting is for
+    "draft_ckpt_dir": "model",
+    "medusa_dir": "medusa",
+    "datastore": "retrieval",
+    "word_bank": "retrieval",
+}
+DEFAULT_DRAFT_LENS = (3, 7)
+DEFAULT_LOOKAHEAD = (5, 4, 5)
+LookupOrder = Literal["first", "newest"]
+LOOKUP_ORDERS: tuple[LookupOrder, ...] = ("first", "newest")
+LONGEST_DRAFT = 31  # tokens that are chosen in a step go through a report of 32
 MAX_STOP_IDS = 16  # a request; more would widen a tensor of every program
 MAX_BAD_WORDS = 64  # a request, of two tokens and more
 MAX_BAD_WORD_LEN = 16  # tokens
 DEMO_DIR = Path(__file__).parent / "demo"
+DEMO_HEADS = DEMO_DIR / "medusa"
 DEMO_CONTEXT = 512  # positions that the demo model was trained for
 ROPE_KINDS: tuple[RopeKind, ...] = ("llama3", "linear")
 LARGEST_SIZE = 2**31 - 1  # of any dimension: what a damaged params.json says beyond it must not reach arithmetic
@@ -313,6 +327,9 @@ class EngineConfig:
         collect_s: how long requests may be collected, while no other request runs, before the first of them starts, in
             seconds.
         collect_tokens: end the collection when the waiting prompts hold so many tokens. 0 means any number.
+        draft_lens: how many drafted tokens a step can check: one program for each and for each of ``verify_widths``.
+            Empty without drafts.
+        lookahead: width and number of levels of a Jacobi window, for the drafter of that name; empty without it.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -333,6 +350,8 @@ class EngineConfig:
     max_waiting: int = 0
     collect_s: float = 0.0
     collect_tokens: int = 0
+    draft_lens: tuple[int, ...] = field(default=())
+    lookahead: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
@@ -357,6 +376,20 @@ class EngineConfig:
         for name in ("max_waiting", "collect_s", "collect_tokens"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        if any(not 1 <= d <= LONGEST_DRAFT for d in self.draft_lens):
+            raise ConfigError(
+                f"draft_lens: got {list(self.draft_lens)}, expected 1 to {LONGEST_DRAFT}: "
+                f"a step reports {LONGEST_DRAFT + 1} tokens at most"
+            )
+        if self.draft_lens and max(self.draft_lens) + 2 > self.max_seq_len:
+            raise ConfigError(
+                f"draft_lens: got {max(self.draft_lens)} for a cache of {self.max_seq_len} positions, expected at most "
+                f"{self.max_seq_len - 2}: the drafts come after a prompt's token and before a chosen one; "
+                f"a longer {setting('max_seq_len')}, or shorter drafts"
+            )
+        if self.lookahead and (len(self.lookahead) != 2 or min(self.lookahead) < 1):
+            raise ConfigError(f"lookahead: got {list(self.lookahead)}, expected a width and a number of levels")
+        object.__setattr__(self, "draft_lens", tuple(sorted(set(self.draft_lens))))
         buckets = sorted({b for b in self.buckets if b <= self.max_seq_len}, reverse=True)
         object.__setattr__(self, "buckets", tuple(buckets))
         object.__setattr__(self, "key_buckets", self._complete_key_buckets())
@@ -369,11 +402,17 @@ class EngineConfig:
 
     @property
     def positions(self) -> int:
-        """Positions of the cache and of the tokens: ``max_seq_len``, and room for the padding of a last chunk.
+        """Positions of the cache and of the tokens: ``max_seq_len``, and room for the padding of a last chunk, for a
+        step that checks drafts at the very end, and for a Jacobi window there.
 
         XLA clamps a write that does not fit, and would overwrite the last positions.
         """
-        return self.max_seq_len + self.shortest_chunk - 1
+        return self.max_seq_len + max(self.shortest_chunk - 1, *self.draft_lens, prod(self.lookahead or (0,)))
+
+    @property
+    def verify_widths(self) -> tuple[int, ...]:
+        """Row counts that programs which check drafts exist for: one slot, and all; under ``batch_invariant`` all."""
+        return (self.max_batch_size,) if self.batch_invariant else tuple(dict.fromkeys((1, self.max_batch_size)))
 
     def _complete_widths(self) -> tuple[int, ...]:
         """Ascending widths; all slots are one of them, and under ``batch_invariant`` the only one."""
@@ -391,6 +430,90 @@ class EngineConfig:
                 chosen.add(size)
                 size *= 2
         return (*sorted(k for k in chosen if k < self.max_seq_len), self.max_seq_len)
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """How tokens are drafted, several of which are checked in a step. It never changes a text.
+
+    Attributes:
+        drafter: names, tried in order for each request until one has a guess. ``auto`` is ``suffix`` and ``lookup``,
+            and has all named drafters used where they pay only; without it every guess is checked.
+        draft_lens: how many drafted tokens a step can check, one program for each.
+        draft_ckpt_dir: of ``model``: a smaller model with the same vocabulary.
+        medusa_dir: of ``medusa``: the heads.
+        datastore: of ``retrieval``: a file that ``llama-xla datastore build`` made.
+        word_bank: of ``retrieval``: a file of n-grams of earlier answers, made where there is none.
+        lookup_order: of ``lookup``: which of several earlier places is continued.
+        lookahead: of ``lookahead``: the window's width, an n-gram's tokens, and n-grams that are kept for each token.
+
+    Raises:
+        ConfigError: an unknown name, a setting of a drafter that is not named, or one that is missing or out of range.
+    """
+
+    drafter: tuple[str, ...] = ("auto",)
+    draft_lens: tuple[int, ...] = DEFAULT_DRAFT_LENS
+    draft_ckpt_dir: str | Path | None = None
+    medusa_dir: str | Path | None = None
+    datastore: str | Path | None = None
+    word_bank: str | Path | None = None
+    lookup_order: LookupOrder = "first"
+    lookahead: tuple[int, ...] = DEFAULT_LOOKAHEAD
+
+    def __post_init__(self) -> None:
+        names = self.drafter
+        if not names or len(set(names)) < len(names) or not set(names) <= set(DRAFTERS):
+            raise ConfigError(
+                f"drafter: got {', '.join(names) or 'none'}, expected one or several of {', '.join(DRAFTERS)}, "
+                "each once"
+            )
+        if not self.draft_lens:
+            raise ConfigError("draft_lens: got none, expected at least one length")
+        EngineConfig(draft_lens=self.draft_lens)  # refuses lengths that no engine takes
+        belongs = {
+            "draft_ckpt_dir": "model",
+            "medusa_dir": "medusa",
+            "datastore": "retrieval",
+            "word_bank": "retrieval",
+        }
+        for name, owner in belongs.items():
+            if getattr(self, name) is not None and owner not in names:
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)}, but {setting('drafter')} {','.join(names)} does not use it; "
+                    f"add {owner} to {setting('drafter')}, or leave it out"
+                )
+        if "model" in names and self.draft_ckpt_dir is None:
+            raise ConfigError(f"drafter: model needs {setting('draft_ckpt_dir')}, the smaller model's directory")
+        if "retrieval" in names and self.datastore is None and self.word_bank is None:
+            raise ConfigError(
+                f"drafter: retrieval needs {setting('datastore')} (llama-xla datastore build makes one) "
+                f"or {setting('word_bank')}"
+            )
+        if self.lookup_order not in LOOKUP_ORDERS:
+            raise ConfigError(
+                f"lookup_order: got {self.lookup_order!r}, expected one of {', '.join(map(str, LOOKUP_ORDERS))}"
+            )
+        if len(self.lookahead) != 3 or self.lookahead[1] < 2 or min(self.lookahead) < 1:
+            raise ConfigError(
+                f"lookahead: got {','.join(map(str, self.lookahead))}, expected three numbers: the window's width, "
+                "an n-gram's tokens (2 or more), and how many n-grams are kept for each token"
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether guesses are checked where that pays only."""
+        return "auto" in self.drafter
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The drafters, in order, with those that ``auto`` stands for."""
+        spelled = (each for name in self.drafter for each in (("suffix", "lookup") if name == "auto" else (name,)))
+        return tuple(dict.fromkeys(spelled))
+
+    def settled(self, config: EngineConfig) -> EngineConfig:
+        """An engine's shapes with those that drafting needs."""
+        window = (self.lookahead[0], self.lookahead[1] - 1) if "lookahead" in self.names else ()
+        return replace(config, draft_lens=self.draft_lens, lookahead=window)
 
 
 def word_count(vocab_size: int) -> int:

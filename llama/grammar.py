@@ -21,7 +21,7 @@ from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 JSON_SPACE = r"( |\n {0,16})?"  # within JSON: any of it is allowed, and small models write it for ever
 
@@ -111,13 +111,19 @@ class Grammar:
 
         Stop tokens only where the grammar is satisfied; ids beyond the tokenizer never.
         """
-        import numpy as np
-
-        words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
-        found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
-        words[: len(found)] = found[: len(words)]  # a word more than the tokenizer needs
+        words = _mask(self._matcher, vocab_size)
         self._check()
         return words
+
+    def ahead(self, token_ids: Sequence[int], vocab_size: int) -> list[np.ndarray]:
+        """What ``allowed`` would say after each of these tokens, as far as they are allowed; nothing is followed."""
+        matcher = self._matcher.deep_copy()
+        masks = []
+        for token_id in token_ids:
+            if matcher.is_stopped() or not matcher.try_consume_tokens([token_id]):
+                break
+            masks.append(_mask(matcher, vocab_size))
+        return masks
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Follow what was chosen."""
@@ -127,6 +133,16 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ConfigError(f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}")
+
+
+def _mask(matcher: LLMatcher, vocab_size: int) -> np.ndarray:
+    """A matcher's mask: ceil(vocab_size / 32) int32 words of bits, the lowest bit first."""
+    import numpy as np
+
+    words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+    found = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
+    words[: len(found)] = found[: len(words)]  # a word more than the tokenizer needs
+    return words
 
 
 class Grammars:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from llama import EngineConfig, LLaMA, SamplingParams, load_tokenizer
 from llama.engine.chunks import Chunk
+from llama.engine.drafting import Drafting
 from llama.engine.engine import Engine
 from llama.engine.programs import Program, all_programs
 from llama.engine.runner import REPORT_WINDOW, News, Snapshot, new_tokens
 from llama.engine.scheduler import Window
-from llama.engine.sequence import Sequence
+from llama.engine.sequence import Draft, Sequence
 from llama.errors import EngineError, InterruptedRunError, RecompileError
 
 import numpy as np  # isort: skip
@@ -167,6 +168,30 @@ class FakeRunner:
         if slot.done:
             slot.start = len(slot.tokens) - 1
 
+    def verify(self, window: Window, drafts: Sequences[Draft], draft_len: int) -> None:
+        length = draft_len + 1
+        given = {d.sequence.slot: d.token_ids for d in drafts}
+        self._run(
+            Program("verify", rows=window.rows, length=length, key_len=window.key_len), window.first, window.rows, given
+        )
+        for number in range(window.first, window.first + window.rows):
+            slot = self.slots[number]
+            known, guesses = len(slot.tokens) - slot.start, given.get(number, [])
+            assert len(guesses) <= draft_len
+            row = [*slot.tokens[slot.start :], *guesses][:length]
+            for place in range(length):
+                self._write(slot, slot.start + place, row[place] if place < len(row) else GARBAGE)
+            if slot.done or slot.start < slot.ready:
+                continue
+            slot.start += min(known, length)
+            if known > length:
+                continue
+            for guess in [*guesses[: length - known], None]:
+                self._choose(slot)
+                if slot.done or slot.tokens[-1] != guess:
+                    break
+            slot.start = len(slot.tokens) - 1
+
     def copy(self, source: int, target: int, count: int) -> None:
         self._run(
             Program("copy", key_len=next(k for k in self.config.key_buckets if k >= count)), source, target, count
@@ -209,8 +234,8 @@ class FakeRunner:
         self.slots = [Slot() for _ in range(self.config.max_batch_size)]
 
 
-def fake_llm(tokenizer_path: Path, **settings: object) -> LLaMA:
+def fake_llm(tokenizer_path: Path, drafting: Drafting | None = None, **settings: object) -> LLaMA:
     """A LLaMA on a fake device."""
     config = EngineConfig(**{"max_seq_len": 128, "buckets": (16, 4, 1), **settings})  # type: ignore[arg-type]
     tokenizer = load_tokenizer(tokenizer_path)
-    return LLaMA(Engine(config, FakeRunner(config, tokenizer.n_words)), tokenizer)
+    return LLaMA(Engine(config, FakeRunner(config, tokenizer.n_words), drafting), tokenizer)

@@ -31,6 +31,12 @@ def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: 
     return transfers.zeros(cache_shape(args, config), dtype, device)
 
 
+def up_to(positions: torch.Tensor, key_len: int) -> torch.Tensor:
+    """What each position attends to, [B, T, key_len] bool: all keys up to its own; ``positions`` [B, T]."""
+    key_positions = torch.arange(key_len, device=positions.device, dtype=positions.dtype)
+    return key_positions.view(1, 1, -1) <= positions.unsqueeze(-1)
+
+
 class CacheView:
     """One program's access to the cache while its layers run: each writes its chunk and attends to a prefix.
 
@@ -61,6 +67,15 @@ class CacheView:
         """The same access through the tensors that a loop's body gets for the cache and for ``tensors``."""
         return CacheView(kv_cache, first, starts, keys, self.key_lens)
 
+    def seen(self, positions: torch.Tensor, starts: torch.Tensor, key_len: int) -> torch.Tensor:
+        """What each token of the chunk attends to of the first keys, [B, T, key_len] bool.
+
+        Args:
+            positions: [B, T] of the tokens.
+            starts: [B] int32.
+        """
+        return up_to(positions, key_len)
+
     @property
     def tensors(self) -> Tensors:
         """What it reads beside the cache."""
@@ -79,22 +94,61 @@ class CacheView:
         queries: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """``attention(queries, keys, values, positions)`` with a layer's first keys and values, [B, K, key_len, D]
-        each in the queries' dtype.
+        """``attention(queries, keys, values, seen)`` with a layer's first keys and values, [B, K, key_len, D] each in
+        the queries' dtype.
         """
         in_loop = (layer,) if isinstance(layer, torch.Tensor) else ()
 
         def branch(key_len: int) -> Callable[..., Tensors]:
             def attended(
-                kv_cache: torch.Tensor, first: torch.Tensor, queries: torch.Tensor, positions: torch.Tensor, *at: Any
+                kv_cache: torch.Tensor,
+                first: torch.Tensor,
+                starts: torch.Tensor,
+                queries: torch.Tensor,
+                positions: torch.Tensor,
+                *at: Any,
             ) -> Tensors:
                 read = ops.read_cache(kv_cache, first, *(at or (layer,)), rows=len(queries), key_len=key_len)
                 keys, values = (each.to(queries.dtype) for each in read)
-                return (attention(queries, keys, values, positions),)
+                return (attention(queries, keys, values, self.seen(positions, starts, key_len)),)
 
             return attended
 
         enough = torch.stack([self.keys > key_len for key_len in self.key_lens]).int().sum()
-        inputs = (self.kv_cache, self.first, queries, positions, *in_loop)
+        inputs = (self.kv_cache, self.first, self.starts, queries, positions, *in_loop)
         (result,) = switch(enough, [branch(key_len) for key_len in self.key_lens], inputs)
         return result
+
+
+class LookaheadView(CacheView):
+    """The access of a chunk that is a Jacobi window (``steps.lookahead``), not a text.
+
+    The chunk holds a row's last known token, then the window's levels, each of ``width`` tokens. A token of level l
+    and column j continues the last known token by level 0 up to its column, and then by its own column up to its
+    level::
+
+        level 0    a b c d       c of level 1 continues: last, a, b, c (level 0), c (level 1)
+        level 1    a b c d
+    """
+
+    def __init__(self, width: int, *access: Any) -> None:
+        super().__init__(*access)
+        self.width = width
+
+    def with_tensors(
+        self, kv_cache: torch.Tensor, first: torch.Tensor, starts: torch.Tensor, keys: torch.Tensor
+    ) -> LookaheadView:
+        """The same access through the tensors that a loop's body gets for the cache and for ``tensors``."""
+        return LookaheadView(self.width, kv_cache, first, starts, keys, self.key_lens)
+
+    def seen(self, positions: torch.Tensor, starts: torch.Tensor, key_len: int) -> torch.Tensor:
+        """What each token of the window attends to, [B, T, key_len] bool; keys lie in the chunk's order."""
+        count = positions.shape[1]
+        order = torch.arange(count, dtype=torch.int32, device=positions.device).view(1, -1, 1)
+        place = torch.arange(key_len, dtype=torch.int32, device=positions.device).view(1, 1, -1) - starts.view(-1, 1, 1)
+        inside = (place > 0) & (place < count) & (order > 0)
+        level, column = (order - 1).clamp(min=0) // self.width, (order - 1).clamp(min=0) % self.width
+        key_level, key_column = (place - 1).clamp(min=0) // self.width, (place - 1).clamp(min=0) % self.width
+        on_the_way = (key_level == 0) & (key_column <= column)
+        above = (key_column == column) & (key_level <= level)
+        return (place <= 0) | (inside & (on_the_way | above))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.compiled.cache import CacheView
+from llama.compiled.cache import CacheView, up_to
 from llama.config import ModelArgs, RopeScaling
 from llama.xla import transfers
 from llama.xla.control_flow import Tensors, repeat
@@ -142,21 +142,18 @@ class Attention(nn.Module):
             cache.write(layer, keys, values)
             attended = cache.attend(layer, self._attend, xq, positions)
         else:
-            attended = self._attend(xq, keys, values, positions)
+            attended = self._attend(xq, keys, values, up_to(positions, seqlen))
         out: torch.Tensor = self.wo(attended)
         return out
 
-    def _attend(
-        self, xq: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        bsz, seqlen = positions.shape
+    def _attend(self, xq: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Attend from queries [B, T, H, D] to those keys [B, K, S, D] that ``seen`` [B, T, S] bool says."""
+        bsz, seqlen, _ = seen.shape
         group = self.n_heads // self.kv_heads
         # head h reads key head h // G: put the G queries of a key head side by side in the time axis
         xq = xq.view(bsz, seqlen, self.kv_heads, group, self.head_dim).permute(0, 2, 3, 1, 4)  # [B, K, G, T, D]
         xq = xq.reshape(bsz, self.kv_heads, group * seqlen, self.head_dim)
         scores = attention_scores(xq, keys) * (self.head_dim**-0.5)
-        key_positions = torch.arange(keys.shape[2], device=xq.device, dtype=positions.dtype)
-        seen = key_positions.view(1, 1, -1) <= positions.unsqueeze(-1)  # [B, T, S]
         seen = seen.unsqueeze(1).expand(bsz, group, seqlen, -1).reshape(bsz, 1, group * seqlen, -1)
         probs = torch.softmax(scores.float().masked_fill(~seen, float("-inf")), dim=-1).to(xq.dtype)
         out = torch.einsum("bkts,bksd->bktd", probs, values)  # [B, K, G T, D]

@@ -59,7 +59,7 @@ class Callers:
         for call in calls:
             call.interrupted = True
         self._interrupted |= not calls
-        self.engine.runner.stop_compiling = True
+        self.engine.stop_compiling()
 
     def take_interrupt(self) -> bool:
         """Whether an interrupt came that has ended nothing yet; it is forgotten then."""
@@ -122,7 +122,7 @@ class Callers:
     def _prepare(self, call: Call) -> None:
         """Compile a call's programs."""
         with self.exclusive() as engine:
-            engine.runner.stop_compiling = call.interrupted
+            engine.stop_compiling(call.interrupted)
             try:
                 call.compile_s = engine.prepare(call.sequences)
             except InterruptedRunError:

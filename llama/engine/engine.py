@@ -9,6 +9,7 @@ What stays true throughout:
   tokens once in ``read_every`` steps, after it has started the next step. A request that reaches its limit leaves its
   slot at once; one that meets a stop token does so when the host reads it. A request that follows a grammar is read at
   every step, because its next mask needs it, and every request after its first token.
+- A step that checks drafts is read at once: only the device knows how many came true.
 - A round that fails ends the requests that were live with the error, and the next one starts from empty slots.
 """
 
@@ -21,9 +22,10 @@ from collections.abc import Sequence as Sequences
 
 from llama.config import EngineConfig
 from llama.engine import chunks
+from llama.engine.drafting import Drafting
 from llama.engine.programs import Program, programs_for
 from llama.engine.runner import Runner, Snapshot
-from llama.engine.scheduler import Scheduler
+from llama.engine.scheduler import Scheduler, Window
 from llama.engine.sequence import FinishReason, Sequence, Status, Update
 
 log = logging.getLogger("llama")
@@ -37,10 +39,11 @@ class Engine:
     Args:
         config: every static shape and every rule.
         runner: the device.
+        drafting: guesses tokens, several of which are checked in a step; None for one token a step.
     """
 
-    def __init__(self, config: EngineConfig, runner: Runner) -> None:
-        self.config, self.runner = config, runner
+    def __init__(self, config: EngineConfig, runner: Runner, drafting: Drafting | None = None) -> None:
+        self.config, self.runner, self.drafting = config, runner, drafting
         self.scheduler = Scheduler(config)
         self._inbox: deque[tuple[Sequence, FinishReason | None]] = deque()
         self._pending: list[Snapshot] = []
@@ -78,7 +81,25 @@ class Engine:
         together = [*self.scheduler.live, *self.scheduler.waiting, *waiting, *sequences]
         cached = [s.cached if s.is_live else self.scheduler.best_source(s)[0] for s in together]
         self.runner.compile(programs_for(together, self.config, cached))
+        if self.drafting is not None:
+            self.drafting.drafter.prepare(together)
         return time.perf_counter() - began
+
+    def warm_up(self) -> None:
+        """Compile every program that any request can need.
+
+        Raises:
+            RecompileError, InterruptedRunError: see ``Runner.compile``.
+        """
+        self.runner.compile()
+        if self.drafting is not None:
+            self.drafting.drafter.prepare(None)
+
+    def stop_compiling(self, stop: bool = True) -> None:
+        """End a compilation before its next program; safe from a signal handler."""
+        self.runner.stop_compiling = stop
+        if self.drafting is not None:
+            self.drafting.drafter.stop_compiling = stop
 
     def step(self) -> list[Update]:
         """Run one round; return what became known. A step without work returns at once."""
@@ -169,14 +190,22 @@ class Engine:
         self._read_all(updates)
 
     def _decode(self, updates: list[Update]) -> None:
-        """Run one decode step of the running sequences, and read what an earlier round left to read."""
+        """Run one step of the running sequences, and read what an earlier round left to read."""
+        began, drafting = time.perf_counter(), self.drafting
+        if drafting is not None and drafting.is_due and (self._unread_steps or self._pending):
+            self._read_all(updates)
         running = self.scheduler.running
         if running:
             self._narrow()
+            if drafting is not None and drafting.is_due and self._verify_step(running, drafting, updates):
+                return
             self._decode_step(running)
             self._unread_steps += 1
         self._read_pending(updates)
         urgent = any((s.first_token is None and s.length > len(s.prompt_ids)) or s.grammar is not None for s in running)
+        if drafting is not None and running:
+            drafting.stepped(time.perf_counter() - began)
+            urgent = urgent or drafting.is_due
         if urgent or not self.scheduler.running:
             self._read_all(updates)
         elif self._ending or self._unread_steps >= self.config.read_every:
@@ -198,7 +227,8 @@ class Engine:
     def _decode_step(self, running: Sequences[Sequence]) -> None:
         """The next token of every running sequence: one of its prompt, or one that the last step chose."""
         window = self.scheduler.window(
-            lambda rows, key_len: self.runner.is_ready(Program("decode", rows=rows, key_len=key_len))
+            lambda rows, key_len: self.runner.is_ready(Program("decode", rows=rows, key_len=key_len)),
+            self.config.widths,
         )
         chooses = [s for s in running if s.start + 1 == s.length]
         for sequence in running:
@@ -214,6 +244,43 @@ class Engine:
             self._leave_if_ended(sequence)
         self.scheduler.counts.decode_rows += window.rows
         self.scheduler.counts.idle_rows += window.rows - len(running)
+
+    def _verify_step(self, running: Sequences[Sequence], drafting: Drafting, updates: list[Update]) -> bool:
+        """Check drafts of the running sequences, if there are any that are worth it, and read what came of them.
+
+        Returns:
+            Whether that was this round's step.
+        """
+        began = time.perf_counter()
+        longest = self.config.draft_lens[-1] + 1
+        chooses = [s for s in running if s.length - s.start <= longest]
+        plan = drafting.plan(chooses, self._verify_window(longest).rows)
+        if not plan.draft_len:
+            return False
+        length = plan.draft_len + 1
+        plan = plan._replace(drafts=[d for d in plan.drafts if d.sequence.length - d.sequence.start <= length])
+        window = self._verify_window(length)
+        known = [len(draft.sequence.ids) for draft in plan.drafts]
+        self.runner.verify(window, plan.drafts, plan.draft_len)
+        for sequence in running:
+            end = min(sequence.start + length, sequence.length)
+            if sequence.start < len(sequence.prompt_ids):
+                _log_chunk(sequence.start, end, end - sequence.start)
+            sequence.start = end
+            sequence.runs += 1
+        self._read_all(updates)
+        self.scheduler.counts.decode_rows += window.rows
+        self.scheduler.counts.idle_rows += window.rows - len(running)
+        drafting.checked(plan, known, window.rows, time.perf_counter() - began)
+        return True
+
+    def _verify_window(self, length: int) -> Window:
+        """The slots that a step runs which takes so many tokens of each."""
+        return self.scheduler.window(
+            lambda rows, key_len: self.runner.is_ready(Program("verify", rows=rows, length=length, key_len=key_len)),
+            self.config.verify_widths,
+            length,
+        )
 
     def _leave_if_ended(self, sequence: Sequence) -> None:
         """Free the slot of a sequence that reached its limit: its last tokens are read later."""
@@ -252,6 +319,8 @@ class Engine:
             except Exception as error:  # its grammar: the others go on
                 self._end_with(sequence, error, updates)
                 continue
+            if len(sequence.ids) > sequence.length:  # drafts came true, which nobody could count before
+                sequence.length, sequence.start = len(sequence.ids), len(sequence.ids) - 1
             if sequence.finish_reason is not None:
                 if sequence.is_live and not ended:
                     self._to_end.add(self._slot(sequence))
@@ -266,6 +335,8 @@ class Engine:
         if sequence.is_live:
             self.scheduler.release(sequence)
         sequence.status = Status.FINISHED
+        if self.drafting is not None:
+            self.drafting.drafter.finished(sequence)
         self.scheduler.keep(sequence)
         self.scheduler.counts.finished += 1
         updates.append(Update(sequence, text, is_last=True))
@@ -286,6 +357,8 @@ class Engine:
                 self._end_with(sequence, error, updates)
         self._pending, self._ending, self._to_end, self._unread_steps = [], [], set(), 0
         self.scheduler.held = [[] for _ in self.scheduler.slots]
+        if self.drafting is not None:
+            self.drafting.reset()
         self.runner.reset()
 
     def _slot(self, sequence: Sequence) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence as Sequences
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,20 @@ KINDS: dict[str, Kind] = {
     "full": Kind(
         steps.full, ("state", "controls", "logits_controls", "allowed", "slot"), ("state", "details"), (), ("rows",)
     ),
+    "verify": Kind(
+        steps.verify,
+        ("state", "controls", "logits_controls", "allowed", "drafts", "draft_allowed", "slot", "keys"),
+        ("state", "details"),
+        ("kv_cache",),
+        ("rows", "length", "key_lens"),
+    ),
+    "lookahead": Kind(
+        steps.lookahead,
+        ("state", "controls", "jacobi", "slot", "keys"),
+        ("kv_cache", "following"),
+        ("kv_cache",),
+        ("rows", "levels", "width", "key_lens"),
+    ),
     "score": Kind(steps.score, ("tokens", "slot", "position", "stream"), ("details",), (), ("length",)),
     "admit": Kind(steps.admit, ("state", "row", "slot"), ("state",), runs_model=False),
     "end": Kind(steps.end, ("done", "ended"), ("done",), runs_model=False),
@@ -67,7 +82,7 @@ class Program:
     Attributes:
         kind: a name of ``KINDS``.
         rows: slots that it runs.
-        length: positions of a chunk.
+        length: positions of a chunk, or tokens of each row that a step with drafts runs.
         key_len: cache positions that it reads at most, or copies. One that runs tokens has a branch for every key
             bucket up to there.
     """
@@ -80,11 +95,12 @@ class Program:
     def __str__(self) -> str:
         words = {
             "rows": f"rows {self.rows}",
-            "length": f"chunk length {self.length}",
+            "levels": f"{self.length} tokens",
+            "length": f"drafts {self.length - 1}" if self.kind == "verify" else f"chunk length {self.length}",
             "key_len": f"positions {self.key_len}",
             "key_lens": f"keys up to {self.key_len}",
         }
-        return f"({', '.join([self.kind, *(words[name] for name in KINDS[self.kind].sizes)])})"
+        return f"({', '.join([self.kind, *(words[name] for name in KINDS[self.kind].sizes if name in words)])})"
 
     def covers(self, other: Program) -> bool:
         """Whether it does what another program does."""
@@ -112,6 +128,7 @@ class Program:
         kind = KINDS[self.kind]
         key_lens = tuple(k for k in config.key_buckets if self.length <= k <= self.key_len)
         every = {"rows": self.rows, "length": self.length, "key_len": self.key_len, "key_lens": key_lens}
+        every |= dict(zip(("width", "levels"), config.lookahead, strict=False))
         sizes = {name: every[name] for name in kind.sizes}
         leading = (model,) if kind.runs_model else ()
 
@@ -155,6 +172,9 @@ def all_programs(config: EngineConfig) -> list[Program]:
     found += [Program("decode", rows=w, key_len=longest) for w in config.widths]
     found += [Program("choose"), *(Program("full", rows=w) for w in dict.fromkeys((1, *config.widths)))]
     found += [Program("score", length=b) for b in scored]
+    for width in config.verify_widths:
+        found += [Program("verify", rows=width, length=d + 1, key_len=longest) for d in config.draft_lens]
+        found += [lookahead_program(config, width, longest)] if config.lookahead else []
     found += [Program("admit"), Program("end")]
     if config.max_batch_size > 1:
         found += [Program("copy", key_len=k) for k in config.key_buckets] + [Program("move")]
@@ -204,6 +224,18 @@ def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: 
         yield Program("decode", rows=width, key_len=reach)
         if sequence.needs_full:
             yield Program("full", rows=width)
+        checked = next(w for w in config.verify_widths if w >= width)
+        for draft_len in config.draft_lens:
+            last = min(sequence.limit + draft_len, config.max_seq_len)
+            yield Program("verify", rows=checked, length=draft_len + 1, key_len=chunks.key_bucket(last, config))
+        if config.lookahead:
+            last = min(sequence.limit + prod(config.lookahead), config.max_seq_len)
+            yield lookahead_program(config, checked, chunks.key_bucket(last, config))
+
+
+def lookahead_program(config: EngineConfig, rows: int, key_len: int) -> Program:
+    """The program of a Jacobi window, which follows a row's last token."""
+    return Program("lookahead", rows=rows, length=1 + prod(config.lookahead), key_len=key_len)
 
 
 def _scored_lengths(config: EngineConfig) -> list[int]:

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from llama.compiled import cache
 from llama.compiled.model import Transformer
 from llama.compiled.state import CONTROLS, Details, State, logits_controls
-from llama.config import EngineConfig, word_count
+from llama.config import LONGEST_DRAFT, EngineConfig, word_count
 from llama.engine.chunks import Chunk
-from llama.engine.programs import KINDS, Program, all_programs
+from llama.engine.programs import KINDS, Program, all_programs, lookahead_program
 from llama.engine.scheduler import Window
-from llama.engine.sequence import Sequence, TokenDetails, bits_of
+from llama.engine.sequence import Draft, Sequence, TokenDetails, bits_of
 from llama.errors import EngineError, InterruptedRunError, RecompileError, setting
 from llama.xla import programs as compiling, transfers
 from llama.xla.counters import counters
@@ -32,14 +32,14 @@ log = logging.getLogger("llama")
 # Seconds that compiling one program takes, before the first has been timed: one that runs the model, of any depth, and
 # one that only edits slots (docs/log.md, 2026-11-21).
 FIRST_GUESS_S = {True: 0.7, False: 0.05}
-REPORT_WINDOW = 32  # tokens a slot that a report holds: the most that may be generated between two reads
+REPORT_WINDOW = LONGEST_DRAFT + 1  # tokens a slot that a report holds: the most that may come between two reads
 
 
 class Chosen(NamedTuple):
-    """Details of the tokens that one run of ``full`` chose.
+    """Details of the tokens that one run of ``full`` or ``verify`` chose.
 
     Attributes:
-        details: [rows, 1, ...] on the device.
+        details: [rows, T, ...] on the device; of each row's new tokens the first ones.
         first: the slot of its first row.
         sequences: those that chose a token in it.
     """
@@ -117,6 +117,15 @@ class Runner(Protocol):
         """Run the next token of the slots in a window; the program ``full`` chooses for the sequences given."""
         ...
 
+    def verify(self, window: Window, drafts: Sequences[Draft], draft_len: int) -> None:
+        """Run the known tokens of the slots in a window and the drafts behind them, and keep what agrees.
+
+        Args:
+            drafts: of the sequences that choose a token; the others only run theirs.
+            draft_len: K, no sequence has more.
+        """
+        ...
+
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` positions of a slot's cache to another slot."""
         ...
@@ -178,6 +187,7 @@ class XlaRunner:
         }
         self._stale = set(self._host)
         self._numbers: dict[int, torch.Tensor] = {}
+        self._any: dict[int, torch.Tensor] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -254,14 +264,23 @@ class XlaRunner:
     def _example(self, name: str, program: Program) -> torch.Tensor:
         """A tensor like the one of that name that every run of the program takes."""
         if name in State._fields or name in self._host:
-            return self._tensor(name)
+            return self.tensor(name)
         if name in ("slot", "target", "position", "keys"):
             # not one and the same tensor for two arguments, which tracing could not tell apart
             return transfers.upload(torch.tensor([0], dtype=torch.int32), self.device)
+        if name == "draft_allowed":
+            return self._any_token(program.length - 1)
         slots, positions = self.config.max_batch_size, self.config.positions
-        shapes = {"row": (1, 3 + positions), "ended": (slots,), "stream": (1, program.length, self.model.args.dim)}
-        dtypes = {"row": torch.int32, "ended": torch.bool, "stream": self.model.activation_dtype}
-        return transfers.upload(torch.zeros(shapes[name], dtype=dtypes[name]), self.device)
+        stream = (1, program.length, self.model.args.dim)
+        shapes = {
+            "row": (1, 3 + positions),
+            "ended": (slots,),
+            "stream": stream,
+            "drafts": (slots, program.length),
+            "jacobi": (slots, program.length - 1),
+        }
+        dtypes = {"ended": torch.bool, "stream": self.model.activation_dtype}
+        return transfers.upload(torch.zeros(shapes[name], dtype=dtypes.get(name, torch.int32)), self.device)
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +288,7 @@ class XlaRunner:
         """Forget all slots; the next use makes new tensors."""
         self._tensors, self._chosen, self._stale = {}, [], set(self._host)
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the slots, made or uploaded where it is missing or stale."""
         if name in self._stale:
             self._tensors[name] = transfers.upload(torch.from_numpy(self._host[name].copy()), self.device)
@@ -310,7 +329,7 @@ class XlaRunner:
             self._refuse_recompile([program])
             self._announce([program])
             self._compile(program)
-        arguments = [inputs[name] if name in inputs else self._tensor(name) for name in program.takes]
+        arguments = [inputs[name] if name in inputs else self.tensor(name) for name in program.takes]
         outputs = dict(zip(program.returns, self._programs[ready or program](*arguments), strict=True))
         kept = {name: outputs.pop(name) for name in list(outputs) if name in State._fields}
         self._tensors |= kept
@@ -321,14 +340,18 @@ class XlaRunner:
     def admit(self, sequence: Sequence) -> None:
         """Put a sequence into its slot: its tokens, its positions and its controls."""
         slot = _slot(sequence)
-        row = np.zeros((1, 3 + self.config.positions), dtype=np.int32)
-        row[0, :3] = sequence.start, sequence.ready, len(sequence.prompt_ids)
-        row[0, 3 : 3 + len(sequence.prompt_ids)] = sequence.prompt_ids
         self._set("controls", slot, packed_controls(sequence))
         if sequence.needs_full:
             self._set("logits_controls", slot, packed_logits_controls(sequence, self.vocab_size))
             self._allow(sequence)
-        self._run(Program("admit"), row=transfers.upload(torch.from_numpy(row), self.device), slot=self._number(slot))
+        self.put(slot, sequence.prompt_ids, sequence.start, sequence.ready)
+
+    def put(self, slot: int, ids: Sequences[int], start: int, ready: int) -> None:
+        """Give a slot its known tokens and its positions."""
+        row = np.zeros((1, 3 + self.config.positions), dtype=np.int32)
+        row[0, :3] = start, ready, len(ids)
+        row[0, 3 : 3 + len(ids)] = ids
+        self._run(Program("admit"), row=self._uploaded(row), slot=self._number(slot))
 
     def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
         """Run a chunk of a prompt; where the prompt is scored, fetch its details before the next chunk makes more."""
@@ -357,6 +380,52 @@ class XlaRunner:
         self._run(program, slot=self._number(window.first), keys=self._number(window.key_len))
         if chooses:
             self._choose_full(window.first, window.rows, chooses)
+
+    def verify(self, window: Window, drafts: Sequences[Draft], draft_len: int) -> None:
+        """Run the known tokens of the slots in a window and the drafts behind them, and keep what agrees."""
+        slots = self.config.max_batch_size
+        counted = np.zeros((slots, 1 + draft_len), dtype=np.int32)
+        may = np.full((slots, draft_len, word_count(self.vocab_size)), -1, dtype=np.int32) if _masked(drafts) else None
+        for draft in drafts:
+            slot, count = _slot(draft.sequence), len(draft.token_ids)
+            counted[slot, : 1 + count] = count, *draft.token_ids
+            if draft.sequence.grammar is not None:
+                self._allow(draft.sequence)
+            for place, mask in enumerate(draft.masks):
+                assert may is not None
+                may[slot, place] = mask
+        found = self._run(
+            Program("verify", rows=window.rows, length=draft_len + 1, key_len=window.key_len),
+            drafts=self._uploaded(counted),
+            draft_allowed=self._any_token(draft_len) if may is None else self._uploaded(may),
+            slot=self._number(window.first),
+            keys=self._number(window.key_len),
+        )
+        sequences = tuple(d.sequence for d in drafts if any(d.sequence.kinds))
+        if sequences:
+            self._chosen.append(Chosen(Details(**found), window.first, sequences))
+
+    def lookahead(self, window: Window, jacobi: np.ndarray) -> np.ndarray:
+        """What follows each column of the Jacobi windows [slots, levels * width] of the slots in a window: [rows,
+        width]. Host sync: yes.
+        """
+        found = self._run(
+            lookahead_program(self.config, window.rows, window.key_len),
+            jacobi=self._uploaded(jacobi.astype(np.int32)),
+            slot=self._number(window.first),
+            keys=self._number(window.key_len),
+        )
+        return transfers.fetch(found["following"]).numpy()
+
+    def _any_token(self, draft_len: int) -> torch.Tensor:
+        """The mask that allows every token after each draft, uploaded once."""
+        if draft_len not in self._any:
+            shape = (self.config.max_batch_size, draft_len, word_count(self.vocab_size))
+            self._any[draft_len] = self._uploaded(np.full(shape, -1, dtype=np.int32))
+        return self._any[draft_len]
+
+    def _uploaded(self, array: np.ndarray) -> torch.Tensor:
+        return transfers.upload(torch.from_numpy(array), self.device)
 
     def _choose_full(self, first: int, rows: int, sequences: tuple[Sequence, ...]) -> None:
         for sequence in sequences:
@@ -401,7 +470,7 @@ class XlaRunner:
     def snapshot(self, sequences: Iterable[Sequence]) -> Snapshot:
         """What can be read now of these sequences; later steps do not change it."""
         chosen, self._chosen = tuple(self._chosen), []
-        return Snapshot(self._tensor("report"), {_slot(s): s for s in sequences}, chosen)
+        return Snapshot(self.tensor("report"), {_slot(s): s for s in sequences}, chosen)
 
     def read(self, snapshot: Snapshot) -> list[News]:
         """Fetch a snapshot and return what is new in it. Host sync: yes."""
@@ -414,6 +483,7 @@ class XlaRunner:
             new_ids = new_tokens(report[slot], length - len(sequence.ids))
             steps = [_row(found, slot - each.first) for found, each in fetched if sequence in each.sequences]
             details = TokenDetails.joined(steps[: len(new_ids)]) if any(sequence.kinds) else None
+            details = details and details.first(len(new_ids))  # a step that checks drafts has room for more
             news.append(News(sequence, new_ids, ended, details and details.of_kinds(sequence.kinds)))
         return news
 
@@ -481,6 +551,11 @@ def packed_logits_controls(sequence: Sequence, vocab_size: int) -> np.ndarray:
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None
     return sequence.slot
+
+
+def _masked(drafts: Sequences[Draft]) -> bool:
+    """Whether a grammar says what may follow some draft."""
+    return any(draft.masks for draft in drafts)
 
 
 def _needed_kinds(snapshot: Snapshot) -> tuple[bool, ...]:

@@ -9,13 +9,13 @@ so none waits for ever.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence as Sequences
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from llama.config import EngineConfig
 from llama.engine import chunks
-from llama.engine.sequence import Sequence, Status
+from llama.engine.sequence import Sequence, Status, common_prefix
 from llama.errors import QueueFullError
 
 MOST_PASSED_OVER = 16
@@ -217,25 +217,17 @@ class Scheduler:
         prefilling = [s for s in self.live if s.status is Status.PREFILLING]
         return min(prefilling, key=lambda s: (s.admitted, s.id), default=None)
 
-    def window(self, is_ready: Callable[[int, int], bool]) -> Window:
-        """The slots and positions of the next decode step; some sequence is running.
+    def window(self, is_ready: Callable[[int, int], bool], widths: Sequences[int], length: int = 1) -> Window:
+        """The slots and positions of the next step of all running sequences; there is one.
 
         Args:
             is_ready: whether the program of (rows, key_len) is compiled. The narrowest compiled one that covers the
                 running slots is taken, or the narrowest of all where none is.
+            widths: rows that there are programs for, ascending.
+            length: tokens of each sequence that the step runs.
         """
-        config, running = self._config, self.running
-        slots = [s.slot for s in running if s.slot is not None]
-        key_len = chunks.key_bucket(max(s.start + 1 for s in running), config)
-        if config.batch_invariant:
-            return Window(0, config.max_batch_size, config.max_seq_len)
-        lowest, end = min(slots), max(slots) + 1
-        covering = [
-            Window(min(lowest, config.max_batch_size - rows), rows, key_len)
-            for rows in config.widths
-            if min(lowest, config.max_batch_size - rows) + rows >= end
-        ]
-        return next((w for w in covering if is_ready(w.rows, w.key_len)), covering[0])
+        slots = [s.slot for s in self.running if s.slot is not None]
+        return window_of(slots, max(s.start for s in self.running) + length, self._config, widths, is_ready)
 
     def moves(self, is_ready: Callable[[int, int], bool]) -> list[tuple[Sequence, int]]:
         """Sequences to move, with their new slots, so that the next steps are narrower; none where that does not pay.
@@ -280,7 +272,21 @@ class Scheduler:
         }
 
 
-def common_prefix(a: Collection[int], b: Collection[int]) -> int:
-    """How many leading ids two sequences share."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+def window_of(
+    slots: Sequences[int],
+    reach: int,
+    config: EngineConfig,
+    widths: Sequences[int],
+    is_ready: Callable[[int, int], bool],
+) -> Window:
+    """The narrowest window that covers some slots and the first ``reach`` positions; see ``Scheduler.window``."""
+    if config.batch_invariant:
+        return Window(0, config.max_batch_size, config.max_seq_len)
+    key_len = chunks.key_bucket(min(reach, config.max_seq_len), config)
+    lowest, end = min(slots), max(slots) + 1
+    covering = [
+        Window(min(lowest, config.max_batch_size - rows), rows, key_len)
+        for rows in widths
+        if min(lowest, config.max_batch_size - rows) + rows >= end
+    ]
+    return next((w for w in covering if is_ready(w.rows, w.key_len)), covering[0])

@@ -46,6 +46,10 @@ class Grammar(Protocol):
         """Follow the tokens that were chosen."""
         ...
 
+    def ahead(self, token_ids: SequenceOf[int], vocab_size: int) -> list[np.ndarray]:
+        """The tokens that may come after each of these, as far as they are allowed; nothing is followed."""
+        ...
+
 
 class Text(Protocol):
     """A growing text that may find a stop string in itself."""
@@ -94,6 +98,62 @@ class TokenDetails(NamedTuple):
         return TokenDetails(*(None if array is None else array[:count] for array in self))
 
 
+class Draft(NamedTuple):
+    """What a step is to check for one sequence.
+
+    Attributes:
+        sequence: whose.
+        token_ids: guesses of the tokens after its last one; may be empty.
+        masks: the tokens that its grammar allows after each guess, [W] int32 words of bits; empty without a grammar.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    masks: list[np.ndarray]
+
+
+@dataclass
+class DraftCounts:
+    """How drafting went: vLLM's four counters.
+
+    Attributes:
+        drafts: steps that checked at least one drafted token.
+        draft_tokens: drafted tokens that were checked.
+        accepted_tokens: of them, those that were the chosen ones.
+        accepted_per_position: how often the first, the second, ... drafted token was.
+    """
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """Count a step that checked ``drafted`` tokens, of which the first ``accepted`` were right."""
+        if not drafted:
+            return
+        self.drafts += 1
+        self.draft_tokens += drafted
+        self.accepted_tokens += accepted
+        missing = accepted - len(self.accepted_per_position)
+        self.accepted_per_position += [0] * missing
+        for place in range(accepted):
+            self.accepted_per_position[place] += 1
+
+    def merge(self, other: DraftCounts) -> None:
+        """Add what another one has counted."""
+        self.drafts += other.drafts
+        self.draft_tokens += other.draft_tokens
+        self.accepted_tokens += other.accepted_tokens
+        pairs = itertools.zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
+        self.accepted_per_position = [a + b for a, b in pairs]
+
+    @property
+    def rejected_tokens(self) -> int:
+        """Drafted tokens that were checked in vain."""
+        return self.draft_tokens - self.accepted_tokens
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request.
@@ -123,7 +183,8 @@ class Sequence:
         error: what ended it instead.
         runs: program runs that took part in it.
         submitted, admitted, first_token, finished: seconds of ``time.perf_counter``; None before.
-        details: of the generated tokens, the stop token included; one part a token.
+        drafting: how many of its tokens were drafted.
+        details: of the generated tokens, the stop token included; one part a read.
         prompt_details: of the prompt's tokens from the second on, one part a chunk.
     """
 
@@ -155,6 +216,7 @@ class Sequence:
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    drafting: DraftCounts = field(default_factory=DraftCounts)
     details: list[TokenDetails] = field(default_factory=list)
     prompt_details: list[TokenDetails] = field(default_factory=list)
 
@@ -194,11 +256,32 @@ class Sequence:
         A grammar has the last word: where it allows bad words only, they are allowed.
         """
         if self.grammar is not None:
-            allowed = self.grammar.allowed(vocab_size)
-        elif self.params.allowed_token_ids is not None:
-            allowed = bits_of(self.params.allowed_token_ids, vocab_size)
-        else:
-            allowed = np.full(word_count(vocab_size), -1, dtype=np.int32)
+            return self._without_banned(self.grammar.allowed(vocab_size), vocab_size)
+        if self.params.allowed_token_ids is not None:
+            return self._without_banned(bits_of(self.params.allowed_token_ids, vocab_size), vocab_size)
+        return self._without_banned(np.full(word_count(vocab_size), -1, dtype=np.int32), vocab_size)
+
+    def draft(self, guesses: SequenceOf[int], vocab_size: int) -> Draft:
+        """The guesses that are worth checking.
+
+        They end with a stop token, before the limit (the last token is chosen in any case), and before a token that the
+        vocabulary does not have or a grammar does not allow.
+        """
+        room = min(self.limit - self.length - 1, len(guesses))
+        useful: list[int] = []
+        for token_id in guesses[: max(room, 0)]:
+            if not 0 <= token_id < vocab_size:
+                break
+            useful.append(int(token_id))
+            if token_id in self.stop_ids:
+                break
+        if self.grammar is None or not useful:
+            return Draft(self, useful, [])
+        masks = self.grammar.ahead(useful, vocab_size)
+        return Draft(self, useful[: len(masks)], [self._without_banned(mask, vocab_size) for mask in masks])
+
+    def _without_banned(self, allowed: np.ndarray, vocab_size: int) -> np.ndarray:
+        """A mask without the bad words of one token, if it allows any other token."""
         banned = [word[0] for word in self.bad_words if len(word) == 1]
         if not banned:  # the usual case, at every step of a request that follows a grammar
             return allowed
@@ -269,3 +352,9 @@ def bits_of(token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
     member = np.zeros(word_count(vocab_size) * 32, dtype=bool)
     member[list(token_ids)] = True
     return np.packbits(member, bitorder="little").view(np.int32)
+
+
+def common_prefix(a: SequenceOf[int], b: SequenceOf[int]) -> int:
+    """How many leading ids two sequences share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
