@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llama.config import EngineConfig, ModelArgs, RopeScaling
+    from llama.config import DraftConfig, EngineConfig, ModelArgs, RopeScaling
+    from llama.engine.drafting import Drafter, Drafts
     from llama.errors import LLaMAError
     from llama.generation import LLaMA
     from llama.outputs import Generation, Piece
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from llama.tokenizer import Tokenizer, load_tokenizer
 
 _HOME = {
+    "DraftConfig": "llama.config",
+    "Drafter": "llama.engine.drafting",
+    "Drafts": "llama.engine.drafting",
     "EngineConfig": "llama.config",
     "ModelArgs": "llama.config",
     "RopeScaling": "llama.config",
@@ -36,6 +40,9 @@ _HOME = {
 }
 
 __all__ = [
+    "DraftConfig",
+    "Drafter",
+    "Drafts",
     "EngineConfig",
     "Generation",
     "LLaMA",

@@ -7,7 +7,8 @@
     │   ├── CheckpointError    a checkpoint directory, its params.json or its tensors
     │   ├── TokenizerError     a tokenizer file, or one that does not match the model
     │   ├── PromptError        a prompt that cannot be read or does not fit
-    │   └── ChatError          a dialog that cannot become a prompt, or a chat template that does not work
+    │   ├── ChatError          a dialog that cannot become a prompt, or a chat template that does not work
+    │   └── DatastoreError     a drafter's file (datastore or word bank) that cannot be read, used or written
     ├── ProblemsFoundError     exit code 2: `inspect` found problems, which have been printed
     ├── EngineError            exit code 1: the engine lost its state, and with it the requests that ran
     ├── QueueFullError         exit code 1: more requests wait than may
@@ -87,6 +88,10 @@ class PromptError(UserError, ValueError):
 
 class ChatError(UserError, ValueError):
     """A dialog that is not allowed, or a chat template that is absent, damaged, or exceeds its limits."""
+
+
+class DatastoreError(UserError):
+    """A datastore or word bank that is absent, damaged, or of another tokenizer; or text that cannot become one."""
 
 
 class ProblemsFoundError(UserError):

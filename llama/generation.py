@@ -13,21 +13,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from llama import checkpoint
 from llama.chat import Dialog, choose_format
-from llama.compiled.memory import check_fits, dtypes_for
-from llama.compiled.model import Transformer
-from llama.config import DEMO_CONTEXT, DEMO_DIR, EngineConfig, GenerationDefaults, ModelArgs
+from llama.config import (
+    DEFAULT_DRAFT_LENS,
+    DEMO_CONTEXT,
+    DEMO_DIR,
+    DraftConfig,
+    EngineConfig,
+    GenerationDefaults,
+    ModelArgs,
+)
+from llama.drafting.opening import open_drafting
 from llama.engine.callers import Call, Callers
+from llama.engine.drafting import Drafter, Drafting
 from llama.engine.engine import Engine
 from llama.engine.runner import XlaRunner
-from llama.engine.sequence import Sequence as Request
-from llama.errors import ConfigError, InterruptedRunError, RecompileError, TokenizerError, setting
+from llama.engine.sequence import DraftCounts, Sequence as Request
+from llama.errors import ConfigError, InterruptedRunError, RecompileError
 from llama.grammar import Grammars
 from llama.inputs import Prompt, make_sequences
+from llama.loading import load_model, matched
 from llama.outputs import (
     ChatPrediction,
     CompletionPrediction,
@@ -89,6 +95,7 @@ class LLaMA:
         allow_nan: bool = False,
         progress: bool = False,
         startup: Startup | None = None,
+        drafting: DraftConfig | Drafter | None = None,
     ) -> LLaMA:
         """Load a checkpoint and its tokenizer onto the device.
 
@@ -106,6 +113,8 @@ class LLaMA:
             allow_nan: go on where a weight holds NaN or infinity.
             progress: bars on stderr while loading and compiling.
             startup: the stopwatch of the process; None means a new one, which begins here.
+            drafting: how tokens are drafted, or a drafter of your own, whose guesses are all checked by steps of
+                ``config.draft_lens``; None means one token a step.
 
         Raises:
             CheckpointError, TokenizerError, ConfigError: see errors.py; nothing is loaded then.
@@ -120,36 +129,36 @@ class LLaMA:
         if config is None:
             default = DEMO_CONTEXT if ckpt_dir is None and random_weights is None else EngineConfig.max_seq_len
             config = EngineConfig(max_batch_size=max_batch_size, max_seq_len=max_seq_len or default)
+        if isinstance(drafting, DraftConfig):
+            config = drafting.settled(config)
+        elif drafting is not None and not config.draft_lens:
+            config = replace(config, draft_lens=DEFAULT_DRAFT_LENS)
         directory = DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)
         source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
         tokenizer = tokenizer or load_tokenizer(tokenizer_path or find_tokenizer(directory))
-        args = _matched(random_weights, source, tokenizer, config)
+        args = matched(random_weights, source, tokenizer, config)
+        is_demo = ckpt_dir is None and random_weights is None
+        opened = (
+            open_drafting(drafting, args, tokenizer, config, is_demo) if isinstance(drafting, DraftConfig) else None
+        )
         with startup.within("import"):
             backend.prepare()
         with startup.within("device"):
             device = backend.init()
-        dtype, activation_dtype = dtypes_for(
-            config, on_cpu=backend.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
-        )
-        memory = check_fits(args, config, dtype, activation_dtype, backend.free_memory(device))
-        log.debug("Memory: %s", memory)
-        with torch.device("meta"):
-            model = Transformer(args, config.positions, activation_dtype)
-        if source is None:
-            named = checkpoint.random_tensors(model, seed)
-        else:
-            named = checkpoint.checked(source, allow_nan, checkpoint.loading_order(source.infos(), device))
-        with tqdm(
-            total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
-        ) as bar:
-            for loaded in checkpoint.place(model, named, dtype, device):
-                bar.update(loaded)
+        model = load_model(source, args, config, device, seed=seed, allow_nan=allow_nan, progress=progress)
+        runner = XlaRunner(model, config, device, progress)
+        drafter = drafting if isinstance(drafting, Drafter) else None
+        if opened is not None:
+            drafter = opened.drafter(runner, allow_nan)
         backend.wait()
         startup.enter("load")  # goes on, until the first call compiles
         load_s = startup.seconds["load"]
         log.info("Loaded in %.2f seconds", load_s)
         defaults = GenerationDefaults() if source is None else source.defaults
-        engine = Engine(config, XlaRunner(model, config, device, progress))
+        engine = Engine(config, runner)
+        if drafter is not None:
+            adaptive = isinstance(drafting, DraftConfig) and drafting.is_adaptive
+            engine.drafting = Drafting.of(drafter, config, model.args.vocab_size, adaptive=adaptive)
         return cls(engine, tokenizer, load_s, defaults, directory, startup)
 
     def warm_up(self) -> float:
@@ -163,9 +172,9 @@ class LLaMA:
         """
         began = time.perf_counter()
         with self._callers.exclusive() as engine, self.startup.within("compile"):
-            engine.runner.stop_compiling = False
+            engine.stop_compiling(False)
             try:
-                engine.runner.compile()
+                engine.warm_up()
             except InterruptedRunError:
                 self._callers.take_interrupt()
                 raise
@@ -208,8 +217,19 @@ class LLaMA:
         return self._callers.take_interrupt()
 
     def stats(self) -> dict[str, float]:
-        """Counters: requests running and waiting, shares of slots, cache and padding, tokens in all so far."""
-        return self.engine.scheduler.stats()
+        """Counters: requests running and waiting, shares of slots, cache and padding, tokens and drafts in all."""
+        drafts = DraftCounts() if self.engine.drafting is None else self.engine.drafting.counts
+        return {
+            **self.engine.scheduler.stats(),
+            "drafts": drafts.drafts,
+            "draft_tokens": drafts.draft_tokens,
+            "accepted_tokens": drafts.accepted_tokens,
+        }
+
+    def close(self) -> None:
+        """Keep what a drafter has learnt, for instance in a file. The object works on."""
+        if self.engine.drafting is not None:
+            self.engine.drafting.drafter.close()
 
     def synthetic_prompt(self, length: int) -> list[int]:
         """BOS and ``length`` times one token, as pytorch-tpu/llama makes them for timings."""
@@ -405,6 +425,8 @@ class LLaMA:
                 programs = ProgramCount(counters.compiled - before[0], sequence.runs)
                 prompt = self.prompt_text(prompts[sequence.index])
                 result = result_of(sequence, prompt, self.tokenizer, timing, programs, totals)
+                if self.engine.drafting is not None:
+                    result = replace(result, drafting=sequence.drafting)
                 if ranked:
                     yield from ranking.take(sequence, result)
                 else:
@@ -448,26 +470,3 @@ class _Ranking:
 def _results(pieces: Iterable[Piece]) -> list[Generation]:
     """The results of a call's pieces, prompt by prompt and sample by sample."""
     return sorted((p.result for p in pieces if p.result is not None), key=lambda result: (result.index, result.sample))
-
-
-def _matched(
-    args: ModelArgs | None, source: checkpoint.Source | None, tokenizer: Tokenizer, config: EngineConfig
-) -> ModelArgs:
-    """The model's shape, after weights, tokenizer and configuration have been found to go together."""
-    if source is not None:
-        args = source.args
-        if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
-            raise ConfigError(
-                f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to "
-                f"{source.sliding_window} positions, "
-                f"which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
-            )
-    assert args is not None
-    if args.vocab_size == -1:
-        args = args.with_vocab_size(tokenizer.n_words)
-    if tokenizer.n_words > args.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: "
-            f"it belongs to another model; give the right one with {setting('tokenizer_path')}"
-        )
-    return args

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
 
 from llama.chat import Message
 from llama.detokenizer import Detokenizer
-from llama.engine.sequence import FinishReason, Sequence, TokenDetails
+from llama.engine.sequence import DraftCounts, FinishReason, Sequence, TokenDetails
 from llama.sampling_params import MAX_LOGPROBS
 from llama.tokenizer import Tokenizer
 
@@ -148,6 +148,7 @@ class Totals:
         generated_tokens: tokens of the results.
         decoded_tokens: tokens that decode steps produced.
         runs: runs of programs that read the weights, those of other callers included.
+        drafting: drafts of all requests.
     """
 
     requests: int = 0
@@ -159,6 +160,7 @@ class Totals:
     generated_tokens: int = 0
     decoded_tokens: int = 0
     runs: int = 0
+    drafting: DraftCounts = field(default_factory=DraftCounts)
 
     def add_up(self, sequences: Sequences[Sequence], runs: int) -> None:
         """Fill it in from the sequences of a call that has ended."""
@@ -173,6 +175,8 @@ class Totals:
         self.prompt_tokens = sum(len(s.prompt_ids) - s.cached for s in sequences if s.first_token is not None)
         self.generated_tokens = sum(len(s.token_ids) for s in sequences)
         self.decoded_tokens = sum(max(len(s.ids) - len(s.prompt_ids) - 1, 0) for s in sequences)
+        for sequence in sequences:
+            self.drafting.merge(sequence.drafting)
 
 
 def covered(spans: Sequences[tuple[float, float]]) -> float:
@@ -217,6 +221,7 @@ class Generation:
             ``token_ids`` were chosen, and before them, with prompt_logprobs, those from which the prompt's tokens from
             the second on are told.
         logits: [n, vocab] float32, raw, of the same positions.
+        drafting: how many of its tokens were drafted; None without a drafter.
     """
 
     index: int
@@ -236,6 +241,7 @@ class Generation:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     hidden_states: np.ndarray | None = None
     logits: np.ndarray | None = None
+    drafting: DraftCounts | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -250,6 +256,12 @@ class Generation:
             "cached_tokens": self.cached_tokens,
             "completion_tokens": len(self.token_ids),
         }
+        if self.drafting is not None:
+            found["usage"]["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self.drafting.accepted_tokens,
+                "rejected_prediction_tokens": self.drafting.rejected_tokens,
+            }
+            found["drafting"] = asdict(self.drafting)
         found["timing"] = {name: round(value, 6) for name, value in asdict(self.timing).items()}
         found |= {"programs": asdict(self.programs), "seed": self.seed}
         if self.logprobs is not None:

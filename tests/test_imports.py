@@ -20,6 +20,8 @@ LADDER = [
     {"compiled"},
     {"checkpoint", "tokenizer"},
     {"chat", "engine", "grammar"},
+    {"loading"},
+    {"drafting"},
     {"detokenizer", "inspection"},
     {"inputs", "outputs"},
     {"generation"},

@@ -18,6 +18,7 @@ from llama import __version__
 from llama.cli.bench import bench, kernels
 from llama.cli.chat import chat
 from llama.cli.checkpoints import convert, inspect as inspect_directory, reshard
+from llama.cli.datastore import datastore
 from llama.cli.flags import Command, help_text, normalise, parser_for, shown
 from llama.cli.generate import generate
 from llama.cli.plan import plan
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect_directory,
     "convert": convert,
     "reshard": reshard,
+    "datastore": datastore,
     "bench": bench,
     "kernels": kernels,
 }
@@ -44,6 +46,7 @@ USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorc
   llama-xla inspect    show what a checkpoint holds and needs
   llama-xla convert    write a checkpoint as safetensors
   llama-xla reshard    split or join a checkpoint in Meta's format
+  llama-xla datastore  make or show the file that retrieval drafts from
   llama-xla bench      measure speed, alone or beside transformers and llama.cpp
   llama-xla kernels    time the ways to compute a linear layer
   llama-xla --version

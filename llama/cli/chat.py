@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import one_of, shown
 from llama.cli.loading import announce_imports, readable_tokenizer
 from llama.cli.output import ending_at_once, interruptible, log_to_stderr, write
@@ -31,6 +32,7 @@ HELP = """/system TEXT   set the system prompt (none takes it away)     /undo   
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 
+@takes_drafting
 @takes_controls(
     without=("n", "best_of", "logprobs", "prompt_logprobs", "hidden_states", "logits"),
     max_gen_len=DEFAULTS.max_gen_len,
@@ -40,6 +42,7 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 def chat(
     *,
     sampling: dict[str, Any],
+    drafting: dict[str, Any],
     ckpt_dir: str,
     tokenizer_path: str | None = None,
     chat_format: str | None = None,
@@ -69,6 +72,8 @@ def chat(
 
     {sampling}
 
+    {drafting}
+
     Output:
         quiet: Log nothing to stderr.
         verbose: Log the memory plan, too, and every program that is compiled.
@@ -76,7 +81,9 @@ def chat(
     log_to_stderr(quiet, verbose)
     config = EngineConfig(max_seq_len=max_seq_len, dtype=one_of("dtype", dtype, DTYPES))
     overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
-    given = checked(sampling)
+    given, drafted = checked(sampling), drafting_of(drafting)
+    if drafted is not None:
+        config = drafted.settled(config)
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
         raise PromptError(
@@ -96,7 +103,12 @@ def chat(
         from llama.generation import LLaMA
 
         llm = LLaMA.build(
-            ckpt_dir, tokenizer_path, tokenizer=tokenizer, config=config, progress=not quiet and sys.stderr.isatty()
+            ckpt_dir,
+            tokenizer_path,
+            tokenizer=tokenizer,
+            config=config,
+            progress=not quiet and sys.stderr.isatty(),
+            drafting=drafted,
         )
     params = llm.sampling(DEFAULTS, **given)
     assert chosen is not None  # a model without a tokenizer has been refused by now
@@ -104,9 +116,15 @@ def chat(
     turns.setLevel(log.level)
     if not verbose:  # from here on one line per turn: other lines would interrupt the answers
         log.setLevel(max(log.level, logging.WARNING))
-    if question is None:
-        _talk(llm, conversation)
-        return
+    with closing(llm):
+        if question is None:
+            _talk(llm, conversation)
+        else:
+            _answer_once(llm, conversation, question)
+
+
+def _answer_once(llm: LLaMA, conversation: Conversation, question: str) -> None:
+    """Answer the one question of a pipe."""
     with interruptible(llm):
         _answer(conversation, question)
         if conversation.result is not None and conversation.result.finish_reason == "interrupted":

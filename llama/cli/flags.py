@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from llama.errors import FlagError, LLaMAError
@@ -22,6 +23,7 @@ ALIASES = {  # other systems' names, where a command has the flag that they stan
     "max_tokens": "max_gen_len",
     "max_new_tokens": "max_gen_len",
     "repeat_penalty": "repetition_penalty",
+    "draft_len": "draft_lens",
 }
 NOT_YET = {"mp": "splitting a model over several devices is not supported yet; run without it, on one device"}
 
@@ -115,6 +117,38 @@ def parser_for(name: str, kind: str) -> Callable[[str], Any]:
             raise FlagError(f"--{name}: got {text!r}, expected {EXPECTED[kind.removesuffix(' | None')]}") from None
 
     return parse
+
+
+def with_flags(
+    parameter: str, defaults: Mapping[str, Any], kinds: Mapping[str, str], help_lines: str
+) -> Callable[[Callable[..., None]], Command]:
+    """Give a command flags that are declared elsewhere; it receives their values in one parameter, by name.
+
+    In the command's docstring the parameter's name in braces stands for their help.
+
+    Args:
+        defaults: of each flag.
+        kinds: the annotation of each flag's value, by which its parser is found.
+        help_lines: sections as a command's docstring has them.
+    """
+
+    def decorate(command: Callable[..., None]) -> Command:
+        @wraps(command)
+        def flagged(**values: Any) -> None:
+            given = {name: values.pop(name, default) for name, default in defaults.items()}
+            command(**{parameter: given}, **values)
+
+        signature = inspect.signature(command)
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
+            for name, default in defaults.items()
+        ]
+        own = [p for name, p in signature.parameters.items() if name != parameter]
+        flagged.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        flagged.__doc__ = (inspect.getdoc(command) or "").replace(f"{{{parameter}}}", help_lines)
+        return flagged
+
+    return decorate
 
 
 def _biases(text: str) -> dict[int, float]:

@@ -6,10 +6,12 @@ import codecs
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import one_of
 from llama.cli.loading import announce_imports, readable_tokenizer
 from llama.cli.output import Printer, ending_at_once, interruptible, log_to_stderr
@@ -32,10 +34,12 @@ LARGEST_DEFAULT_BATCH = 32
 TRACED_TOKENS = 8
 
 
+@takes_drafting
 @takes_controls(without=("prompt_logprobs", "hidden_states", "logits"))
 def generate(
     *,
     sampling: dict[str, Any],
+    drafting: dict[str, Any],
     prompt: list[str] | None = None,
     prompts_file: str | None = None,
     prompt_len: int | None = None,
@@ -88,6 +92,8 @@ def generate(
 
     {sampling}
 
+    {drafting}
+
     Shapes, fixed when the programs are compiled:
         max_seq_len: Positions of the cache, for a prompt and its generated tokens. Default: 2048, or 512 for the demo
             model.
@@ -139,6 +145,7 @@ def generate(
         raise FlagError(
             f"--stream with --best_of {request.best_of}: the best are known only at the end; leave one of them out"
         )
+    drafted = drafting_of(drafting)
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
     random_args = _random_shape(random_weights, ckpt_dir, shape)
     is_demo = ckpt_dir is None and random_args is None
@@ -156,6 +163,8 @@ def generate(
         prefill_budget=prefill_budget,
         schedule=one_of("schedule", schedule, SCHEDULES),
     )
+    if drafted is not None:
+        config = drafted.settled(config)  # refuses what the cache is too short for
     from llama.inputs import check_fit, encode_prompt
 
     with startup.within("load"):
@@ -184,6 +193,7 @@ def generate(
             allow_nan=allow_nan,
             progress=not quiet and sys.stderr.isatty(),
             startup=startup,
+            drafting=drafted,
         )
     params = llm.sampling(**given)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
@@ -196,7 +206,7 @@ def generate(
         echo=echo,
         startup=startup if timings else None,
     )
-    with interruptible(llm):
+    with closing(llm), interruptible(llm):
         for number in range(1, repeat + 1):
             if repeat > 1:
                 log.info("Pass %d of %d", number, repeat)
@@ -323,9 +333,15 @@ def _read_prompts(name: str) -> list[str]:
 def _log_summary(results: Sequence[Generation], startup: Startup) -> None:
     """Log the times and rates of a pass over all prompts."""
     first, totals = results[0], results[0].totals
+    drafts = totals.drafting
+    told = (
+        ""
+        if first.drafting is None
+        else (f", accepted {drafts.accepted_tokens} of {drafts.draft_tokens} drafted tokens")
+    )
     log.info(
         "import %.2f s, device %.2f s, load %.2f s, compile %.2f s (%d programs), first token %.3f s, "
-        "prefill %.3f s (%d tokens, %.1f tok/s), decode %.3f s (%d tokens, %.1f tok/s), %d program runs",
+        "prefill %.3f s (%d tokens, %.1f tok/s), decode %.3f s (%d tokens, %.1f tok/s), %d program runs%s",
         startup.seconds["import"],
         startup.seconds["device"],
         startup.seconds["load"],
@@ -339,4 +355,5 @@ def _log_summary(results: Sequence[Generation], startup: Startup) -> None:
         totals.generated_tokens,
         totals.decoded_tokens / totals.decode_s if totals.decode_s else 0.0,
         totals.runs,
+        told,
     )

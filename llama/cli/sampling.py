@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llama.cli.flags import Command
+from llama.cli.flags import Command, with_flags
 from llama.config import GenerationDefaults
 from llama.errors import FlagError
 from llama.sampling_params import Control, SamplingParams, controls
@@ -40,24 +38,7 @@ def takes_controls(
     declared = {f.name: defaults.get(f.name, f.default) for f in fields(params)}
     kinds = {f.name: _kind(str(f.type)) for f in fields(params)}
     absent = {name: _flag_default(name, declared[name]) for name in chosen}
-
-    def decorate(command: Callable[..., None]) -> Command:
-        @wraps(command)
-        def with_flags(**values: Any) -> None:
-            sampling = {name: values.get(name, default) for name, default in absent.items()}
-            command(sampling=sampling, **{name: value for name, value in values.items() if name not in chosen})
-
-        signature = inspect.signature(command)
-        added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
-            for name, default in absent.items()
-        ]
-        own = [p for name, p in signature.parameters.items() if name != "sampling"]
-        with_flags.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        with_flags.__doc__ = (inspect.getdoc(command) or "").replace("{sampling}", _help(chosen, declared))
-        return with_flags
-
-    return decorate
+    return with_flags("sampling", absent, kinds, _help(chosen, declared))
 
 
 def _kind(annotation: str) -> str:

@@ -1,0 +1,93 @@
+"""A model's weights onto the device, after they have been found to go with the tokenizer and the configuration."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from tqdm import tqdm
+
+from llama import checkpoint
+from llama.compiled.memory import check_fits, dtypes_for
+from llama.compiled.model import Transformer
+from llama.config import EngineConfig, ModelArgs
+from llama.errors import ConfigError, TokenizerError, setting
+from llama.tokenizer import Tokenizer
+from llama.xla import backend
+
+log = logging.getLogger("llama")
+
+
+def load_model(
+    source: checkpoint.Source | None,
+    args: ModelArgs,
+    config: EngineConfig,
+    device: torch.device,
+    *,
+    seed: int = 1,
+    allow_nan: bool = False,
+    progress: bool = False,
+) -> Transformer:
+    """Load a checkpoint's weights onto the device, or make random ones there.
+
+    Args:
+        source: an opened checkpoint; None for random weights.
+        args: the shape, ``vocab_size`` settled.
+        config: says the storage dtype, and how many positions there are.
+        seed: of the random weights.
+        allow_nan: go on where a weight holds NaN or infinity.
+        progress: a bar on stderr.
+
+    Raises:
+        CheckpointError: a tensor is damaged.
+        ConfigError: the model does not fit; nothing has been read then.
+    """
+    dtype, activation_dtype = dtypes_for(
+        config, on_cpu=backend.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
+    )
+    memory = check_fits(args, config, dtype, activation_dtype, backend.free_memory(device))
+    log.debug("Memory: %s", memory)
+    with torch.device("meta"):
+        model = Transformer(args, config.positions, activation_dtype)
+    if source is None:
+        named = checkpoint.random_tensors(model, seed)
+    else:
+        named = checkpoint.checked(source, allow_nan, checkpoint.loading_order(source.infos(), device))
+    with tqdm(
+        total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
+    ) as bar:
+        for loaded in checkpoint.place(model, named, dtype, device):
+            bar.update(loaded)
+    return model
+
+
+def matched(
+    args: ModelArgs | None, source: checkpoint.Source | None, tokenizer: Tokenizer, config: EngineConfig
+) -> ModelArgs:
+    """The model's shape, after weights, tokenizer and configuration have been found to go together.
+
+    Args:
+        args: of random weights; None with a source.
+        source: the checkpoint.
+
+    Raises:
+        ConfigError: the model attends to fewer positions than the cache has.
+        TokenizerError: the tokenizer has more ids than the embedding has rows.
+    """
+    if source is not None:
+        args = source.args
+        if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
+            raise ConfigError(
+                f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to "
+                f"{source.sliding_window} positions, "
+                f"which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
+            )
+    assert args is not None
+    if args.vocab_size == -1:
+        args = args.with_vocab_size(tokenizer.n_words)
+    if tokenizer.n_words > args.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: "
+            f"it belongs to another model; give the right one with {setting('tokenizer_path')}"
+        )
+    return args
