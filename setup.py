@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "demo/*"]},
+    package_data={"llama": ["py.typed", "demo/*", "demo/medusa/*", "bench/draft_prompts.jsonl"]},
     install_requires=[
         "torch==2.9.0",
         "torch_xla==2.9.0",

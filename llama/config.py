@@ -470,13 +470,7 @@ class DraftConfig:
         if not self.draft_lens:
             raise ConfigError("draft_lens: got none, expected at least one length")
         EngineConfig(draft_lens=self.draft_lens)  # refuses lengths that no engine takes
-        belongs = {
-            "draft_ckpt_dir": "model",
-            "medusa_dir": "medusa",
-            "datastore": "retrieval",
-            "word_bank": "retrieval",
-        }
-        for name, owner in belongs.items():
+        for name, owner in DRAFTER_OF.items():
             if getattr(self, name) is not None and owner not in names:
                 raise ConfigError(
                     f"{name}: got {getattr(self, name)}, but {setting('drafter')} {','.join(names)} does not use it; "

@@ -3,14 +3,16 @@
 #   scripts/bench.sh            everything
 #   scripts/bench.sh speed      prefill and decode (about 25 minutes)
 #   scripts/bench.sh startup    process start to first token, and full warm-ups
+#   scripts/bench.sh drafting   plain decoding beside every drafter, and what a step that checks drafts costs
+# drafting measures the drafter model if DRAFT_CKPT_DIR names a smaller model with the demo model's vocabulary.
 # Needs the extra: pip install -e '.[bench]' (llama.cpp is built from source). Nothing else should run on the machine meanwhile.
 # Start-up is compared with an older commit in a temporary worktree, where the repository has that commit.
 # It writes up to 9 GB of random weights to the temporary directory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 part=${1:-all}
-case $part in all | speed | startup) ;; *)
-  echo "bench.sh: got '$part', expected speed, startup or nothing" >&2
+case $part in all | speed | startup | drafting) ;; *)
+  echo "bench.sh: got '$part', expected speed, startup, drafting or nothing" >&2
   exit 2
   ;;
 esac
@@ -24,7 +26,11 @@ run() {
   "$python" -m llama.cli bench "$@" -o jsonl | tail -n 1 >>"$results"
 }
 
-if [ "$part" != startup ]; then
+wants() {
+  [ "$part" = all ] || [ "$part" = "$1" ]
+}
+
+if wants speed; then
   run --shape demo -p 64 -n 64 -r 5
   run --shape 110m -p 512 -n 64 -r 5 --compare hf --compare llama.cpp
   run --shape 110m -p 512 -n 64 -r 5 --dtype bfloat16 --compare hf --compare llama.cpp
@@ -44,7 +50,7 @@ if [ "$part" != startup ]; then
   run --shape 1.1b -p 128 -n 32 -r 2 --batch 1,8
 fi
 
-if [ "$part" != speed ]; then
+if wants startup; then
   older=a24bb4a # before slots
   scratch=$(mktemp -d)
   remove_scratch() {
@@ -62,5 +68,22 @@ if [ "$part" != speed ]; then
   run --startup --shape 110m -p 512,1501 -r 5 --compare llama.cpp --plot docs/startup.png "${beside[@]}"
   run --startup --shape 1.1b -p 512 -r 3 --compare llama.cpp "${beside[@]}"
   run --warm_up --shape 110m --n_layers 12,32 --batch 1,8 -r 1 "${beside[@]}"
+fi
+
+if wants drafting; then
+  drafters=auto,lookup,suffix,lookahead,medusa,retrieval
+  smaller=()
+  if [ -n "${DRAFT_CKPT_DIR:-}" ]; then
+    drafters+=,model
+    smaller=(--draft_ckpt_dir "$DRAFT_CKPT_DIR")
+  else
+    echo "== DRAFT_CKPT_DIR is not set: the drafter model is left out" >&2
+  fi
+  run --drafter "$drafters" --each "${smaller[@]}" --batch 1,4,8 -r 3 --plot docs/drafting.png
+  for shape in 110m 1.1b; do
+    for dtype in float32 bfloat16 int8; do
+      run --verify_cost --shape "$shape" --dtype "$dtype"
+    done
+  done
 fi
 "$python" scripts/bench_table.py "$results" docs/performance.md README.md

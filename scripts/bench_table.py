@@ -1,4 +1,4 @@
-"""Write the results of scripts/bench.sh into documents: speeds between one pair of marks, start-up between another.
+"""Write the results of scripts/bench.sh into documents: speeds, start-up and drafting, each between marks of its own.
 
 A heading says where and when they were measured; each run is one line. Where there are no results of a kind, what
 stands between its marks is kept.
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llama.bench import report, startup
+from llama.bench import drafting, report, startup, verify_cost
 
 WORK = {"model": "model", "dtype": "weights", "tokens": "tokens", "batch": "batch"}
 SPEEDS = ("prefill_tok_s", "decode_tok_s", "step_ms", "bandwidth_share", "host_ms", "peak_bytes")
@@ -113,16 +113,31 @@ def start_tables(runs: list[dict[str, Any]], picture: Path) -> list[str]:
     return lines
 
 
+def drafting_tables(runs: list[dict[str, Any]], picture: Path) -> list[str]:
+    """Plain decoding beside every drafter, and what checking drafts costs, after the picture if there is one."""
+    lines = [f"![Speed-up of decoding by drafter, task and batch size]({picture.name})", ""] if picture.exists() else []
+    lines += [f"{heading()} Medians."]
+    rows = [row for run in runs if run["measured"] == "drafting" for row in run["rows"]]
+    costs = [row for run in runs for row in run["verify_cost" if run["measured"] == "drafting" else "rows"]]
+    lines += ["", *report.table(rows, drafting.COLUMNS)] if rows else []
+    return [*lines, "", *report.table(costs, verify_cost.COLUMNS)]
+
+
 def main(results: Path, full: Path, readme: Path) -> None:
-    """Speeds and start-up into one document, the ratios of speeds into the other."""
+    """Everything into one document, the ratios of speeds into the other, too."""
     runs = [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()]
-    speeds, starts = [run for run in runs if "measured" not in run], [run for run in runs if "measured" in run]
+    speeds, starts, drafts = (
+        [run for run in runs if run.get("measured") in kinds]
+        for kinds in ((None,), ("startup", "warm_up"), ("drafting", "verify_cost"))
+    )
     if speeds:
         everything, compared = speed_tables(speeds)
         write(full, "bench", everything)
         write(readme, "bench", compared)
     if starts:
         write(full, "startup", start_tables(starts, full.with_name("startup.png")))
+    if drafts:
+        write(full, "drafting", drafting_tables(drafts, full.with_name("drafting.png")))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -111,11 +112,17 @@ def test_a_prompt_is_prefilled_by_chunks_and_its_tail_by_steps(
 
 
 def test_what_a_full_warm_up_compiles() -> None:
-    """docs/architecture.md: for one slot, for eight, and for eight of which each keeps its bits."""
+    """docs/architecture.md: for one slot, for eight, and for eight of which each keeps its bits; and with drafts, which
+    add four programs at most.
+    """
+    drafts: dict[str, Any] = {"draft_lens": (3, 7)}
     for settings, expected in (
         (config(2048), 3 + 1 + 1 + 1 + 2 + 2),
         (config(2048, max_batch_size=8), 3 + 4 + 1 + 4 + 2 + 2 + 3 + 1),
         (config(2048, max_batch_size=8, batch_invariant=True), 3 + 1 + 1 + 2 + 2 + 2 + 3 + 1),
+        (config(2048, **drafts), 10 + 2),
+        (config(2048, max_batch_size=8, **drafts), 20 + 4),
+        (config(2048, max_batch_size=8, **drafts, lookahead=(5, 3)), 20 + 4 + 2),
     ):
         programs = all_programs(settings)
         assert len(programs) == len(set(programs)) == expected

@@ -29,7 +29,8 @@ if {undonated}:
     compile_program = programs.compile_program
     programs.compile_program = lambda name, fn, args, donated, **options: compile_program(name, fn, args, **options)
 args = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=320, multiple_of=32)
-config = EngineConfig(max_batch_size=2, max_seq_len=96, buckets=(8, 1), key_buckets=(32,))
+shapes = dict(max_batch_size=2, max_seq_len=96, buckets=(8, 1), key_buckets=(32,))
+config = EngineConfig(**shapes, draft_lens=(3, 7), lookahead=(3, 2))
 llm = LLaMA.build(tokenizer_path={tokenizer!r}, config=config, random_weights=args)
 llm.engine.runner.compile([{program}])
 """
@@ -38,7 +39,8 @@ CACHE = "f32[6,2,2,103,16]"  # 2 x 3 layers, 2 slots, 2 key heads, 96 positions 
 
 DECODE = 'Program("decode", rows=2, key_len=96)'
 WRITERS = [DECODE, 'Program("decode", rows=1, key_len=96)', 'Program("chunk", length=8, key_len=96)']
-WRITERS.append('Program("copy", key_len=32)')
+WRITERS += ['Program("copy", key_len=32)', 'Program("verify", rows=2, length=4, key_len=96)']
+WRITERS += ['Program("verify", rows=1, length=8, key_len=96)', 'Program("lookahead", rows=2, length=7, key_len=96)']
 
 
 def optimised_hlo(directory: Path, tokenizer: Path, program: str = DECODE, undonated: bool = False) -> str:

@@ -24,10 +24,12 @@ def demo() -> LLaMA:
 
 
 def test_it_is_small_and_in_metas_format() -> None:
-    """At most 8 MB together, the three files of a LLaMA checkpoint and its README."""
-    files = {p.name: p.stat().st_size for p in DEMO_DIR.iterdir() if p.is_file()}
-    assert set(files) == {"params.json", "consolidated.00.pth", "tokenizer.model", "README.md"}
+    """At most 8 MB together: the three files of a LLaMA checkpoint, its Medusa heads, and a README of each."""
+    files = {str(p.relative_to(DEMO_DIR)): p.stat().st_size for p in DEMO_DIR.rglob("*") if p.is_file()}
+    heads = {f"medusa/{name}" for name in ("medusa_lm_head.safetensors", "config.json", "README.md")}
+    assert set(files) == {"params.json", "consolidated.00.pth", "tokenizer.model", "README.md", *heads}
     assert sum(files.values()) <= 8_000_000
+    assert files["medusa/medusa_lm_head.safetensors"] < 3_000_000
     params = json.loads((DEMO_DIR / "params.json").read_text())
     assert params["n_kv_heads"] < params["n_heads"]
 

@@ -172,7 +172,7 @@ def test_right_guesses_save_steps() -> None:
 def test_counters_add_up() -> None:
     """The engine's counters are the sum of the requests', and the drafter hears what came true of each proposal."""
     drafter = Oracle(0.7)
-    engine = make_engine(drafter)
+    engine = make_engine(drafter, draft_lens=(7,))
     sequences = [sequence(5 + n, 30, n) for n in range(6)]
     run_all(engine, sequences)
     total = DraftCounts()
@@ -183,6 +183,14 @@ def test_counters_add_up() -> None:
     assert sum(total.accepted_per_position) == total.accepted_tokens
     assert total.accepted_per_position == sorted(total.accepted_per_position, reverse=True)
     assert sum(map(sum, drafter.told)) <= total.accepted_tokens
+
+
+def test_the_step_that_checks_is_the_nearest_in_length() -> None:
+    """Four guesses are not worth a step for seven, where there is one for three."""
+    pace, each = Pace((3, 7)), sequence(5, 50)
+    chosen = {count: pace.choose([Offer(each, 0), Offer(each, count)], 2) for count in range(9)}
+    assert chosen == {0: 0, 1: 3, 2: 3, 3: 3, 4: 3, 5: 3, 6: 7, 7: 7, 8: 7}
+    assert Pace((3, 7), always=True).choose([Offer(each, 0)], 1) == 7
 
 
 def test_drafts_end_at_stop_tokens_and_before_the_limit() -> None:
@@ -255,7 +263,7 @@ def test_sequences_are_not_kept() -> None:
     seen = weakref.ref(each)
     run_all(engine, [each])
     drafter.ended.clear()
-    run_all(engine, [sequence(3, 10, 1)])  # the slot and the last proposal are another's now
+    run_all(engine, [sequence(3, 60, 1)])  # the slot and the last proposal are another's now
     drafter.ended.clear()
     del each
     assert isinstance(engine.runner, FakeRunner)
@@ -313,6 +321,23 @@ def test_it_comes_back_when_guesses_come_true() -> None:
     for _ in range(4):
         pace.learn(Offer(each, 8), 8)
     assert pace.choose([Offer(each, 8)], 1) == 7
+
+
+def test_a_drafter_that_takes_long_is_asked_rarely() -> None:
+    """A proposal that takes three steps in vain: one in 256 steps at most; and its time counts against drafts."""
+    pace, each = AdaptivePace((3, 7), 8), sequence(5, 50)
+    for _ in range(40):
+        pace.asked(3.0)
+        pace.took(pace.choose([Offer(each, 8)], 1), 1, 1.0)
+        pace.learn(Offer(each, 8), 0)
+    assert pace.wait == 256
+    sure, dear = AdaptivePace((3, 7), 8), AdaptivePace((3, 7), 8)
+    dear.asked(9.0)
+    for one in (sure, dear):
+        one.took(0, 1, 1.0)
+        one.took(0, 1, 1.0)
+        one.learn(Offer(each, 7), 7)
+    assert (sure.choose([Offer(each, 7)], 1), dear.choose([Offer(each, 7)], 1)) == (7, 0)
 
 
 def test_a_bad_measurement_is_forgotten() -> None:

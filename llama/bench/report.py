@@ -132,7 +132,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return ""
     if name in ("prefill_tok_s", "decode_tok_s"):
         return f"{value:.1f} ± {row[name.replace('tok_s', 'spread')]:.1f}"
-    if name == "bandwidth_share":
+    if name.endswith("_share"):
         return f"{value:.0%}"
     if name.endswith("_bytes"):
         return f"{value / 2**20:.0f} MiB"

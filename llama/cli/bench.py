@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import one_of
 from llama.cli.output import json_line, log_to_stderr, write
-from llama.config import BUCKET_POLICIES, DEMO_CONTEXT, DTYPES, EngineConfig
+from llama.config import BUCKET_POLICIES, DEMO_CONTEXT, DRAFTER_OF, DTYPES, DraftConfig, EngineConfig
 from llama.errors import ConfigError, FlagError
 
 if TYPE_CHECKING:
     from llama.bench import startup
+    from llama.bench.draft_runs import Way
     from llama.bench.workload import Workload
 
 PROMPT_LEN, GEN_LEN = 512, 128
 WARM_UP_SLOTS = (1, 8)
+VERIFY_POSITIONS = 512
 
 
+@takes_drafting
 def bench(
     *,
-    shape: str = "110m",
+    drafting: dict[str, Any],
+    shape: str | None = None,
     ckpt_dir: str | None = None,
     prompt_len: list[int] | None = None,
     gen_len: int | None = None,
@@ -44,6 +50,10 @@ def bench(
     other_version: str | None = None,
     n_layers: list[int] | None = None,
     keep: str | None = None,
+    each: bool = False,
+    prompts_file: str | None = None,
+    temperature: float | None = None,
+    verify_cost: bool = False,
     output: str = "md",
     plot: str | None = None,
 ) -> None:
@@ -51,9 +61,11 @@ def bench(
 
     llama-xla bench --shape 110m -p 512 -n 64 -r 5 --compare hf
     llama-xla bench --shape 110m -p 512,1501 -r 5 --startup --compare llama.cpp
+    llama-xla bench --drafter auto,lookup,suffix --each --batch 1,8 -r 3 --plot drafting.png
 
     Workload:
-        shape: demo, tiny, 110m, 1.1b or 7b: the demo model, or random weights of that size.
+        shape: demo, tiny, 110m, 1.1b or 7b: the demo model, or random weights of that size. Default: 110m, or with
+            --drafter demo.
         ckpt_dir: A checkpoint instead of random weights.
         prompt_len: Prompt tokens, BOS included; also -p. --startup takes several, such as 512,1501. Default: 512.
         gen_len: Generated tokens; also -n. Default: 128.
@@ -61,7 +73,8 @@ def bench(
         batch: Rows that run together; 1,8 measures both. Default: 1.
         dtype: How weights are stored: float32, bfloat16 or int8.
         max_seq_len: Positions of the cache. Default: as many as the workload needs; with --startup and --warm_up 2048,
-            or 512 for the demo model, or as many as the longest prompt needs.
+            or 512 for the demo model, or as many as the longest prompt needs; with --drafter 2048, or 512 for the demo
+            model; with --verify_cost 512.
         buckets: Chunk lengths. Default: the engine's.
         bucket_policy: greedy, or pad.
         vocab_size: Tokens of the random model's vocabulary. Default: the shape's own.
@@ -82,10 +95,22 @@ def bench(
         keep: With --startup: write the checkpoint to this directory and keep it for the next time. Default: a temporary
             one.
 
+    {drafting}
+
+    Measuring drafting:
+        each: With --drafter: measure each name by itself instead of all of them as one chain. Plain decoding is always
+            measured beside them, task by task: copy, edit and story.
+        prompts_file: With --drafter: other prompts, JSON lines {"task": "copy", "prompt": "..."}. Lines with
+            "held_out": true are not measured; the plain model's answers to them become the datastore of retrieval
+            where --datastore and --word_bank name none.
+        temperature: With --drafter: sample at this temperature. Default: 0, which takes the likeliest token.
+        verify_cost: Instead of the workload above: what a step that checks drafts takes, in decode steps, at one row.
+            Random weights will do. --draft_lens says how many drafts; default here: 1,2,3,5,7.
+
     Output:
         output: md, csv, json or jsonl; also -o. The last line is always one JSON object.
         plot: Write a PNG of tokens per second and time per step over the position to this file; with --startup of
-            the phases.
+            the phases, with --drafter of the speed-ups.
     """
     from llama.bench import report
     from llama.bench.workload import HEADS, RUNNERS, Workload
@@ -98,8 +123,9 @@ def bench(
         raise ConfigError(f"repetitions: got {repetitions}, expected at least 1")
     if plot is not None and not Path(plot).absolute().parent.is_dir():
         raise ConfigError(f"--plot: no such directory: {Path(plot).absolute().parent}")
+    is_drafting = drafting["drafter"] is not None
     work = Workload(
-        shape,
+        shape or ("demo" if is_drafting else "110m"),
         ckpt_dir,
         prompt_len=1,
         dtype=one_of("dtype", dtype, DTYPES[1:]),
@@ -120,6 +146,11 @@ def bench(
         "other_version": other_version,
         "n_layers": n_layers,
         "keep": keep,
+        "verify_cost": verify_cost,
+        **{name: value is not None for name, value in drafting.items()},
+        "each": each,
+        "prompts_file": prompts_file,
+        "temperature": temperature is not None,
         "plot": plot,
     }
     if startup:
@@ -145,10 +176,32 @@ def bench(
             raise FlagError("--mixed takes one number of slots: got several in --batch, expected one")
         work = replace(work, gen_len=2, batch=(batch or [8])[0], max_seq_len=max_seq_len)
         _bench_mixed(work, mixed, repetitions, {"prefill_budget": prefill_budget, "bucket_policy": policy})
+    elif verify_cost:
+        _refuse("verify_cost", "times single steps at one row", given, "verify_cost draft_lens")
+        work = replace(work, gen_len=2, max_seq_len=VERIFY_POSITIONS if max_seq_len is None else max_seq_len)
+        _bench_verify_cost(work, drafting["draft_lens"], repetitions, output)
+    elif is_drafting:
+        used = " ".join(["batch gen_len each prompts_file temperature plot", *drafting])
+        _refuse("drafter", "measures answers to prompts of its own", given, used)
+        work = replace(work, gen_len=GEN_LEN if gen_len is None else gen_len, max_seq_len=max_seq_len)
+        if work.directory is None:
+            raise FlagError(
+                f"--drafter measures what a trained model says: got --shape {work.shape}, which has random weights; "
+                "expected --shape demo or --ckpt_dir; --verify_cost takes random weights"
+            )
+        work = replace(work, max_seq_len=_positions(work, max_seq_len, 0))
+        works = [replace(work, batch=rows) for rows in batch or (1,)]
+        _bench_drafting(works, drafting, each, prompts_file, repetitions, temperature or 0.0, output, plot)
     else:
-        misplaced = next((name for name in ("other_version", "n_layers", "keep") if given[name]), None)
-        if misplaced is not None:
-            raise FlagError(f"--{misplaced}: got it without --startup and --warm_up, expected one of them beside it")
+        drafting_of(drafting)  # refuses its flags without --drafter
+        homes = {
+            "--startup or --warm_up": ("other_version", "n_layers", "keep"),
+            "--drafter": ("each", "prompts_file", "temperature"),
+        }
+        for home, names in homes.items():
+            misplaced = next((name for name in names if given[name]), None)
+            if misplaced is not None:
+                raise FlagError(f"--{misplaced}: got it without {home}, expected both or none")
         if len(prompt_len or ()) > 1:
             raise FlagError("--prompt_len: got several lengths, expected one; --startup takes several")
         work = replace(
@@ -270,6 +323,61 @@ def _bench_mixed(work: Workload, count: int, repetitions: int, settings: dict[st
     row = mixed.measure(work, count, repetitions, settings)
     write(mixed.report(row))
     write(json_line(row))
+
+
+def _bench_verify_cost(work: Workload, draft_lens: list[int] | None, repetitions: int, output: str) -> None:
+    from llama.bench import report, verify_cost
+
+    rows = verify_cost.measure(work, draft_lens or verify_cost.DRAFT_LENS, repetitions)
+    write(report.written(rows, output, verify_cost.COLUMNS, []))
+    write(json_line({"measured": "verify_cost", "rows": rows}))
+
+
+def _bench_drafting(
+    works: Sequence[Workload],
+    given: Mapping[str, Any],
+    each: bool,
+    prompts_file: str | None,
+    repetitions: int,
+    temperature: float,
+    output: str,
+    plot: str | None,
+) -> None:
+    from llama.bench import draft_prompts, drafting, report
+    from llama.sampling_params import SamplingParams
+
+    params = SamplingParams(works[0].gen_len, temperature)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings, store = _with_store(given, Path(scratch) / "store")
+        prompts = draft_prompts.read_prompts(Path(prompts_file) if prompts_file else draft_prompts.PROMPTS_FILE)
+        plans = drafting.Plans(works, _ways(settings, each), prompts, repetitions, params, store)
+        rows, costs = drafting.measure(plans, _say)
+    write(report.written(rows, output, drafting.COLUMNS, drafting.notes(rows, costs)))
+    if plot is not None:
+        drafting.plot(rows, Path(plot))
+    write(json_line({"measured": "drafting", "rows": rows, "verify_cost": costs}))
+
+
+def _with_store(given: Mapping[str, Any], store: Path) -> tuple[DraftConfig, Path | None]:
+    """What the flags of drafting say, where retrieval without a file gets a datastore that is still to be made."""
+    names = [name.strip() for name in given["drafter"].split(",")]
+    is_missing = "retrieval" in names and given["datastore"] is None and given["word_bank"] is None
+    settings = drafting_of({**given, "datastore": store} if is_missing else given)
+    assert settings is not None  # a drafter is given
+    return settings, store if is_missing else None
+
+
+def _ways(settings: DraftConfig, each: bool) -> list[Way]:
+    """The chain, or every name of it with the settings that it uses."""
+    from llama.bench.draft_runs import Way
+
+    if not each:
+        return [Way(",".join(settings.drafter), settings)]
+    found = []
+    for name in settings.drafter:
+        unused: dict[str, Any] = {field: None for field, owner in DRAFTER_OF.items() if owner != name}
+        found.append(Way(name, replace(settings, drafter=(name,), **unused)))
+    return found
 
 
 bench.short = {"p": "prompt_len", "n": "gen_len", "r": "repetitions", "o": "output"}  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llama import checkpoint
@@ -40,6 +40,7 @@ class OpenedDrafting:
         retrieval: the drafter of that name, or None.
         heads: Medusa's file, or None.
         source, args: the draft model's checkpoint and shape, or None.
+        loaded: drafters whose weights are on the device, by name. They learn nothing from one request for the next.
     """
 
     settings: DraftConfig
@@ -47,6 +48,7 @@ class OpenedDrafting:
     heads: MedusaFile | None
     source: checkpoint.Source | None
     args: ModelArgs | None
+    loaded: dict[str, Drafter] = field(default_factory=dict)
 
     def drafter(self, runner: XlaRunner, allow_nan: bool = False) -> Drafter:
         """Load what is to be loaded, beside the model that ``runner`` has."""
@@ -68,10 +70,11 @@ class OpenedDrafting:
                 yield self.retrieval
             elif name == "lookahead":
                 yield Lookahead(runner, settings.lookahead[2])
-            elif name == "medusa":
-                yield self._medusa(runner, allow_nan)
             else:
-                yield self._draft_model(runner, allow_nan)
+                if name not in self.loaded:
+                    load = self._medusa if name == "medusa" else self._draft_model
+                    self.loaded[name] = load(runner, allow_nan)
+                yield self.loaded[name]
 
     def _medusa(self, runner: XlaRunner, allow_nan: bool) -> Medusa:
         assert self.heads is not None

@@ -13,6 +13,8 @@ more. It is called by the one thread that runs the engine, between two steps, wh
 
 from __future__ import annotations
 
+import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Sequences
 from typing import NamedTuple
@@ -22,6 +24,8 @@ import numpy as np
 from llama.config import EngineConfig
 from llama.engine.pace import AdaptivePace, Offer, Pace
 from llama.engine.sequence import Draft, DraftCounts, Sequence, common_prefix
+
+log = logging.getLogger("llama")
 
 
 class Drafts(NamedTuple):
@@ -128,6 +132,11 @@ class Drafting:
         """Whether the drafter is asked before the next step, so that all tokens have to be read by then."""
         return self._wait <= 0
 
+    @property
+    def waits_for_one_step(self) -> bool:
+        """Whether the drafter is asked after the next decode step, whose tokens have to be read at once."""
+        return self._wait <= 1
+
     def plan(self, sequences: Sequences[Sequence], rows: int) -> Plan:
         """Ask the drafter.
 
@@ -135,12 +144,14 @@ class Drafting:
             sequences: get a token in the next step; those whose last known token is still to be run are asked for.
             rows: that a step with drafts would run.
         """
+        began = time.perf_counter()
         self._close(rows)
         asked = [s for s in sequences if s.start + 1 == s.length]
         proposal = self.drafter.propose(asked, self.pace.longest) if asked else Drafts.of((), self.pace.longest)
         guesses = {s: row[:count].tolist() for s, row, count in zip(asked, *proposal, strict=True)}
         drafts = [s.draft(guesses.get(s, ()), self._vocab_size) for s in sequences]
         self._asked = [(draft, len(draft.sequence.ids)) for draft in drafts if draft.sequence in guesses]
+        self.pace.asked(time.perf_counter() - began)
         draft_len = self.pace.choose([Offer(d.sequence, len(d.token_ids)) for d in drafts], rows)
         if draft_len:
             drafts = [d._replace(token_ids=d.token_ids[:draft_len], masks=d.masks[:draft_len]) for d in drafts]
@@ -183,6 +194,13 @@ class Drafting:
             accepted = common_prefix(draft.token_ids, new)
             draft.sequence.drafting.add(len(draft.token_ids), accepted)
             self.counts.add(len(draft.token_ids), accepted)
+
+    def finished(self, sequence: Sequence) -> None:
+        """Tell the drafter that a sequence has ended. If that fails, the log has the error, and nothing else ends."""
+        try:
+            self.drafter.finished(sequence)
+        except Exception:
+            log.exception("the drafter failed when it was told that a request had ended")
 
     def reset(self) -> None:
         """Forget the last proposal, after an error."""

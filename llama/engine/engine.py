@@ -191,7 +191,7 @@ class Engine:
 
     def _decode(self, updates: list[Update]) -> None:
         """Run one step of the running sequences, and read what an earlier round left to read."""
-        began, drafting = time.perf_counter(), self.drafting
+        drafting = self.drafting
         if drafting is not None and drafting.is_due and (self._unread_steps or self._pending):
             self._read_all(updates)
         running = self.scheduler.running
@@ -199,17 +199,19 @@ class Engine:
             self._narrow()
             if drafting is not None and drafting.is_due and self._verify_step(running, drafting, updates):
                 return
+        began = time.perf_counter()
+        if running:
             self._decode_step(running)
             self._unread_steps += 1
         self._read_pending(updates)
         urgent = any((s.first_token is None and s.length > len(s.prompt_ids)) or s.grammar is not None for s in running)
-        if drafting is not None and running:
-            drafting.stepped(time.perf_counter() - began)
-            urgent = urgent or drafting.is_due
-        if urgent or not self.scheduler.running:
+        is_asked_next = drafting is not None and drafting.waits_for_one_step
+        if urgent or is_asked_next or not self.scheduler.running:
             self._read_all(updates)
         elif self._ending or self._unread_steps >= self.config.read_every:
             self._pending.append(self._snapshot())
+        if drafting is not None and running:
+            drafting.stepped(time.perf_counter() - began)
 
     def _narrow(self) -> None:
         """Move sequences together where the steps that follow become narrower."""
@@ -251,13 +253,12 @@ class Engine:
         Returns:
             Whether that was this round's step.
         """
-        began = time.perf_counter()
         longest = self.config.draft_lens[-1] + 1
         chooses = [s for s in running if s.length - s.start <= longest]
         plan = drafting.plan(chooses, self._verify_window(longest).rows)
         if not plan.draft_len:
             return False
-        length = plan.draft_len + 1
+        began, length = time.perf_counter(), plan.draft_len + 1
         plan = plan._replace(drafts=[d for d in plan.drafts if d.sequence.length - d.sequence.start <= length])
         window = self._verify_window(length)
         known = [len(draft.sequence.ids) for draft in plan.drafts]
@@ -336,7 +337,7 @@ class Engine:
             self.scheduler.release(sequence)
         sequence.status = Status.FINISHED
         if self.drafting is not None:
-            self.drafting.drafter.finished(sequence)
+            self.drafting.finished(sequence)
         self.scheduler.keep(sequence)
         self.scheduler.counts.finished += 1
         updates.append(Update(sequence, text, is_last=True))

@@ -18,6 +18,8 @@ from llama.engine.sequence import Sequence
 RECENT = 5  # measurements of a step's seconds, whose median counts
 STALE = 512  # steps after which a measurement is forgotten, so that one bad moment does not decide for ever
 COST_OF_A_DRAFT = 0.12  # of a decode step, until it has been measured
+ASKING = 0.01  # of the time of decode steps that may go into asking a drafter in vain
+LONGEST_WAIT = 256  # steps between two questions
 GAIN = 1.05  # drafts are checked where that promises so many times the tokens a second
 DECAY = 0.9  # of what earlier proposals of a sequence count
 PRIOR = {1: 0.3, 3: 0.5, 6: 0.7}  # chance of a drafted token before anything is known, by length of the draft
@@ -32,7 +34,7 @@ class Offer:
 
 
 class Pace:
-    """Checks every draft, by the shortest step that holds it.
+    """Checks every draft, by the step whose length is nearest to the longest of them.
 
     Args:
         draft_lens: how many drafts a step can check, ascending.
@@ -61,15 +63,18 @@ class Pace:
             rows: that the step would run.
         """
         most = max((offer.count for offer in offers), default=0)
-        if self._always:
-            return self.longest
-        return next((d for d in self.draft_lens if d >= most), self.longest) if most else 0
+        if self._always or not most:
+            return self.longest if self._always else 0
+        return min(self.draft_lens, key=lambda d: (abs(d - most), d))  # a few guesses more are not worth a longer step
 
     def learn(self, offer: Offer, accepted: int) -> None:
         """Take notice of how many tokens of a guess came true, whether a step checked them or not."""
 
     def took(self, draft_len: int, rows: int, seconds: float) -> None:
         """Take notice of the seconds of one step; ``draft_len`` 0 is a decode step."""
+
+    def asked(self, seconds: float) -> None:
+        """Take notice of the seconds that the drafter took for a proposal."""
 
 
 @dataclass
@@ -105,13 +110,19 @@ class AdaptivePace(Pace):
     """Checks as many drafts as promise the most tokens a second, and none where decode steps promise more.
 
     What promises: the chance that a drafted token is right, learnt for each sequence and for short and long guesses
-    apart, because a drafter offers long ones where it is sure; and the measured seconds of each kind of step. While
-    nothing is checked the drafter is asked less and less often, and its guesses are compared with what came.
+    apart, because a drafter offers long ones where it is sure; and the measured seconds of each kind of step and of a
+    proposal. While nothing is checked the drafter is asked less and less often, and its guesses are compared with what
+    came.
+
+    Args:
+        draft_lens: how many drafts a step can check, ascending.
+        longest_wait: steps between two questions, if a question costs little.
     """
 
     def __init__(self, draft_lens: Sequences[int], longest_wait: int) -> None:
         super().__init__(draft_lens)
         self._longest_wait = longest_wait
+        self._asking: deque[float] = deque(maxlen=RECENT)
         self._wait = 0
         self._step = 0
         self._costs: dict[tuple[int, int], Costs] = {}
@@ -127,14 +138,20 @@ class AdaptivePace(Pace):
         """The number of drafts that promises the most tokens a second; 0 for a decode step."""
         if self._measured(0, rows) is None:  # nothing to compare with
             return 0
+        asking = statistics.median(self._asking) if self._asking else 0.0
         best, promise = 0, GAIN * len(offers) / self.seconds(0, rows)
         for draft_len in self.draft_lens if any(offer.count for offer in offers) else ():
             tokens = sum(self._expected(offer, draft_len) for offer in offers)
-            rate = tokens / self.seconds(draft_len, rows)
+            rate = tokens / (self.seconds(draft_len, rows) + asking)
             if rate > promise:
                 best, promise = draft_len, rate
-        self._wait = 0 if best else min(2 * self._wait + 1, self._longest_wait)
+        longest = max(self._longest_wait, min(int(asking / (ASKING * self.seconds(0, rows))), LONGEST_WAIT))
+        self._wait = 0 if best else min(2 * self._wait + 1, longest)
         return best
+
+    def asked(self, seconds: float) -> None:
+        """Take notice of the seconds that the drafter took for a proposal."""
+        self._asking.append(seconds)
 
     def learn(self, offer: Offer, accepted: int) -> None:
         """Take notice of a guess: each token that was right, and the first that was not, is a trial."""
