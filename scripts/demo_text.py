@@ -1,4 +1,4 @@
-"""The text that the demo model learns from: stories, questions, and passages to copy or complete.
+"""The text that the demo model learns from: stories, questions, and passages to copy, complete or rewrite.
 
 Everything is made from templates and word lists by one seeded random generator: the same seed gives the same documents.
 A template such as ``"{A} [ran|walked] {to}[ after lunch|]."`` is expanded in two steps. First each bracket becomes one
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from demo_stories import FILLERS, MACROS, ONCE_UPON_A_TIME, OTHER_OPENINGS, PLOTS, TRAITS, WEATHER, Plot
 
 KIND_SHARES = {"story": 0.34, "question": 0.30, "repeat": 0.24, "complete": 0.12}
-KINDS = tuple(KIND_SHARES)
+LONGER_SHARES = {"story": 0.22, "question": 0.14, "repeat": 0.16, "complete": 0.08, "recite": 0.2, "rewrite": 0.2}
+KINDS = tuple(LONGER_SHARES)
 
 GIRLS = (
     "Mia", "Lily", "Anna", "Zoe", "Emma", "Nora", "Ella", "Ruby", "Ivy", "Clara", "Rosa", "Maya", "Lucy", "Alice",
@@ -262,24 +263,31 @@ def capital(text: str) -> str:
 class TextMaker:
     """A seeded source of documents without end.
 
+    Args:
+        seed: of everything.
+        shares: how often each kind of document comes.
+
     Attributes:
         shapes: every distinct sentence shape written so far: templates with their alternatives chosen and their slots
             open.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, shares: Mapping[str, float] = KIND_SHARES) -> None:
         self.rng = random.Random(seed)
         self.shapes: set[str] = set()
+        self._shares = dict(shares)
         self._makers: dict[str, Callable[[], Document]] = {
             "story": self.story,
             "question": self.question,
             "repeat": self.repeat,
             "complete": self.complete,
+            "recite": self.recite,
+            "rewrite": self.rewrite,
         }
 
     def document(self) -> Document:
         """The next document, its kind drawn by the fixed shares."""
-        return self.of_kind(self.rng.choices(KINDS, tuple(KIND_SHARES.values()))[0])
+        return self.of_kind(self.rng.choices(tuple(self._shares), tuple(self._shares.values()))[0])
 
     def of_kind(self, kind: str) -> Document:
         """The next document of one kind."""
@@ -681,13 +689,42 @@ class TextMaker:
         prompt = f"Remember: {given}{line}Complete: {head.format_map(asked[0])}"
         return Document("complete", text, prompt, tail.format_map(asked[0]))
 
+    # ---- long passages, repeated or with edits
 
-def count_shapes(seed: int, documents: int) -> int:
+    def recite(self) -> Document:
+        """A long passage to be copied, word for word."""
+        passage = " ".join(self._long_passage(self.world()))
+        prompt = f"Repeat: {passage}\nCopy:"
+        return Document("recite", f"{prompt} {passage}", prompt, f" {passage}")
+
+    def rewrite(self) -> Document:
+        """A long passage, and the same with a name or a thing changed, or without its middle."""
+        world = self.world()
+        sentences = self._long_passage(world)
+        if self.rng.random() < 0.25:
+            prompt, rest = f"Shorten: {' '.join(sentences)}\nShort:", f" {sentences[0]} {sentences[-1]}"
+            return Document("rewrite", prompt + rest, prompt, rest)
+        old, choices = self.rng.choice(((world["A"], GIRLS + BOYS), (world["thing"], THINGS)))
+        new = self.rng.choice([word for word in choices if word not in (world["A"], world["B"], world["thing"])])
+        passage = " ".join(sentences)
+        prompt = f"Change {old} to {new}: {passage}\nChanged:"
+        rest = " " + re.sub(rf"\b{old}\b", new, passage)
+        return Document("rewrite", prompt + rest, prompt, rest)
+
+    def _long_passage(self, world: dict[str, str]) -> list[str]:
+        """Several sentences of one story."""
+        sentences = self.tell(self.rng.choice(PLOTS), world)
+        count = self.rng.randint(3, 8)
+        start = self.rng.randint(0, max(len(sentences) - count, 0))
+        return sentences[start : start + count]
+
+
+def count_shapes(seed: int, documents: int, shares: Mapping[str, float] = KIND_SHARES) -> int:
     """Count the distinct sentence shapes in so many documents.
 
     A shape is a wording with its names, things and places left open.
     """
-    maker = TextMaker(seed)
+    maker = TextMaker(seed, shares)
     for _ in range(documents):
         maker.document()
     return len(maker.shapes)

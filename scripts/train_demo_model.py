@@ -1,6 +1,8 @@
 """Train the demo model in ``llama/demo``: text, tokenizer, weights and README from one seed.
 
     python scripts/train_demo_model.py                      about half an hour on two CPU cores
+    python scripts/train_demo_model.py --go_on longer       then this, about 15 minutes more
+    python scripts/train_demo_model.py --go_on copies       and this
     python scripts/train_demo_model.py --quick --out DIR    a few seconds, to see that everything works
 
 The model is a toy: large enough to tell a small story, answer a question about a passage and copy a text, small enough
@@ -12,6 +14,10 @@ attention heads that look up what followed last time; from text alone they had n
 mixed up its heroes' names. The drill fades out while text comes in: ended at once, it was forgotten. Rows are short at
 first, because attention dominates the cost on a CPU, and of the full context at the end. All numbers in the README are
 measured on the saved bfloat16 weights.
+
+``--go_on`` trains the model in ``--out`` further, with its own tokenizer: ``longer`` on rows of which many hold a
+passage of several sentences twice, word for word or with edits, ``copies`` on more of them, and there on the second
+passage alone.
 """
 
 from __future__ import annotations
@@ -24,8 +30,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +41,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo_text import KINDS, Document, TextMaker, count_shapes
+from demo_text import KIND_SHARES, LONGER_SHARES, Document, TextMaker, count_shapes
 
 from llama.compiled.model import Transformer
 from llama.config import ModelArgs
@@ -56,12 +62,16 @@ class Stage:
         rows: of a step's batch.
         length: tokens of a row.
         drill_rows: so many of the rows are the copying drill, the others are text.
+        drill_run: most random tokens that the drill repeats, where text stands beside it.
+        answers_only: the first passage of a long one that comes twice has no targets.
     """
 
     share: float
     rows: int
     length: int
     drill_rows: int = 0
+    drill_run: int = 24
+    answers_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Plan:
         held_out: documents of each kind that are measured at the end.
         shape_documents: documents whose sentence shapes are counted.
         sample_length: most tokens of a sample in the README.
+        shares: how often each kind of document comes.
     """
 
     params: dict[str, Any]
@@ -89,6 +100,7 @@ class Plan:
     held_out: int = 300
     shape_documents: int = 20_000
     sample_length: int = 250
+    shares: Mapping[str, float] = field(default_factory=lambda: KIND_SHARES)
 
 
 SHAPE = {
@@ -111,6 +123,21 @@ FULL = Plan(
         Stage(0.14, 4, CONTEXT),
     ),
 )
+LONGER = Plan(
+    SHAPE,
+    steps=1500,
+    stages=(Stage(0.7, 4, 384, drill_rows=1, drill_run=100), Stage(0.3, 4, CONTEXT)),
+    peak_lr=8e-4,
+    shares=LONGER_SHARES,
+)
+COPIES = replace(
+    LONGER,
+    steps=1600,
+    stages=(Stage(0.5, 4, 384, drill_rows=1, drill_run=100, answers_only=True), Stage(0.5, 4, 384, answers_only=True)),
+    shares={"story": 0.16, "question": 0.08, "repeat": 0.2, "complete": 0.04, "recite": 0.3, "rewrite": 0.22},
+)
+GO_ON = {"longer": LONGER, "copies": COPIES}
+TWICE = ("recite", "rewrite")  # kinds of documents that hold a long passage twice
 QUICK = Plan(
     SHAPE | {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 512},
     steps=6,
@@ -130,6 +157,7 @@ SAMPLES = (
     ("In a little house near the river, there lived", 0.8),
     (f"{PASSAGE}\nQuestion: Where did Boris hide the green drum? Answer:", 0.0),
     ("Repeat: seven brave otters and Zamiro carried the old lamp to Tilda.\nCopy:", 0.0),
+    ("Change Tom to Mia: Tom found a golden bell by the river. Tom rang the bell and smiled.\nChanged:", 0.0),
 )
 
 
@@ -198,15 +226,18 @@ def text_rows(tokens: Tokens, maker: TextMaker, stage: Stage) -> Iterator[Row]:
     Every row starts with a document's BOS, as a prompt does in use. The document that a row cuts off opens the next
     row, so that each is seen to its end unless it is longer than a row.
     """
-    cut: list[int] = []
+    cut: Row = ([], [])
     while True:
-        row, cut = cut, []
-        while len(row) <= stage.length:
-            document = tokens.whole(maker.document().text)
-            if row and len(row) + len(document) > stage.length + 1:
-                cut = document
-            row = row + document
-        yield row[: stage.length], row[1 : stage.length + 1]
+        row, cut = cut, ([], [])
+        while len(row[0]) <= stage.length:
+            document = maker.document()
+            ids = tokens.whole(document.text)
+            unasked = len(tokens.prompt(document.prompt)) if stage.answers_only and document.kind in TWICE else 0
+            wanted = [IGNORED] * unasked + ids[unasked:]
+            if row[0] and len(row[0]) + len(ids) > stage.length + 1:
+                cut = (ids, wanted)
+            row = (row[0] + ids, row[1] + wanted)
+        yield row[0][: stage.length], row[1][1 : stage.length + 1]
 
 
 def drill_rows(tokens: Tokens, rng: random.Random, stage: Stage) -> Iterator[Row]:
@@ -225,7 +256,7 @@ def drill_rows(tokens: Tokens, rng: random.Random, stage: Stage) -> Iterator[Row
         while len(row) <= stage.length:
             size = rng.choice((len(pieces), len(pieces), 200, 40, 10)) if beside_text else len(pieces)
             alphabet = rng.sample(pieces, min(size, len(pieces)))
-            run = rng.choices(alphabet, k=rng.randint(2, 24 if beside_text else 10))
+            run = rng.choices(alphabet, k=rng.randint(2, stage.drill_run if beside_text else 10))
             row += [tokens.bos, *run, tokens.newline, *run]
             wanted += [IGNORED] * (len(run) + 2) + run
         yield row[: stage.length], wanted[1 : stage.length + 1]
@@ -280,7 +311,7 @@ def token_losses(model: Transformer, ids: torch.Tensor, targets: torch.Tensor) -
 
 def batches(plan: Plan, tokens: Tokens, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids and targets for each step, both [rows, length], from one stream of documents."""
-    maker, rng = TextMaker(seed), random.Random(seed)
+    maker, rng = TextMaker(seed, plan.shares), random.Random(seed)
     end = 0.0
     step = 0
     for stage in plan.stages:
@@ -293,7 +324,8 @@ def batches(plan: Plan, tokens: Tokens, seed: int) -> Iterator[tuple[torch.Tenso
 
 
 def train(plan: Plan, model: Transformer, tokens: Tokens, seed: int, compiled: bool) -> None:
-    """Run all steps, in bfloat16 where autocast allows it: measured 1.6 times as fast as float32."""
+    """Run all steps; where the processor multiplies bfloat16, autocast takes that, 1.6 times as fast as float32."""
+    narrow = torch.cpu._is_avx512_bf16_supported()
     optimizer = new_optimizer(model)
     probes = [TextMaker(seed + HELD_OUT + i).of_kind("repeat") for i in range(30)]
     fast_losses = torch.compile(token_losses) if compiled else token_losses
@@ -302,7 +334,7 @@ def train(plan: Plan, model: Transformer, tokens: Tokens, seed: int, compiled: b
         losses_of = token_losses if ids.shape[1] < COMPILED_LENGTH else fast_losses
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             loss = losses_of(model, ids, targets).sum() / (targets != IGNORED).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -367,7 +399,9 @@ def greedy_accuracy(model: Transformer, tokens: Tokens, documents: list[Document
     exact = 0
     for document in documents:
         start = len(tokens.prompt(document.prompt))
-        whole = tokens.prompt(document.prompt + document.answer) + [tokens.eos] * (document.kind == "repeat")
+        whole = tokens.prompt(document.prompt + document.answer) + [tokens.eos] * (
+            document.kind in ("repeat", "recite", "rewrite")
+        )
         ids = torch.tensor([whole])
         logits = model.head(model(ids, torch.arange(len(whole)).view(1, -1)))
         exact += bool(torch.equal(logits[0, start - 1 : -1].argmax(-1), ids[0, start:]))
@@ -408,17 +442,18 @@ class Report:
 def measure(plan: Plan, out: Path, tokens: Tokens, seed: int) -> Report:
     """Measure perplexity, accuracy and samples of the model in ``out``, on another seed's documents."""
     model = load(out)
-    maker = TextMaker(seed + HELD_OUT)
-    documents = {kind: [maker.of_kind(kind) for _ in range(plan.held_out)] for kind in KINDS}
-    likelihoods = {kind: negative_log_likelihood(model, tokens, documents[kind]) for kind in KINDS}
+    maker = TextMaker(seed + HELD_OUT, plan.shares)
+    kinds = tuple(plan.shares)
+    documents = {kind: [maker.of_kind(kind) for _ in range(plan.held_out)] for kind in kinds}
+    likelihoods = {kind: negative_log_likelihood(model, tokens, documents[kind]) for kind in kinds}
     mixed = [maker.document() for _ in range(plan.held_out)]
     likelihoods["all, in training's shares"] = negative_log_likelihood(model, tokens, mixed)
     torch.manual_seed(seed)
     return Report(
         perplexity={kind: math.exp(total / count) for kind, (total, count) in likelihoods.items()},
-        accuracy={kind: greedy_accuracy(model, tokens, documents[kind]) for kind in KINDS if kind != "story"},
+        accuracy={kind: greedy_accuracy(model, tokens, documents[kind]) for kind in kinds if kind != "story"},
         samples=[(prompt, heat, generate(model, tokens, prompt, heat, plan.sample_length)) for prompt, heat in SAMPLES],
-        shapes=count_shapes(seed, plan.shape_documents),
+        shapes=count_shapes(seed, plan.shape_documents, plan.shares),
     )
 
 
@@ -439,7 +474,7 @@ with LLaMA's settings (byte fallback, digits one by one).
 
     {command}
 
-Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is
+{went_before}Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is
 generated during training by `demo_text.py` beside that script, from templates and word lists: {shapes} distinct
 sentence shapes in {shape_documents} documents (wordings with names, things and places left open). A drill in copying
 random tokens comes first. Names and words that are made up on the spot make the model learn to copy rather than learn
@@ -456,11 +491,11 @@ must come out letter by letter.
 | --- | --- | --- |
 {table}
 
-The perplexity of `repeat` and `complete` includes the passage itself, which is random and so cannot be predicted.
+The perplexity of all but `story` includes the passage itself, of which little can be predicted.
 
-Prompts that it was trained on: the beginning of a story, a passage followed by `Question: ... Answer:`, and `Repeat:
-...`
-followed by `Copy:` on a line of its own.
+Prompts that it was trained on: the beginning of a story, a passage followed by `Question: ... Answer:`, and, each with
+its second half on a line of its own, `Repeat: ...` and `Copy:`, `Change Tom to Mia: ...` and `Changed:`, `Shorten: ...`
+and `Short:`.
 
 ## Samples
 
@@ -470,6 +505,14 @@ followed by `Copy:` on a line of its own.
 
 Apache-2.0, as the rest of the project: the script generates the text; nothing was copied or downloaded.
 """
+
+FIRST_RUN = f"python scripts/train_demo_model.py --seed 0 --steps {FULL.steps}\n    "
+SECOND_RUN = f"python scripts/train_demo_model.py --go_on longer --seed 1 --steps {LONGER.steps}\n    "
+EARLIER_RUNS = {"longer": FIRST_RUN, "copies": FIRST_RUN + SECOND_RUN}
+WENT_BEFORE = (
+    "The first command trains from nothing: 15.4 million tokens, 35 minutes. The others go on from there with longer\n"
+    "passages, most of them to be repeated, word for word or with edits. Of the last one: "
+)
 
 
 def human(count: int) -> str:
@@ -497,9 +540,12 @@ def write_readme(out: Path, plan: Plan, report: Report, options: argparse.Namesp
         shape=", ".join(f"{key} {value}" for key, value in plan.params.items()),
         context=CONTEXT,
         vocab=plan.params["vocab_size"],
-        command="python scripts/train_demo_model.py"
+        command=EARLIER_RUNS.get(options.go_on, "")
+        + "python scripts/train_demo_model.py"
         + " --quick" * options.quick
+        + (f" --go_on {options.go_on}" if options.go_on else "")
         + f" --seed {options.seed} --steps {plan.steps}",
+        went_before=WENT_BEFORE * (options.go_on is not None),
         seed=options.seed,
         steps=plan.steps,
         tokens=seen / 1e6,
@@ -522,6 +568,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("llama/demo"), help="directory to write into")
     parser.add_argument("--seed", type=int, default=0, help="of text, tokenizer, weights and samples")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the plan's own")
+    parser.add_argument("--go_on", choices=tuple(GO_ON), help="train the model in --out further")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps, to test the script")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: if there is a C++ compiler"
@@ -532,15 +579,19 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Train, save, measure, and write the README."""
     options = parse_options(argv)
-    plan = QUICK if options.quick else FULL
+    plan = QUICK if options.quick else GO_ON.get(options.go_on, FULL)
     if options.steps is not None:
         plan = replace(plan, steps=options.steps)
     # compiling takes most of a minute, and makes a step 1.4 times as fast
     compiled = (not options.quick and shutil.which("g++") is not None) if options.compile is None else options.compile
     started = time.monotonic()
-    tokenizer = train_tokenizer(options.seed, plan.tokenizer_documents, plan.params["vocab_size"])
+    if options.go_on:
+        tokenizer = (options.out / "tokenizer.model").read_bytes()
+        model = load(options.out).train().requires_grad_(True)
+    else:
+        tokenizer = train_tokenizer(options.seed, plan.tokenizer_documents, plan.params["vocab_size"])
+        model = new_model(ModelArgs.from_params(plan.params), options.seed)
     tokens = Tokens(tokenizer)
-    model = new_model(ModelArgs.from_params(plan.params), options.seed)
     log(f"{sum(p.numel() for p in model.parameters())} parameters, {'compiled' if compiled else 'eager'}")
     train(plan, model, tokens, options.seed, compiled)
     minutes = (time.monotonic() - started) / 60
