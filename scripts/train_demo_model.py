@@ -474,12 +474,12 @@ with LLaMA's settings (byte fallback, digits one by one).
 
     {command}
 
-{went_before}Seed {seed}, {steps} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {cores} CPU cores. The text is
-generated during training by `demo_text.py` beside that script, from templates and word lists: {shapes} distinct
-sentence shapes in {shape_documents} documents (wordings with names, things and places left open). A drill in copying
-random tokens comes first. Names and words that are made up on the spot make the model learn to copy rather than learn
-the words. The same seed gives the same text, tokenizer and order of training; weights may differ in their last bits
-from machine to machine.
+{went_before}Seed {seed}, {steps} steps, {tokens:.1f} million tokens,
+{minutes:.0f} minutes on {cores} CPU cores. The text is generated during training by `demo_text.py` beside that script,
+from templates and word lists: {shapes} distinct sentence shapes in {shape_documents} documents (wordings with names,
+things and places left open). A drill in copying random tokens comes first. Names and words that are made up on the spot
+make the model learn to copy rather than learn the words. The same seed gives the same text, tokenizer and order of
+training; weights may differ in their last bits from machine to machine.
 
 ## What it can do
 

@@ -7,6 +7,7 @@ checked.
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 import time
@@ -83,13 +84,18 @@ class HuggingFaceRunner:
 
     def run(self) -> Times:
         """Prefill and decode once."""
+        from transformers import DynamicCache
+
+        # transformers 5.24 renamed the argument, and warns of the old name
+        known = inspect.signature(self._model.forward).parameters
+        held = {"cache" if "cache" in known else "past_key_values": DynamicCache(config=self._model.config)}
         with torch.inference_mode():
             began = time.perf_counter()
-            out = self._model(input_ids=self._ids, use_cache=True, logits_to_keep=1)
+            out = self._model(input_ids=self._ids, use_cache=True, logits_to_keep=1, **held)
             token = out.logits[:, -1:].argmax(-1)
             first = time.perf_counter()
             for _ in range(self._work.gen_len - 1):
-                out = self._model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                out = self._model(input_ids=token, use_cache=True, **held)
                 token = out.logits[:, -1:].argmax(-1)
             return Times(first - began, time.perf_counter() - first)
 
