@@ -39,6 +39,7 @@ DRAFTER_OF = {  # which drafter a setting is for
 }
 DEFAULT_DRAFT_LENS = (3, 7)
 DEFAULT_LOOKAHEAD = (5, 4, 5)
+DEFAULT_CORPUS_TOKENS = 65536
 LookupOrder = Literal["first", "newest"]
 LOOKUP_ORDERS: tuple[LookupOrder, ...] = ("first", "newest")
 LONGEST_DRAFT = 31  # tokens that are chosen in a step go through a report of 32
@@ -445,6 +446,7 @@ class DraftConfig:
         datastore: of ``retrieval``: a file that ``llama-xla datastore build`` made.
         word_bank: of ``retrieval``: a file of n-grams of earlier answers, made where there is none.
         lookup_order: of ``lookup``: which of several earlier places is continued.
+        corpus_tokens: of ``suffix``: tokens of earlier requests' outputs that are kept to draft from; 0 keeps none.
         lookahead: of ``lookahead``: the window's width, an n-gram's tokens, and n-grams that are kept for each token.
 
     Raises:
@@ -458,6 +460,7 @@ class DraftConfig:
     datastore: str | Path | None = None
     word_bank: str | Path | None = None
     lookup_order: LookupOrder = "first"
+    corpus_tokens: int = DEFAULT_CORPUS_TOKENS
     lookahead: tuple[int, ...] = DEFAULT_LOOKAHEAD
 
     def __post_init__(self) -> None:
@@ -487,6 +490,8 @@ class DraftConfig:
             raise ConfigError(
                 f"lookup_order: got {self.lookup_order!r}, expected one of {', '.join(map(str, LOOKUP_ORDERS))}"
             )
+        if self.corpus_tokens < 0:
+            raise ConfigError(f"corpus_tokens: got {self.corpus_tokens}, expected 0 or more")
         if len(self.lookahead) != 3 or self.lookahead[1] < 2 or min(self.lookahead) < 1:
             raise ConfigError(
                 f"lookahead: got {','.join(map(str, self.lookahead))}, expected three numbers: the window's width, "

@@ -224,6 +224,7 @@ class LLaMA:
             "drafts": drafts.drafts,
             "draft_tokens": drafts.draft_tokens,
             "accepted_tokens": drafts.accepted_tokens,
+            **{f"accepted_at_{place}": count for place, count in enumerate(drafts.accepted_per_position)},
         }
 
     def close(self) -> None:

@@ -47,6 +47,7 @@ GENERATE = ("generate", "--prompt", COPY, "--temperature", "0", "--max_gen_len",
         (["--drafter", "retrieval"], ["--datastore", "--word_bank"]),
         (["--drafter", "auto", "--datastore", "x"], ["--datastore", "retrieval"]),
         (["--drafter", "lookahead", "--lookahead", "5,1,5"], ["--lookahead", "three numbers"]),
+        (["--drafter", "suffix", "--corpus_tokens", "-1"], ["--corpus_tokens", "0 or more"]),
         (["--drafter", "lookahead", "--lookahead", "5,4"], ["--lookahead", "three numbers"]),
     ],
 )

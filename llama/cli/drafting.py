@@ -24,6 +24,10 @@ FLAGS = {  # name: (kind, help)
         "str",
         f"Of lookup: which earlier place is continued: {' or '.join(LOOKUP_ORDERS)}. Default: first.",
     ),
+    "corpus_tokens": (
+        "int",
+        "Of suffix: tokens of earlier outputs that are kept to draft from; 0 keeps none. Default: 65536.",
+    ),
     "lookahead": (
         "list[int]",
         "Of lookahead: width of the window, tokens of an n-gram, n-grams kept for each token. Default: 5,4,5.",

@@ -34,14 +34,16 @@ class _Held:
 
     Attributes:
         sequence: whose.
+        ids: its ids; the list grows with it.
         shadow: stands for it in the draft model's slot.
-        ran: leading ids of the sequence that have been run.
+        ran: leading ids that have been run.
         drafts: tokens that were drafted behind them and have been run, too.
     """
 
     sequence: weakref.ref[Sequence]
+    ids: list[int]
     shadow: Sequence
-    ran: int = 0
+    ran: int
     drafts: list[int] = field(default_factory=list)
 
 
@@ -71,14 +73,12 @@ class DraftModel(Drafter):
         if sequences is None:
             self._runner.compile([p for p in all_programs(config) if p.kind in KINDS])
             return
-        wanted = [Program("admit")]
-        for sequence in sequences:
-            plan = self._plan(len(sequence.prompt_ids), 0)
-            wanted += [Program("chunk", length=chunk.length, key_len=chunk.key_len) for chunk in plan]
         reach = min(max(s.limit for s in sequences), config.max_seq_len)
+        keys = chunks.key_bucket(reach, config)
         width = next(w for w in config.widths if w >= min(len(sequences), config.max_batch_size))
-        wanted.append(Program("decode", rows=width, key_len=chunks.key_bucket(reach, config)))
-        self._runner.compile(list(dict.fromkeys(wanted)))
+        lengths = [b for b in config.buckets if 1 < b < reach]  # one that changes its slot begins anew, at any length
+        wanted = [Program("chunk", length=b, key_len=max(keys, chunks.key_bucket(b, config))) for b in lengths]
+        self._runner.compile([Program("admit"), *wanted, Program("decode", rows=width, key_len=keys)])
 
     def propose(self, sequences: SequenceOf[Sequence], draft_len: int) -> Drafts:
         """See Drafter."""
@@ -96,7 +96,7 @@ class DraftModel(Drafter):
             self._catch_up(behind)
         for each in held:
             if each not in behind:
-                ids = self._ids(each)
+                ids = each.ids
                 self._runner.put(self._slot(each), ids, each.ran, each.ran)
         steps = max(map(self._missing, held)) + draft_len - 1
         window = self._window(held, draft_len)
@@ -105,15 +105,15 @@ class DraftModel(Drafter):
         report = transfers.fetch(self._runner.snapshot(()).report).numpy()
         guesses = []
         for each in held:
-            ids, slot = self._ids(each), self._slot(each)
+            ids, slot = each.ids, self._slot(each)
             found = new_tokens(report[slot], int(report[slot, -2]) - len(ids))
             each.ran, each.drafts = len(ids), found[:-1]
             guesses.append(found)
         return Drafts.of(guesses, draft_len)
 
     def _followed(self, sequence: Sequence) -> _Held:
-        """What the sequence's slot holds of it, without drafts that did not come true; a slot that held another
-        sequence's begins anew.
+        """What the sequence's slot holds of it, without drafts that did not come true. Of a sequence that was there
+        before it keeps what both begin with, as the turns of a conversation do.
         """
         assert sequence.slot is not None
         held = self._held.get(sequence.slot)
@@ -125,7 +125,9 @@ class DraftModel(Drafter):
             shadow = Sequence((0,), params)
             shadow.slot = sequence.slot
             self._runner.admit(shadow)  # its controls; its tokens come by ``put``
-            held = self._held[sequence.slot] = _Held(weakref.ref(sequence), shadow)
+            shared = 0 if held is None else common_prefix(held.ids[: held.ran], sequence.ids)
+            held = _Held(weakref.ref(sequence), sequence.ids, shadow, shared)
+            self._held[sequence.slot] = held
         held.ran += common_prefix(held.drafts, sequence.ids[held.ran : held.ran + len(held.drafts)])
         held.ran, held.drafts = min(held.ran, len(sequence.ids) - 1), []
         return held
@@ -136,7 +138,7 @@ class DraftModel(Drafter):
         Rows beside them run on meanwhile; they are put where they belong afterwards.
         """
         for each in behind:
-            ids = self._ids(each)
+            ids = each.ids
             plan = self._plan(len(ids), each.ran)
             ready = plan[-1].end if plan else each.ran
             self._runner.put(self._slot(each), ids, each.ran, ready)
@@ -148,8 +150,8 @@ class DraftModel(Drafter):
         for _ in range(steps):
             self._runner.decode(window, ())
         for each in behind:
-            each.ran = min(each.ran + steps, len(self._ids(each)) - 1)
-            self._runner.put(self._slot(each), self._ids(each), each.ran, each.ran)
+            each.ran = min(each.ran + steps, len(each.ids) - 1)
+            self._runner.put(self._slot(each), each.ids, each.ran, each.ran)
 
     def _plan(self, count: int, ran: int) -> list[chunks.Chunk]:
         """The chunks that run known tokens: all but the last, behind which a decode step chooses."""
@@ -157,20 +159,14 @@ class DraftModel(Drafter):
 
     def _window(self, held: SequenceOf[_Held], draft_len: int) -> Window:
         config = self._runner.config
-        reach = max(len(self._ids(each)) for each in held) + draft_len
+        reach = max(len(each.ids) for each in held) + draft_len
         return window_of([self._slot(each) for each in held], reach, config, config.widths, self._is_ready)
 
     def _is_ready(self, rows: int, key_len: int) -> bool:
         return self._runner.is_ready(Program("decode", rows=rows, key_len=key_len))
 
     def _missing(self, held: _Held) -> int:
-        return len(self._ids(held)) - held.ran
-
-    @staticmethod
-    def _ids(held: _Held) -> list[int]:
-        sequence = held.sequence()
-        assert sequence is not None  # the engine holds those that it asks for
-        return sequence.ids
+        return len(held.ids) - held.ran
 
     @staticmethod
     def _slot(held: _Held) -> int:

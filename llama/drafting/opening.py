@@ -64,7 +64,9 @@ class OpenedDrafting:
             elif name == "suffix":
                 # a match of one token is often a chance one: those behind it in the chain may know better
                 shortest = 1 if name == settings.names[-1] else 2
-                yield Suffix(shortest, TRUST) if settings.is_adaptive else Suffix(shortest)
+                kept = settings.corpus_tokens
+                adaptive = settings.is_adaptive
+                yield Suffix(shortest, TRUST, kept) if adaptive else Suffix(shortest, corpus_tokens=kept)
             elif name == "retrieval":
                 assert self.retrieval is not None
                 yield self.retrieval

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Sequence as SequenceOf
 
+from llama.config import DEFAULT_CORPUS_TOKENS
 from llama.drafting.history import continuation
 from llama.drafting.suffix_automaton import Cursor, SuffixAutomaton
 from llama.engine.drafting import Drafter, Drafts
@@ -36,7 +37,9 @@ class Suffix(Drafter):
         ConfigError: a number is out of its range.
     """
 
-    def __init__(self, min_match: int = 1, draft_per_match: float = 16.0, corpus_tokens: int = 65536) -> None:
+    def __init__(
+        self, min_match: int = 1, draft_per_match: float = 16.0, corpus_tokens: int = DEFAULT_CORPUS_TOKENS
+    ) -> None:
         if min_match < 1:
             raise ConfigError(f"min_match: got {min_match}, expected at least 1")
         if not 0 < draft_per_match < math.inf:

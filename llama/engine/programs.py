@@ -19,6 +19,7 @@ from llama.compiled.state import Details, State
 from llama.config import LONGEST_SCORED, EngineConfig
 from llama.engine import chunks
 from llama.engine.sequence import Sequence
+from llama.xla.linear import rows_alike
 
 GROUPS: dict[str, Any] = {"state": State, "details": Details}  # one name for several tensors
 
@@ -133,7 +134,8 @@ class Program:
         leading = (model,) if kind.runs_model else ()
 
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            found = kind.function(*leading, *_gathered(kind.takes, tensors), **sizes)
+            with rows_alike(config.batch_invariant):
+                found = kind.function(*leading, *_gathered(kind.takes, tensors), **sizes)
             parts = found if len(kind.returns) > 1 else (found,)
             return tuple(
                 each

@@ -9,6 +9,9 @@ import functools
 import itertools
 import operator
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -27,6 +30,7 @@ MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
 WIDE = 1024  # from so many numbers a row on, turning the weight into panels costs less than it saves
 PANEL = 8  # output channels side by side
 MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product would first have widened in memory
+_ROWS_ALIKE: ContextVar[bool] = ContextVar("rows_alike", default=False)
 FEW_QUERIES = 8  # of a key head, up to which attention is sums
 
 
@@ -86,10 +90,24 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
         if rows <= MOST_NARROW_ROWS:
             return "row_by_row"
     elif rows <= 2 * loop_rows(width):
-        return "loop"
+        return "row_by_row" if _ROWS_ALIKE.get() else "loop"
     elif rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64":
         return "onednn"
     return "panels" if width >= WIDE else "matrix"
+
+
+@contextmanager
+def rows_alike(wanted: bool) -> Iterator[None]:
+    """Within: where ``wanted``, a row's product is the same to the last bit whichever of the rows it is.
+
+    The loop over the weight is left out: LLVM unrolls it over the rows and sums them in different orders, at least on
+    processors without AVX-512 (docs/log.md, 2026-11-25).
+    """
+    token = _ROWS_ALIKE.set(wanted)
+    try:
+        yield
+    finally:
+        _ROWS_ALIKE.reset(token)
 
 
 def choose_layers(device: torch.device) -> str:
