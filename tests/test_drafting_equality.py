@@ -24,7 +24,9 @@ from llama.compiled import sampling
 from llama.config import DEMO_DIR
 from llama.drafting import fingerprint
 from llama.drafting.datastore import build
+from llama.drafting.opening import open_drafting
 from llama.engine.drafting import Drafting
+from llama.engine.runner import XlaRunner
 from llama.engine.sequence import Sequence
 from llama.xla.counters import counters
 
@@ -101,25 +103,39 @@ NAMES = ("lookup", "suffix", "auto", "retrieval", "model", "medusa", "lookahead"
 
 @pytest.fixture(scope="module")
 def engines(settings: dict[str, DraftConfig]) -> Iterator[Callable[..., LLaMA]]:
-    """``engines(drafter, batch, invariant)``: the demo model, made once for each; None drafts nothing."""
-    made: dict[tuple[object, ...], LLaMA] = {}
+    """``engines(drafter, batch, invariant)``: the demo model with that drafter; None drafts nothing.
 
-    def make(drafter: str | None, batch: int, invariant: bool) -> LLaMA:
-        key = drafter, batch, invariant
-        if key not in made:
-            config = EngineConfig(max_batch_size=batch, max_seq_len=512, batch_invariant=invariant)
-            given = {None: Nothing() if invariant else None, "garbage": Garbage()}
-            drafting = given[drafter] if drafter in given else settings[str(drafter)]
-            if drafter in (None, "garbage"):
-                config = EngineConfig(
-                    max_batch_size=batch, max_seq_len=512, batch_invariant=invariant, draft_lens=(3, 7)
-                )
-            made[key] = LLaMA.build(config=config, drafting=drafting)
-        return made[key]
+    One warm model for each batch size serves every drafter: the programs are the same.
+    """
+    models: dict[tuple[int, bool], LLaMA] = {}
+    drafters: dict[tuple[object, ...], Drafter] = {}
+
+    def drafter_of(name: str | None, llm: LLaMA) -> Drafter:
+        if name is None or name == "garbage":
+            return Garbage() if name else Nothing()
+        runner = llm.engine.runner
+        assert isinstance(runner, XlaRunner)
+        opened = open_drafting(settings[name], runner.model.args, llm.tokenizer, llm.config, is_demo=True)
+        return opened.drafter(runner)
+
+    def make(name: str | None, batch: int, invariant: bool) -> LLaMA:
+        if (batch, invariant) not in models:
+            shapes = {"max_batch_size": batch, "max_seq_len": 512, "draft_lens": (3, 7), "lookahead": (5, 3)}
+            models[batch, invariant] = LLaMA.build(config=EngineConfig(**shapes, batch_invariant=invariant))
+            models[batch, invariant].warm_up()
+        llm = models[batch, invariant]
+        key = name, batch, invariant
+        if key not in drafters:
+            drafters[key] = drafter_of(name, llm)
+            drafters[key].prepare(None)
+        adaptive = name == "auto" and not invariant
+        drafting = Drafting.of(drafters[key], llm.config, llm.vocab_size, adaptive=adaptive)
+        llm.engine.drafting = None if name is None and not invariant else drafting
+        return llm
 
     yield make
-    for llm in made.values():
-        llm.close()
+    for drafter in drafters.values():
+        drafter.close()
 
 
 def requests(temperature: float, batch: int) -> tuple[list[str], list[SamplingParams]]:
@@ -148,7 +164,6 @@ def test_the_bits_are_those_of_a_step_without_drafts(
     wanted_logits = engines(None, batch, True).generate(prompts[:batch], params=few)
     for name in NAMES:
         llm = engines(name, batch, True)
-        llm.warm_up()
         compiled = counters.compiled
         found = llm.generate(prompts, params=params)
         assert [r.token_ids for r in found] == [r.token_ids for r in wanted], name
@@ -191,8 +206,7 @@ def test_the_text_is_that_of_plain_decoding(
     is counted, and nothing else may differ.
     """
     prompts, params = requests(temperature, batch)
-    plain = engines(None, batch, False)
-    wanted = plain.generate(prompts, params=params)
+    wanted = engines(None, batch, False).generate(prompts, params=params)
     for name in NAMES:
         found = engines(name, batch, False).generate(prompts, params=params)
         ties, compared = 0, 0
@@ -201,7 +215,7 @@ def test_the_text_is_that_of_plain_decoding(
             place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
             compared += len(other.token_ids) if place is None else place
             if place is not None:
-                (again,) = plain.generate([other.prompt], params=SamplingParams(
+                (again,) = engines(None, batch, False).generate([other.prompt], params=SamplingParams(
                     place + 1, given.temperature, given.top_p, given.seed, ignore_eos=True, logits=True
                 ))  # fmt: skip
                 assert is_near_tie(again, place, given), (name, one.index, place)
