@@ -56,7 +56,7 @@ def state_after(model: Transformer, layers_as: str, rows: int = 1) -> dict[str, 
     for keys in (384, 384):
         decode = Program("decode", rows=rows, key_len=384)
         runner._run(decode, slot=runner._number(0), keys=runner._number(keys))
-    return {name: transfers.fetch(runner._tensor(name)) for name in ("kv_cache", "hidden", "tokens", "start")}
+    return {name: transfers.fetch(runner.tensor(name)) for name in ("kv_cache", "hidden", "tokens", "start")}
 
 
 @pytest.mark.parametrize("rows", [1, 3])

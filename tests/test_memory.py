@@ -23,7 +23,7 @@ def test_weights_and_cache_are_counted_to_the_byte(make_llm: LLMFactory) -> None
     llm.generate(["x"], max_gen_len=1)
     plan = plan_memory(TINY, llm.config, F32, F32, None)
     assert plan.weights == sum(p.numel() * p.element_size() for p in llm.engine.runner.model.parameters())
-    kv_cache = llm.engine.runner._tensor("kv_cache")
+    kv_cache = llm.engine.runner.tensor("kv_cache")
     assert plan.cache == kv_cache.numel() * kv_cache.element_size()
 
 
