@@ -24,7 +24,6 @@ from llama.config import (
     GenerationDefaults,
     ModelArgs,
 )
-from llama.drafting.opening import open_drafting
 from llama.engine.callers import Call, Callers
 from llama.engine.drafting import Drafter, Drafting
 from llama.engine.engine import Engine
@@ -138,9 +137,11 @@ class LLaMA:
         tokenizer = tokenizer or load_tokenizer(tokenizer_path or find_tokenizer(directory))
         args = matched(random_weights, source, tokenizer, config)
         is_demo = ckpt_dir is None and random_weights is None
-        opened = (
-            open_drafting(drafting, args, tokenizer, config, is_demo) if isinstance(drafting, DraftConfig) else None
-        )
+        opened = None
+        if isinstance(drafting, DraftConfig):
+            from llama.drafting.opening import open_drafting  # nobody else pays for importing the drafters
+
+            opened = open_drafting(drafting, args, tokenizer, config, is_demo)
         with startup.within("import"):
             backend.prepare()
         with startup.within("device"):

@@ -24,6 +24,7 @@ from llama.errors import EngineError, InterruptedRunError, RecompileError
 import numpy as np  # isort: skip
 
 GARBAGE = -1
+VOCAB = 320
 FIRST = 3  # of the tokens that it chooses; those before are control tokens
 
 
@@ -74,7 +75,7 @@ class FakeRunner:
     """
 
     config: EngineConfig
-    vocab_size: int = 320
+    vocab_size: int = VOCAB
     stop_compiling: bool = False
     compiled: list[Program] = field(default_factory=list)
     ran: list[tuple[object, ...]] = field(default_factory=list)
@@ -232,6 +233,25 @@ class FakeRunner:
 
     def reset(self) -> None:
         self.slots = [Slot() for _ in range(self.config.max_batch_size)]
+
+
+def run_all(engine: Engine, sequences: Sequences[Sequence], rounds: int = 2000) -> int:
+    """Submit and run to the end; return the number of rounds."""
+    for each in sequences:
+        engine.submit(each)
+    for number in range(rounds):
+        if not engine.has_work:
+            return number
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def check(*sequences: Sequence) -> None:
+    """Every sequence has ended with what it would get alone."""
+    for each in sequences:
+        assert each.error is None
+        assert each.token_ids == expected_ids(each.prompt_ids, each.params, VOCAB, each.stop_ids)
+        assert each.finish_reason in ("length", "stop")
 
 
 def fake_llm(tokenizer_path: Path, drafting: Drafting | None = None, **settings: object) -> LLaMA:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FIRST, FakeRunner, expected_ids, next_token
+from fakes import FIRST, VOCAB, FakeRunner, check, expected_ids, next_token, run_all
 
 from llama import EngineConfig, SamplingParams
 from llama.engine.drafting import Drafter, Drafting, Drafts
@@ -19,7 +19,6 @@ from llama.engine.pace import AdaptivePace, Offer, Pace
 from llama.engine.sequence import DraftCounts, Sequence
 from llama.errors import ConfigError, EngineError
 
-VOCAB = 320
 SMALL: dict[str, Any] = {"max_seq_len": 128, "buckets": (16, 4, 1), "key_buckets": (32, 64), "draft_lens": (3, 7)}
 
 
@@ -69,22 +68,6 @@ def sequence(length: int, count: int, seed: int = 0, **more: Any) -> Sequence:
     chooser = random.Random(1000 * length + seed)
     prompt = tuple(chooser.randrange(FIRST, VOCAB) for _ in range(length))
     return Sequence(prompt, SamplingParams(count, 1.0, seed=seed), **more)
-
-
-def run_all(engine: Engine, sequences: Sequences[Sequence]) -> None:
-    for each in sequences:
-        engine.submit(each)
-    for _ in range(3000):
-        if not engine.has_work:
-            return
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
-
-
-def check(*sequences: Sequence) -> None:
-    for each in sequences:
-        assert each.error is None
-        assert each.token_ids == expected_ids(each.prompt_ids, each.params, VOCAB, each.stop_ids)
 
 
 def steps(engine: Engine, kind: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FIRST, FakeRunner, StaleReadError, expected_ids, fake_llm, next_token
+from fakes import FIRST, VOCAB, FakeRunner, StaleReadError, check, expected_ids, fake_llm, next_token, run_all
 
 from llama import EngineConfig, LLaMA, SamplingParams
 from llama.engine.engine import Engine
@@ -21,7 +21,6 @@ from llama.engine.scheduler import MOST_PASSED_OVER, Scheduler
 from llama.engine.sequence import Sequence, Status
 from llama.errors import ConfigError, EngineError, InterruptedRunError, QueueFullError, RecompileError
 
-VOCAB = 320
 SMALL: dict[str, Any] = {"max_seq_len": 128, "buckets": (16, 4, 1), "key_buckets": (32, 64)}
 
 
@@ -40,24 +39,6 @@ def sequence(length: int, count: int, seed: int = 0, **controls: Any) -> Sequenc
     chooser = random.Random(1000 * length + seed)
     prompt = tuple(chooser.randrange(FIRST, VOCAB) for _ in range(length))
     return Sequence(prompt, SamplingParams(count, 1.0, seed=seed, **controls))
-
-
-def run_all(engine: Engine, sequences: Sequences[Sequence], rounds: int = 2000) -> int:
-    """Submit and run to the end; return the number of rounds."""
-    for each in sequences:
-        engine.submit(each)
-    for number in range(rounds):
-        if not engine.has_work:
-            return number
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
-
-
-def check(*sequences: Sequence) -> None:
-    for each in sequences:
-        assert each.error is None
-        assert each.token_ids == expected_ids(each.prompt_ids, each.params, VOCAB, each.stop_ids)
-        assert each.finish_reason in ("length", "stop")
 
 
 def kinds(engine: Engine) -> list[object]:

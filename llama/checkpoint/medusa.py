@@ -18,10 +18,10 @@ from torch import nn
 
 from llama.checkpoint import stored_as
 from llama.checkpoint.files import FLOATING, Header, PickleFile, SafetensorsFile, TensorFile, read_json
-from llama.checkpoint.source import NAMED_AT_MOST, is_finite
+from llama.checkpoint.source import NAMED_AT_MOST, check_finite
 from llama.compiled.medusa import MedusaHeads
 from llama.config import ModelArgs
-from llama.errors import CheckpointError, setting
+from llama.errors import CheckpointError
 from llama.xla import backend, transfers
 
 log = logging.getLogger("llama")
@@ -96,14 +96,8 @@ class MedusaFile:
         """
         for name in self._shapes():
             tensor = self._file.read(name)
-            if not is_finite(tensor):
-                where = f"{self.path}: tensor {name} holds NaN or infinity"
-                if not allow_nan:
-                    raise CheckpointError(
-                        f"{where}: the file is damaged, or the heads' training went wrong; "
-                        f"{setting('allow_nan')} loads it all the same"
-                    )
-                log.warning("%s", where)
+            cause = "the file is damaged, or the heads' training went wrong"
+            check_finite(tensor, f"{self.path}: tensor {name}", cause, allow_nan)
             yield name, tensor
             del tensor  # or it would stay in memory while the next one is read
 

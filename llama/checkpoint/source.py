@@ -163,16 +163,29 @@ def checked(
         CheckpointError: the first weight that is not finite, with its file.
     """
     for name, tensor in source.tensors(order):
-        if not is_finite(tensor):
-            where = f"{source.infos()[name].file}: tensor {source.label(name)} holds NaN or infinity"
-            if not allow_nan:
-                raise CheckpointError(
-                    f"{where}: the checkpoint is damaged, or its training went wrong; "
-                    f"{setting('allow_nan')} loads it all the same"
-                )
-            log.warning("%s", where)
+        where = f"{source.infos()[name].file}: tensor {source.label(name)}"
+        check_finite(tensor, where, "the checkpoint is damaged, or its training went wrong", allow_nan)
         yield name, tensor
         del tensor  # or it would stay in memory while the next one is read
+
+
+def check_finite(tensor: torch.Tensor, where: str, cause: str, allow_nan: bool) -> None:
+    """Refuse a weight that holds NaN or infinity, or log it.
+
+    Args:
+        where: the file and the weight.
+        cause: what may have happened.
+        allow_nan: log it.
+
+    Raises:
+        CheckpointError: it is not finite, and that is not allowed.
+    """
+    if is_finite(tensor):
+        return
+    found = f"{where} holds NaN or infinity"
+    if not allow_nan:
+        raise CheckpointError(f"{found}: {cause}; {setting('allow_nan')} loads it all the same")
+    log.warning("%s", found)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

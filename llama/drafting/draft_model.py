@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from llama.config import EngineConfig
 from llama.engine import chunks
 from llama.engine.drafting import Drafter, Drafts
 from llama.engine.programs import Program, all_programs
@@ -172,11 +171,6 @@ class DraftModel(Drafter):
     def _slot(held: _Held) -> int:
         assert held.shadow.slot is not None
         return held.shadow.slot
-
-
-def draft_config(config: EngineConfig) -> EngineConfig:
-    """The draft model's shapes: those of the model that it drafts for, without drafts."""
-    return replace(config, draft_lens=(), lookahead=(), batch_invariant=False)
 
 
 def check_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:

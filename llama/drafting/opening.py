@@ -13,7 +13,7 @@ from llama.compiled.memory import dtypes_for
 from llama.config import DEMO_HEADS, DraftConfig, EngineConfig, ModelArgs
 from llama.drafting.chain import Chain
 from llama.drafting.datastore import Datastore
-from llama.drafting.draft_model import DraftModel, check_same_vocabulary, draft_config
+from llama.drafting.draft_model import DraftModel, check_same_vocabulary
 from llama.drafting.files import fingerprint
 from llama.drafting.lookahead import Lookahead
 from llama.drafting.lookup import Lookup
@@ -122,9 +122,9 @@ def open_drafting(
 
 
 def _draft_engine(config: EngineConfig, source: checkpoint.Source) -> EngineConfig:
-    """The draft model's shapes; weights that are int8 stay so, whatever the model's are."""
-    shapes = draft_config(config)
-    return replace(shapes, dtype="auto") if source.is_int8 else shapes
+    """The draft model's shapes: those of the model that it drafts for, without drafts. int8 weights stay so."""
+    dtype = "auto" if source.is_int8 else config.dtype
+    return replace(config, draft_lens=(), lookahead=(), batch_invariant=False, dtype=dtype)
 
 
 def _heads_directory(settings: DraftConfig, is_demo: bool) -> Path:

@@ -291,7 +291,7 @@ class XlaRunner:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the slots, made or uploaded where it is missing or stale."""
         if name in self._stale:
-            self._tensors[name] = transfers.upload(torch.from_numpy(self._host[name].copy()), self.device)
+            self._tensors[name] = self._uploaded(self._host[name].copy())
             self._stale.discard(name)
         elif name not in self._tensors:
             self._tensors |= self._fresh_state()._asdict()
@@ -385,15 +385,15 @@ class XlaRunner:
         """Run the known tokens of the slots in a window and the drafts behind them, and keep what agrees."""
         slots = self.config.max_batch_size
         counted = np.zeros((slots, 1 + draft_len), dtype=np.int32)
-        may = np.full((slots, draft_len, word_count(self.vocab_size)), -1, dtype=np.int32) if _masked(drafts) else None
+        may: np.ndarray | None = None  # only where a grammar says what may follow a draft
         for draft in drafts:
             slot, count = _slot(draft.sequence), len(draft.token_ids)
             counted[slot, : 1 + count] = count, *draft.token_ids
             if draft.sequence.grammar is not None:
                 self._allow(draft.sequence)
-            for place, mask in enumerate(draft.masks):
-                assert may is not None
-                may[slot, place] = mask
+            if draft.masks:
+                may = self._any_mask(draft_len) if may is None else may
+                may[slot, : len(draft.masks)] = draft.masks
         found = self._run(
             Program("verify", rows=window.rows, length=draft_len + 1, key_len=window.key_len),
             drafts=self._uploaded(counted),
@@ -420,9 +420,12 @@ class XlaRunner:
     def _any_token(self, draft_len: int) -> torch.Tensor:
         """The mask that allows every token after each draft, uploaded once."""
         if draft_len not in self._any:
-            shape = (self.config.max_batch_size, draft_len, word_count(self.vocab_size))
-            self._any[draft_len] = self._uploaded(np.full(shape, -1, dtype=np.int32))
+            self._any[draft_len] = self._uploaded(self._any_mask(draft_len))
         return self._any[draft_len]
+
+    def _any_mask(self, draft_len: int) -> np.ndarray:
+        shape = (self.config.max_batch_size, draft_len, word_count(self.vocab_size))
+        return np.full(shape, -1, dtype=np.int32)
 
     def _uploaded(self, array: np.ndarray) -> torch.Tensor:
         return transfers.upload(torch.from_numpy(array), self.device)
@@ -551,11 +554,6 @@ def packed_logits_controls(sequence: Sequence, vocab_size: int) -> np.ndarray:
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None
     return sequence.slot
-
-
-def _masked(drafts: Sequences[Draft]) -> bool:
-    """Whether a grammar says what may follow some draft."""
-    return any(draft.masks for draft in drafts)
 
 
 def _needed_kinds(snapshot: Snapshot) -> tuple[bool, ...]:

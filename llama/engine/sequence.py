@@ -256,10 +256,12 @@ class Sequence:
         A grammar has the last word: where it allows bad words only, they are allowed.
         """
         if self.grammar is not None:
-            return self._without_banned(self.grammar.allowed(vocab_size), vocab_size)
-        if self.params.allowed_token_ids is not None:
-            return self._without_banned(bits_of(self.params.allowed_token_ids, vocab_size), vocab_size)
-        return self._without_banned(np.full(word_count(vocab_size), -1, dtype=np.int32), vocab_size)
+            allowed = self.grammar.allowed(vocab_size)
+        elif self.params.allowed_token_ids is not None:
+            allowed = bits_of(self.params.allowed_token_ids, vocab_size)
+        else:
+            allowed = np.full(word_count(vocab_size), -1, dtype=np.int32)
+        return self._without_banned(allowed, vocab_size)
 
     def draft(self, guesses: SequenceOf[int], vocab_size: int) -> Draft:
         """The guesses that are worth checking.
