@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llama.generation import LLaMA
     from llama.outputs import Generation, Piece
     from llama.sampling_params import SamplingParams
+    from llama.scoring import RollingScore, Score
     from llama.tokenizer import Tokenizer, load_tokenizer
 
 _HOME = {
@@ -31,6 +32,8 @@ _HOME = {
     "ModelArgs": "llama.config",
     "RopeScaling": "llama.config",
     "SamplingParams": "llama.sampling_params",
+    "RollingScore": "llama.scoring",
+    "Score": "llama.scoring",
     "LLaMAError": "llama.errors",
     "Generation": "llama.outputs",
     "LLaMA": "llama.generation",
@@ -49,8 +52,10 @@ __all__ = [
     "LLaMAError",
     "ModelArgs",
     "Piece",
+    "RollingScore",
     "RopeScaling",
     "SamplingParams",
+    "Score",
     "Tokenizer",
     "__version__",
     "load_tokenizer",

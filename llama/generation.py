@@ -29,9 +29,9 @@ from llama.engine.drafting import Drafter, Drafting
 from llama.engine.engine import Engine
 from llama.engine.runner import XlaRunner
 from llama.engine.sequence import DraftCounts, Sequence as Request
-from llama.errors import ConfigError, InterruptedRunError, RecompileError
+from llama.errors import ConfigError, InterruptedRunError, PromptError, RecompileError
 from llama.grammar import Grammars
-from llama.inputs import Prompt, make_sequences
+from llama.inputs import Prompt, encode_prompt, make_sequences
 from llama.loading import load_model, matched
 from llama.outputs import (
     ChatPrediction,
@@ -46,6 +46,7 @@ from llama.outputs import (
     result_of,
 )
 from llama.sampling_params import SamplingParams
+from llama.scoring import Pair, RollingScore, Score, TooLong, encode_pair, fitted, rolling_windows
 from llama.startup import Startup
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
@@ -298,6 +299,100 @@ class LLaMA:
             if piece.text:
                 yield piece.text
 
+    def score(
+        self, contexts: Sequence[Prompt], continuations: Sequence[Prompt], *, too_long: TooLong = "refuse"
+    ) -> list[Score | None]:
+        """The log-probability of each continuation after its context.
+
+        Contexts that begin alike are computed once. Only a continuation's positions go through the vocabulary head.
+
+        Args:
+            contexts: texts, which are encoded after BOS, so that the empty one is BOS alone; or ids, taken as they are.
+            continuations: one for each context; texts, or ids where the context is ids. Spaces at a context's end count
+                to the continuation, and both are encoded as one text.
+            too_long: what becomes of a pair of more than ``longest_scored`` tokens: ``refuse`` it, ``truncate`` its
+                context from the left, or ``skip`` it.
+
+        Returns:
+            One result per pair, in order; None for one that was skipped.
+
+        Raises:
+            PromptError: a pair that does not fit or cannot be encoded; nothing is run then.
+            ConfigError: an unknown ``too_long``.
+        """
+        found: list[Score | None] = [None] * len(contexts)
+        for each in self.score_each(contexts, continuations, too_long=too_long):
+            found[each.index] = each
+        return found
+
+    def score_each(
+        self, contexts: Sequence[Prompt], continuations: Sequence[Prompt], *, too_long: TooLong = "refuse"
+    ) -> Iterator[Score]:
+        """Like ``score``, each result when it is known; those that are skipped are left out."""
+        if len(contexts) != len(continuations):
+            raise PromptError(
+                f"got {len(contexts)} contexts and {len(continuations)} continuations, expected one for each"
+            )
+        pairs: list[Pair | None] = []
+        for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+            ids = encode_pair(self.tokenizer, index, context, continuation, self.vocab_size)
+            pairs.append(fitted(index, *ids, self.longest_scored, too_long))
+        _warn_too_long(pairs, len(pairs))
+        yield from self._scores([(index, pair) for index, pair in enumerate(pairs) if pair is not None])
+
+    def rolling(self, texts: Sequence[Prompt]) -> list[RollingScore]:
+        """The log-probability of each text, every token scored once, the first one after BOS.
+
+        A text that is too long is cut into windows; see ``scoring.rolling_windows``.
+
+        Args:
+            texts: texts, or ids without BOS.
+
+        Raises:
+            PromptError: a text that is not valid Unicode, or an id outside the embedding.
+        """
+        owners: list[int] = []
+        pairs: list[Pair] = []
+        lengths: list[int] = []
+        for index, text in enumerate(texts):
+            ids = encode_prompt(self.tokenizer, index, text, self.vocab_size) if text else ()
+            ids = ids[1:] if isinstance(text, str) else ids
+            windows = list(rolling_windows(ids, self.tokenizer.bos_id, self.longest_scored))
+            pairs += windows
+            owners += [index] * len(windows)
+            lengths.append(len(ids))
+        sums = [0.0] * len(lengths)
+        for score in self._scores(list(enumerate(pairs))):
+            sums[owners[score.index]] += score.logprob
+        return [RollingScore(index, sums[index], length, owners.count(index)) for index, length in enumerate(lengths)]
+
+    @property
+    def longest_scored(self) -> int:
+        """Tokens of a context and its continuation that can be scored: the last one need not be run."""
+        return self.config.max_seq_len - 1
+
+    def _scores(self, pairs: Sequence[tuple[int, Pair]]) -> Iterator[Score]:
+        """Score pairs, each with the index that its result gets."""
+        wish = SamplingParams(1, 0.0, logprobs=0, prompt_logprobs=True)
+        prompts = [(*pair.context, *pair.continuation) for _, pair in pairs]
+        for piece in self.pieces(prompts, [wish] * len(pairs)):
+            if piece.result is None:
+                continue
+            index, pair = pairs[piece.result.index]
+            told = [each for each in piece.result.prompt_logprobs or () if each is not None]
+            told = told[-len(pair.continuation) :]
+            logprobs = tuple(each.logprob for each in told)
+            yield Score(
+                index,
+                sum(logprobs),
+                all(each.rank == 1 for each in told),
+                pair.continuation,
+                logprobs,
+                len(pair.context),
+                piece.result.cached_tokens,
+                pair.truncated,
+            )
+
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -467,6 +562,15 @@ class _Ranking:
             for place, (_, each) in enumerate(found[: sequence.params.n]):
                 yield Piece(sequence.index, place, each.generation, None)
                 yield Piece(sequence.index, place, "", replace(each, sample=place))
+
+
+def _warn_too_long(pairs: Sequence[Pair | None], count: int) -> None:
+    """Say how many of ``count`` pairs were cut or left out."""
+    cut, skipped = sum(pair is not None and pair.truncated > 0 for pair in pairs), sum(pair is None for pair in pairs)
+    if cut:
+        log.warning("Cut %d of %d contexts from the left: they are too long", cut, count)
+    if skipped:
+        log.warning("Skipped %d of %d pairs: they are too long", skipped, count)
 
 
 def _results(pieces: Iterable[Piece]) -> list[Generation]:

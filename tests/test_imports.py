@@ -24,8 +24,10 @@ LADDER = [
     {"drafting"},
     {"detokenizer", "inspection"},
     {"inputs", "outputs"},
+    {"scoring"},
     {"generation"},
-    {"conversation", "bench"},
+    {"conversation", "bench", "multiple_choice"},
+    {"integrations"},
     {"cli"},
 ]
 KNOWS_TORCH_XLA = {"xla"}
@@ -38,6 +40,8 @@ HOLDS_NO_TENSORS = {
     "detokenizer",
     "tokenizer",
     "inputs",
+    "scoring",
+    "multiple_choice",
     "chat",
     "cli",
 }
