@@ -30,6 +30,7 @@ LONGEST_SCORED = (
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
+SMALLEST_COPY = 64
 DRAFTERS = ("auto", "lookup", "suffix", "model", "lookahead", "medusa", "retrieval")
 DRAFTER_OF = {  # which drafter a setting is for
     "draft_ckpt_dir": "model",
@@ -328,6 +329,9 @@ class EngineConfig:
         collect_s: how long requests may be collected, while no other request runs, before the first of them starts, in
             seconds.
         collect_tokens: end the collection when the waiting prompts hold so many tokens. 0 means any number.
+        prefix_cache: prompts that begin like earlier ones go on where those end; see ``SamplingParams.prefix_cache``.
+        prefix_cache_bytes: bytes of rows of the cache that keep prefixes when their slots are needed; 0 keeps them in
+            free slots only. What does not fill a row is not used.
         draft_lens: how many drafted tokens a step can check: one program for each and for each of ``verify_widths``.
             Empty without drafts.
         lookahead: width and number of levels of a Jacobi window, for the drafter of that name; empty without it.
@@ -351,6 +355,8 @@ class EngineConfig:
     max_waiting: int = 0
     collect_s: float = 0.0
     collect_tokens: int = 0
+    prefix_cache: bool = True
+    prefix_cache_bytes: int = 0
     draft_lens: tuple[int, ...] = field(default=())
     lookahead: tuple[int, ...] = ()
 
@@ -374,7 +380,12 @@ class EngineConfig:
             raise ConfigError(f"widths: got {list(self.widths)}, expected positive numbers of rows")
         if self.prefill_budget < 1:
             raise ConfigError(f"prefill_budget: got {self.prefill_budget}, expected at least 1")
-        for name in ("max_waiting", "collect_s", "collect_tokens"):
+        if self.prefix_cache_bytes and not self.prefix_cache:
+            raise ConfigError(
+                f"prefix_cache_bytes: got {self.prefix_cache_bytes}, but {setting('prefix_cache')} is off; "
+                "leave one of them out"
+            )
+        for name in ("max_waiting", "collect_s", "collect_tokens", "prefix_cache_bytes"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0 or more")
         if any(not 1 <= d <= LONGEST_DRAFT for d in self.draft_lens):
@@ -403,17 +414,28 @@ class EngineConfig:
 
     @property
     def positions(self) -> int:
-        """Positions of the cache and of the tokens: ``max_seq_len``, and room for the padding of a last chunk, for a
-        step that checks drafts at the very end, and for a Jacobi window there.
+        """Positions of the cache and of the tokens: ``max_seq_len``, and room for a token that is scored and not run,
+        for the padding of a last chunk, for a step that checks drafts at the very end, and for a Jacobi window there.
 
         XLA clamps a write that does not fit, and would overwrite the last positions.
         """
-        return self.max_seq_len + max(self.shortest_chunk - 1, *self.draft_lens, prod(self.lookahead or (0,)))
+        return self.max_seq_len + max(1, self.shortest_chunk - 1, *self.draft_lens, prod(self.lookahead or (0,)))
 
     @property
     def verify_widths(self) -> tuple[int, ...]:
         """Row counts that programs which check drafts exist for: one slot, and all; under ``batch_invariant`` all."""
         return (self.max_batch_size,) if self.batch_invariant else tuple(dict.fromkeys((1, self.max_batch_size)))
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether there is more than one row of the cache, so that prefixes can be copied."""
+        return self.max_batch_size > 1 or self.prefix_cache_bytes > 0
+
+    @property
+    def copy_lens(self) -> tuple[int, ...]:
+        """How many leading positions a copy takes, ascending, one program for each: powers of two, and all."""
+        sizes = (SMALLEST_COPY << n for n in range(self.max_seq_len.bit_length()))
+        return (*(size for size in sizes if size < self.max_seq_len), self.max_seq_len)
 
     def _complete_widths(self) -> tuple[int, ...]:
         """Ascending widths; all slots are one of them, and under ``batch_invariant`` the only one."""

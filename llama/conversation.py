@@ -78,7 +78,7 @@ class Conversation:
         parts: list[str] = []
         self.result = None
         try:
-            for piece in self._llm.pieces([ids], [params], stop_ids=self._format.stop_ids, reuse=True):
+            for piece in self._llm.pieces([ids], [params], stop_ids=self._format.stop_ids):
                 parts.append(piece.text)
                 self.result = piece.result
                 if piece.text:

@@ -27,11 +27,13 @@ from llama.config import (
 from llama.engine.callers import Call, Callers
 from llama.engine.drafting import Drafter, Drafting
 from llama.engine.engine import Engine
+from llama.engine.prefixes import run_order
 from llama.engine.runner import XlaRunner
+from llama.engine.scheduler import WAIT_PAYS
 from llama.engine.sequence import DraftCounts, Sequence as Request
 from llama.errors import ConfigError, InterruptedRunError, PromptError, RecompileError
 from llama.grammar import Grammars
-from llama.inputs import Prompt, encode_prompt, make_sequences
+from llama.inputs import Prompt, encode_prompt, make_sequences, scored_sequence
 from llama.loading import load_model, matched
 from llama.outputs import (
     ChatPrediction,
@@ -46,7 +48,7 @@ from llama.outputs import (
     result_of,
 )
 from llama.sampling_params import SamplingParams
-from llama.scoring import Pair, RollingScore, Score, TooLong, encode_pair, fitted, rolling_windows
+from llama.scoring import Pair, RollingScore, Score, TooLong, encode_pair, fitted, rolling_windows, score_of
 from llama.startup import Startup
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
@@ -300,7 +302,13 @@ class LLaMA:
                 yield piece.text
 
     def score(
-        self, contexts: Sequence[Prompt], continuations: Sequence[Prompt], *, too_long: TooLong = "refuse"
+        self,
+        contexts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        *,
+        too_long: TooLong = "refuse",
+        prefix_cache: bool = True,
+        cache_salt: str | None = None,
     ) -> list[Score | None]:
         """The log-probability of each continuation after its context.
 
@@ -312,6 +320,7 @@ class LLaMA:
                 to the continuation, and both are encoded as one text.
             too_long: what becomes of a pair of more than ``longest_scored`` tokens: ``refuse`` it, ``truncate`` its
                 context from the left, or ``skip`` it.
+            prefix_cache, cache_salt: see SamplingParams.
 
         Returns:
             One result per pair, in order; None for one that was skipped.
@@ -319,14 +328,22 @@ class LLaMA:
         Raises:
             PromptError: a pair that does not fit or cannot be encoded; nothing is run then.
             ConfigError: an unknown ``too_long``.
+            InterruptedRunError: ``interrupt`` was called.
         """
         found: list[Score | None] = [None] * len(contexts)
-        for each in self.score_each(contexts, continuations, too_long=too_long):
+        wish: dict[str, Any] = {"too_long": too_long, "prefix_cache": prefix_cache, "cache_salt": cache_salt}
+        for each in self.score_each(contexts, continuations, **wish):
             found[each.index] = each
         return found
 
     def score_each(
-        self, contexts: Sequence[Prompt], continuations: Sequence[Prompt], *, too_long: TooLong = "refuse"
+        self,
+        contexts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        *,
+        too_long: TooLong = "refuse",
+        prefix_cache: bool = True,
+        cache_salt: str | None = None,
     ) -> Iterator[Score]:
         """Like ``score``, each result when it is known; those that are skipped are left out."""
         if len(contexts) != len(continuations):
@@ -338,7 +355,8 @@ class LLaMA:
             ids = encode_pair(self.tokenizer, index, context, continuation, self.vocab_size)
             pairs.append(fitted(index, *ids, self.longest_scored, too_long))
         _warn_too_long(pairs, len(pairs))
-        yield from self._scores([(index, pair) for index, pair in enumerate(pairs) if pair is not None])
+        kept = [(index, pair) for index, pair in enumerate(pairs) if pair is not None]
+        yield from self._scores(kept, cache_salt, prefix_cache=prefix_cache)
 
     def rolling(self, texts: Sequence[Prompt]) -> list[RollingScore]:
         """The log-probability of each text, every token scored once, the first one after BOS.
@@ -362,36 +380,35 @@ class LLaMA:
             owners += [index] * len(windows)
             lengths.append(len(ids))
         sums = [0.0] * len(lengths)
-        for score in self._scores(list(enumerate(pairs))):
+        for score in self._scores(list(enumerate(pairs)), None, prefix_cache=True):
             sums[owners[score.index]] += score.logprob
         return [RollingScore(index, sums[index], length, owners.count(index)) for index, length in enumerate(lengths)]
 
     @property
     def longest_scored(self) -> int:
         """Tokens of a context and its continuation that can be scored: the last one need not be run."""
-        return self.config.max_seq_len - 1
+        return self.config.max_seq_len + 1
 
-    def _scores(self, pairs: Sequence[tuple[int, Pair]]) -> Iterator[Score]:
+    def _scores(
+        self, pairs: Sequence[tuple[int, Pair]], cache_salt: str | None, *, prefix_cache: bool
+    ) -> Iterator[Score]:
         """Score pairs, each with the index that its result gets."""
-        wish = SamplingParams(1, 0.0, logprobs=0, prompt_logprobs=True)
-        prompts = [(*pair.context, *pair.continuation) for _, pair in pairs]
-        for piece in self.pieces(prompts, [wish] * len(pairs)):
-            if piece.result is None:
-                continue
-            index, pair = pairs[piece.result.index]
-            told = [each for each in piece.result.prompt_logprobs or () if each is not None]
-            told = told[-len(pair.continuation) :]
-            logprobs = tuple(each.logprob for each in told)
-            yield Score(
-                index,
-                sum(logprobs),
-                all(each.rank == 1 for each in told),
-                pair.continuation,
-                logprobs,
-                len(pair.context),
-                piece.result.cached_tokens,
-                pair.truncated,
-            )
+        sequences = [
+            scored_sequence(place, pair.context, pair.continuation, cache_salt, prefix_cache=prefix_cache)
+            for place, (_, pair) in enumerate(pairs)
+        ]
+        if not sequences:
+            return
+        surprised, done = surprises(), 0
+        call = Call(self._in_run_order(sequences))
+        for sequence, _, is_last in self._callers.run(call):
+            if is_last and sequence.finish_reason == "interrupted":
+                raise InterruptedRunError(f"interrupted after {done} of {len(pairs)} continuations")
+            if is_last:
+                done += 1
+                index, pair = pairs[sequence.index]
+                yield score_of(index, pair, sequence)
+        self._refuse_surprises(surprised)
 
     def text_completion(
         self,
@@ -485,7 +502,6 @@ class LLaMA:
         params: Sequence[SamplingParams],
         *,
         stop_ids: Sequence[int] = (),
-        reuse: bool = False,
     ) -> Iterator[Piece]:
         """Run prompts and yield their text as it becomes certain, interleaved; see ``generate``.
 
@@ -493,17 +509,13 @@ class LLaMA:
 
         Args:
             stop_ids: ids that end a row, besides the tokenizer's and the checkpoint's own.
-            reuse: do not run again what the cache still holds of the last call's prompts and generations; one batch
-                only.
         """
         eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *stop_ids)))
         vocab_size, room = self.vocab_size, self.config.max_seq_len
-        sequences = make_sequences(
-            prompts, params, self.tokenizer, eos_ids, vocab_size, room, self._grammars, reuse=reuse
-        )
+        sequences = make_sequences(prompts, params, self.tokenizer, eos_ids, vocab_size, room, self._grammars)
         if not sequences:
             return
-        call, totals, ranking = Call(sequences), Totals(), _Ranking()
+        call, totals, ranking = Call(self._in_run_order(sequences)), Totals(), _Ranking()
         before = counters.compiled, counters.runs
         surprised, left = surprises(), len(sequences)
         self.startup.enter("compile")
@@ -529,6 +541,14 @@ class LLaMA:
                 else:
                     yield Piece(sequence.index, sequence.sample, "", result)
 
+    def _in_run_order(self, sequences: list[Request]) -> list[Request]:
+        """The sequences of a call in the order in which they are submitted: where more of them come than there are
+        slots, those that begin alike one after the other.
+        """
+        if len(sequences) <= self.config.max_batch_size or not self.config.prefix_cache:
+            return sequences
+        return [sequences[i] for i in run_order([s.prompt_key for s in sequences], WAIT_PAYS)]
+
     def _end_call(self, sequences: Sequence[Request], totals: Totals, runs: int, surprised: int) -> None:
         """Add up a call that has ended, and check that XLA has compiled nothing unasked."""
         totals.add_up(sequences, runs)
@@ -536,6 +556,10 @@ class LLaMA:
         steps = max(len(s.token_ids) for s in sequences)
         log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
         log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, totals.total_s)
+        self._refuse_surprises(surprised)
+
+    def _refuse_surprises(self, surprised: int) -> None:
+        """Under ``fail_on_recompile``, refuse that XLA has compiled anything since then unasked."""
         surplus = surprises() - surprised if self.config.fail_on_recompile else 0
         if surplus:
             config = self.config

@@ -73,8 +73,6 @@ def make_sequences(
     vocab_size: int,
     max_seq_len: int,
     grammars: Grammars,
-    *,
-    reuse: bool = False,
 ) -> list[Sequence]:
     """The sequences of a call, prompt by prompt and sample by sample.
 
@@ -86,7 +84,6 @@ def make_sequences(
         vocab_size: rows of the embedding.
         max_seq_len: positions of a slot.
         grammars: of this tokenizer.
-        reuse: positions that a slot still holds need not be run again.
 
     Raises:
         PromptError: a prompt that cannot be read or does not fit.
@@ -109,10 +106,26 @@ def make_sequences(
             own = replace(wanted, seed=(seed + number) % 2**63, prompt_logprobs=scored)
             text = Detokenizer(tokenizer, ids, own)
             grammar = grammars.start(own, tuple(eos_ids))
-            sequence = Sequence(ids, own, stop_ids, bad_words, grammar, text, index, number, leader, reuse)
+            first_scored = 1 if scored else None
+            sequence = Sequence(ids, own, stop_ids, bad_words, grammar, text, index, number, leader, first_scored)
             leader = leader or sequence
             sequences.append(sequence)
     return sequences
+
+
+def scored_sequence(
+    index: int, context: Sequences[int], continuation: Sequences[int], cache_salt: str | None, *, prefix_cache: bool
+) -> Sequence:
+    """A sequence that has its continuation scored and generates nothing.
+
+    Args:
+        index: its place in its call.
+        context, continuation: ids, at least one each, that fit.
+        cache_salt, prefix_cache: see SamplingParams.
+    """
+    params = SamplingParams(1, 0.0, seed=0, logprobs=0, prefix_cache=prefix_cache, cache_salt=cache_salt)
+    prompt = (*context, *continuation)
+    return Sequence(prompt, params, index=index, scored_from=len(context), generates=False)
 
 
 def check_ids(params: SamplingParams, vocab_size: int) -> None:

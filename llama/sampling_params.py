@@ -154,6 +154,7 @@ LENGTH = "Length"
 SAMPLING = "Sampling"
 CONSTRAINTS = "Penalties and constraints"
 STOPPING = "Stopping"
+PREFIXES = "Shared beginnings"
 DETAILS = "Token details"
 PROBABILITY = Number("a number above 0 and at most 1", 0, 1, above_low=True)
 PENALTY = Number("a number from -2 to 2", -2, 2)
@@ -353,6 +354,22 @@ class SamplingParams:
         group=DETAILS,
         help="Return the raw logits from which each token was chosen.",
         same_in="transformers `output_logits`",
+    )
+
+    prefix_cache: bool = control(
+        True,
+        group=PREFIXES,
+        help="Do not run the beginning of the prompt again where an earlier request has computed it, and let later "
+        "requests use what this one leaves.",
+        same_in="vLLM `enable_prefix_caching`, llama.cpp `cache_prompt`",
+        flag="--prefix_cache false runs every prompt from its start, also where an earlier one began in the same way.",
+    )
+    cache_salt: str | None = control(
+        None,
+        group=PREFIXES,
+        help="Share beginnings with requests of the same salt only, so that nobody learns from a time to first token "
+        "what others have asked.",
+        same_in="vLLM",
     )
 
     def __post_init__(self) -> None:

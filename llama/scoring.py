@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence as Sequences
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from llama.engine.sequence import Sequence, TokenDetails
 from llama.errors import ConfigError, PromptError, setting
 from llama.inputs import Prompt, encode_prompt
+from llama.sampling_params import MAX_LOGPROBS
 from llama.tokenizer import Tokenizer
 
 TooLong = Literal["refuse", "truncate", "skip"]
@@ -141,6 +143,29 @@ def fitted(
             f"or {setting('too_long')} truncate or skip"
         )
     return Pair(context[surplus:], continuation, surplus)
+
+
+def score_of(index: int, pair: Pair, sequence: Sequence) -> Score:
+    """The result of a sequence that has ended.
+
+    Args:
+        index: the pair's place in its call.
+    """
+    details = TokenDetails.joined(sequence.prompt_details)
+    assert details is not None
+    assert details.logprobs is not None
+    logprobs = tuple(float(each) for each in details.logprobs[:, 0])
+    likeliest = details.logprobs[:, 2 + MAX_LOGPROBS].astype(int).tolist()  # see token_info.describe
+    return Score(
+        index,
+        math.fsum(logprobs),
+        likeliest == list(pair.continuation),
+        pair.continuation,
+        logprobs,
+        len(pair.context),
+        sequence.cached,
+        pair.truncated,
+    )
 
 
 def rolling_windows(ids: Sequences[int], prefix_id: int, longest: int) -> Iterator[Pair]:

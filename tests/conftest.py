@@ -105,12 +105,13 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_llm(tokenizer_path: Path) -> LLMFactory:
     """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights.
 
-    The same arguments give the same, compiled, object.
+    The same arguments give the same, compiled, object. It has no prefix cache unless that is asked for, because a test
+    must not depend on the prompts of another one.
     """
     made: dict[tuple[ModelArgs, int, EngineConfig], LLaMA] = {}
 
     def make(args: ModelArgs = TINY, seed: int = 1, **engine: object) -> LLaMA:
-        config = EngineConfig(**{"max_seq_len": 128, "buckets": (64, 8, 1), **engine})  # type: ignore[arg-type]
+        config = EngineConfig(**{"max_seq_len": 128, "buckets": (64, 8, 1), "prefix_cache": False, **engine})  # type: ignore[arg-type]
         key = (args, seed, config)
         if key not in made:
             made[key] = LLaMA.build(tokenizer_path=tokenizer_path, config=config, random_weights=args, seed=seed)

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama import EngineConfig, LLaMA, SamplingParams, load_tokenizer
-from llama.engine.chunks import Chunk
+from llama.engine.chunks import Chunk, is_scored
 from llama.engine.drafting import Drafting
 from llama.engine.engine import Engine
 from llama.engine.programs import Program, all_programs
 from llama.engine.runner import REPORT_WINDOW, News, Snapshot, new_tokens
 from llama.engine.scheduler import Window
-from llama.engine.sequence import Draft, Sequence
+from llama.engine.sequence import Draft, Sequence, TokenDetails
 from llama.errors import EngineError, InterruptedRunError, RecompileError
+from llama.sampling_params import MAX_LOGPROBS
 
 import numpy as np  # isort: skip
 
@@ -51,9 +52,23 @@ def expected_ids(
     return ids[len(prompt) :]
 
 
+def token_logprob(before: Sequences[int], token: int, vocab_size: int) -> float:
+    """The log-probability of a token: 0 for the one that is chosen, less the farther the token is from it."""
+    return -((next_token(before, vocab_size) - token) % vocab_size) / 10
+
+
+def details_of(ids: Sequences[int], first: int, count: int, vocab_size: int) -> TokenDetails:
+    """What the device says of ``count`` tokens from ``first`` on, in the columns of ``token_info.describe``."""
+    described = np.zeros((count, 2 + 2 * MAX_LOGPROBS), dtype=np.float32)
+    for row, place in enumerate(range(first, first + count)):
+        described[row, 0] = token_logprob(ids[:place], ids[place], vocab_size)
+        described[row, 2 + MAX_LOGPROBS] = next_token(ids[:place], vocab_size)
+    return TokenDetails(described, None, None)
+
+
 @dataclass
 class Slot:
-    """One slot's state."""
+    """One slot's state; of a row behind the slots only its cache."""
 
     tokens: list[int] = field(default_factory=list)
     start: int = 0
@@ -72,6 +87,7 @@ class FakeRunner:
         compiled: programs, in the order in which they were.
         ran: what was run, in order: the kind and its numbers.
         fail_after: runs until one raises.
+        kept_rows: rows behind the slots.
     """
 
     config: EngineConfig
@@ -82,6 +98,7 @@ class FakeRunner:
     fail_after: int | None = None
     slots: list[Slot] = field(default_factory=list)
     is_warm: bool = False
+    kept_rows: int = 0
 
     def __post_init__(self) -> None:
         self.reset()
@@ -129,6 +146,13 @@ class FakeRunner:
         for place in range(chunk.start, chunk.start + chunk.length):
             self._write(slot, place, slot.tokens[place] if place < len(slot.tokens) else GARBAGE)
         slot.start = chunk.end
+        if is_scored(chunk, sequence.scored_from):
+            self._run(Program("score", length=chunk.length), sequence.slot)
+            self._check(slot, chunk.end)
+            assert sequence.scored_from is not None
+            first = max(sequence.scored_from, chunk.start + 1)
+            count = min(chunk.end + 1, len(slot.tokens)) - first
+            self._scored.append((sequence, details_of(slot.tokens, first, count, self.vocab_size)))
 
     def choose(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
@@ -137,7 +161,7 @@ class FakeRunner:
 
     def decode(self, window: Window, chooses: tuple[Sequence, ...]) -> None:
         self._run(Program("decode", rows=window.rows, key_len=window.key_len), window.first, window.rows)
-        assert 0 <= window.first <= len(self.slots) - window.rows
+        assert 0 <= window.first <= self.config.max_batch_size - window.rows
         for slot in self.slots[window.first : window.first + window.rows]:
             if slot.done or slot.start < slot.ready:
                 self._write(slot, min(slot.start, self.config.positions - 1), GARBAGE)
@@ -156,11 +180,14 @@ class FakeRunner:
         slot.cache += [GARBAGE] * (place + 1 - len(slot.cache))
         slot.cache[place] = token
 
+    def _check(self, slot: Slot, count: int) -> None:
+        if slot.cache[:count] != slot.tokens[:count]:
+            raise StaleReadError(f"the cache holds {slot.cache[:count]}, the request is {slot.tokens[:count]}")
+
     def _choose(self, slot: Slot) -> None:
         sequence = slot.sequence
         assert sequence is not None
-        if slot.cache[: len(slot.tokens)] != slot.tokens:
-            raise StaleReadError(f"the cache holds {slot.cache[: len(slot.tokens)]}, the request is {slot.tokens}")
+        self._check(slot, len(slot.tokens))
         params = sequence.params
         token = next_token(slot.tokens, self.vocab_size, (params.seed or 0) if params.temperature else 0)
         slot.tokens.append(token)
@@ -194,9 +221,7 @@ class FakeRunner:
             slot.start = len(slot.tokens) - 1
 
     def copy(self, source: int, target: int, count: int) -> None:
-        self._run(
-            Program("copy", key_len=next(k for k in self.config.key_buckets if k >= count)), source, target, count
-        )
+        self._run(Program("copy", key_len=next(k for k in self.config.copy_lens if k >= count)), source, target, count)
         kept = self.slots[target].cache[count:]
         self.slots[target].cache = [*self.slots[source].cache[:count], *kept]
 
@@ -218,21 +243,25 @@ class FakeRunner:
 
     def snapshot(self, sequences: Iterable[Sequence]) -> Snapshot:
         rows = []
-        for slot in self.slots:
+        for slot in self.slots[: self.config.max_batch_size]:
             recent = [0] * (REPORT_WINDOW - len(slot.recent)) + slot.recent
             rows.append([*recent, len(slot.tokens), int(slot.done)])
         taken = {s.slot: s for s in sequences if s.slot is not None}
-        return Snapshot(np.array(rows), taken, ())  # type: ignore[arg-type]
+        scored, self._scored = tuple(self._scored), []
+        return Snapshot(np.array(rows), taken, (), scored)  # type: ignore[arg-type]
 
     def read(self, snapshot: Snapshot) -> list[News]:
         news = []
+        for scored, details in snapshot.scored:  # type: ignore[misc]
+            scored.prompt_details.append(details)  # type: ignore[attr-defined]
         for slot, sequence in snapshot.slots.items():
             row = np.asarray(snapshot.report[slot])
             news.append(News(sequence, new_tokens(row, int(row[-2]) - len(sequence.ids)), bool(row[-1]), None))
         return news
 
     def reset(self) -> None:
-        self.slots = [Slot() for _ in range(self.config.max_batch_size)]
+        self.slots = [Slot() for _ in range(self.config.max_batch_size + self.kept_rows)]
+        self._scored: list[tuple[Sequence, TokenDetails]] = []
 
 
 def run_all(engine: Engine, sequences: Sequences[Sequence], rounds: int = 2000) -> int:
@@ -254,8 +283,9 @@ def check(*sequences: Sequence) -> None:
         assert each.finish_reason in ("length", "stop")
 
 
-def fake_llm(tokenizer_path: Path, drafting: Drafting | None = None, **settings: object) -> LLaMA:
+def fake_llm(tokenizer_path: Path, drafting: Drafting | None = None, kept_rows: int = 0, **settings: object) -> LLaMA:
     """A LLaMA on a fake device."""
     config = EngineConfig(**{"max_seq_len": 128, "buckets": (16, 4, 1), **settings})  # type: ignore[arg-type]
     tokenizer = load_tokenizer(tokenizer_path)
-    return LLaMA(Engine(config, FakeRunner(config, tokenizer.n_words), drafting), tokenizer)
+    runner = FakeRunner(config, tokenizer.n_words, kept_rows=kept_rows)
+    return LLaMA(Engine(config, runner, drafting), tokenizer)

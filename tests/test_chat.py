@@ -29,7 +29,7 @@ from tokenizer_files import byte_level, write_ranks
 from llama import EngineConfig, LLaMA, SamplingParams
 from llama.chat import ChatFormat, Message, choose_format
 from llama.conversation import Conversation
-from llama.engine.scheduler import common_prefix
+from llama.engine.sequence import common_prefix
 from llama.errors import ChatError, ConfigError
 from llama.generation import Generation
 

@@ -190,8 +190,8 @@ def test_scaled_rope_reaches_the_rotary_table(
     assert args.rope_scaling == scaling
     assert args.rope_theta == 500000.0
     table = llm.engine.runner.model.rotary.cpu()
-    assert torch.equal(table, rotary_table(args, POSITIONS))
-    unscaled = rotary_table(ModelArgs(**PARAMS, rope_theta=500000.0), POSITIONS)
+    assert torch.equal(table, rotary_table(args, llm.config.positions))
+    unscaled = rotary_table(ModelArgs(**PARAMS, rope_theta=500000.0), llm.config.positions)
     assert torch.equal(table, unscaled) == (scaling is None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama import EngineConfig, SamplingParams
-from llama.engine.chunks import Chunk, plan, prefill
+from llama.engine.chunks import Chunk, cost, is_scored, plan, prefill, resumed, scored_lengths
 from llama.engine.programs import Program, all_programs, programs_for
 from llama.engine.sequence import Sequence
 from llama.errors import ConfigError
@@ -78,37 +79,91 @@ def test_a_full_warm_up_holds_what_every_prompt_needs(buckets: tuple[int, ...], 
 
     for prompt_len in (*range(1, 140), *range(500, 600), *range(1000, 1100)):
         for params in (SamplingParams(1), SamplingParams(min(40, 1100 - prompt_len), logprobs=1, prompt_logprobs=True)):
-            sequence = Sequence((1,) * prompt_len, params)
-            for cached in {0, prompt_len // 3, prompt_len - 1}:
-                assert covered(programs_for([sequence], settings, [cached]))
+            sequence = Sequence((1,) * prompt_len, params, scored_from=1 if params.prompt_logprobs else None)
+            for cached in {0, prompt_len // 3, prompt_len - 1} if sequence.scored_from is None else {0}:
+                assert covered(programs_for([sequence], settings, [(cached,)]))
+        sequence = Sequence((1,) * (prompt_len + 1), scored_from=prompt_len, params=SamplingParams(1), generates=False)
+        assert covered(programs_for([sequence], settings, [(0, prompt_len // 3, prompt_len - 1)]))
     leader = Sequence((1,) * 600, SamplingParams(40, regex="a*"))
-    sequences = [leader, Sequence((1,) * 600, leader.params, leader=leader), Sequence((1,), leader.params, reuse=True)]
-    assert Program("copy", key_len=1100) in programs_for(sequences, settings)
+    sequences = [leader, Sequence((1,) * 600, leader.params, leader=leader), Sequence((1,), leader.params)]
+    assert Program("copy", key_len=1024) in programs_for(sequences, settings)
     assert covered(programs_for(sequences, settings))
 
 
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
-@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("scored", [None, 0.0, 0.5, 1.0])
 @pytest.mark.parametrize("buckets", BUCKET_SETS)
 def test_a_prompt_is_prefilled_by_chunks_and_its_tail_by_steps(
-    buckets: tuple[int, ...], scored: bool, policy: str
+    buckets: tuple[int, ...], scored: float | None, policy: str
 ) -> None:
-    """No gap between chunks and decode steps; nothing past the cache; all of a scored prompt goes through chunks."""
+    """No gap between chunks and decode steps; nothing past the cache; all of a prompt of which a part is scored goes
+    through chunks, and those of that part are short.
+    """
     settings = config(300, buckets=buckets, bucket_policy=policy)
     for prompt_len in range(1, 301):
-        for cached in {0, prompt_len // 2, prompt_len - 1}:
-            chunks, ready = prefill(prompt_len, settings, cached, scored=scored)
+        scored_from = None if scored is None else 1 + int(scored * (prompt_len - 1))
+        most = prompt_len if scored_from is None else scored_from
+        for cached in {0, most // 2, most - 1}:
+            chunks, ready = prefill(prompt_len, settings, cached, scored_from=scored_from)
             valid = [c.valid for c in chunks]
             assert [c.start for c in chunks] == list(itertools.accumulate(valid, initial=cached))[:-1]
             assert ready == cached + sum(valid) <= prompt_len
             assert all(c.start + c.length <= settings.positions for c in chunks)
             assert all(c.end <= c.key_len <= 300 for c in chunks)
-            assert scored or all(c.length > 1 for c in chunks)
-            if scored:
+            assert scored is not None or all(c.length > 1 for c in chunks)
+            if scored is not None:
                 assert ready == prompt_len
-                assert all(c.length <= 64 for c in chunks)
+                assert all(c.length <= 64 for c in chunks if is_scored(c, scored_from))
+                assert {c.length for c in chunks if is_scored(c, scored_from)} <= set(scored_lengths(settings))
             else:
                 assert prompt_len - ready < min((b for b in settings.buckets if b > 1), default=301)
+
+
+@pytest.mark.parametrize("policy", ["greedy", "pad"])
+@pytest.mark.parametrize("buckets", BUCKET_SETS)
+def test_a_resumed_prompt_never_costs_more(buckets: tuple[int, ...], policy: str) -> None:
+    """It goes on at or before the end of what is held, and is the cheapest of all places to go on from that are as
+    good as that; a cold start costs no less.
+    """
+    settings = config(300, buckets=buckets, bucket_policy=policy)
+    chooser = random.Random(1)
+    for _ in range(300):
+        count = chooser.randint(2, 300)
+        scored_from = chooser.choice([None, chooser.randint(1, count)])
+        held = chooser.randint(1, (count if scored_from is None else scored_from) - 1 or 1)
+        held = min(held, count - 1 if scored_from is None else scored_from - 1)
+        start, saved = resumed(count, settings, held, scored_from=scored_from)
+        cold = cost(count, settings, 0, scored_from=scored_from)
+        assert 0 <= start <= held
+        assert saved == cold - cost(count, settings, start, scored_from=scored_from) >= 0
+        assert cold - saved <= cost(count, settings, held, scored_from=scored_from)
+
+
+def test_where_to_resume() -> None:
+    """Three positions again turn five chunks of one token into one of eight; one chunk of 512 beats seven of 64; where
+    steps run anyway, the ones ride with them.
+    """
+    settings = config(2048)
+    assert resumed(105, settings, 100)[0] == 97
+    assert resumed(105, settings, 100, rides=True)[0] == 100
+    assert resumed(512, settings, 1) == (0, 0)
+    assert resumed(600, settings, 599)[0] == 599
+    assert resumed(1024, settings, 520)[0] == 512
+
+
+@pytest.mark.parametrize("policy", ["greedy", "pad"])
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("buckets", BUCKET_SETS)
+def test_a_plan_from_one_of_its_chunks_is_its_rest(buckets: tuple[int, ...], scored: bool, policy: str) -> None:
+    """So that under ``batch_invariant`` a resumed prompt is run by the chunks of a cold start."""
+    settings = config(300, buckets=buckets, bucket_policy=policy, batch_invariant=True)
+    for count in range(2, 301, 7):
+        for scored_from in (count // 2 + 1, count) if scored else (None,):
+            whole, ready = prefill(count, settings, scored_from=scored_from)
+            for place, chunk in enumerate(whole):
+                if scored_from is None or chunk.start < scored_from:
+                    rest = prefill(count, settings, chunk.start, scored_from=scored_from)
+                    assert rest == (whole[place:], ready)
 
 
 def test_what_a_full_warm_up_compiles() -> None:
@@ -118,11 +173,12 @@ def test_what_a_full_warm_up_compiles() -> None:
     drafts: dict[str, Any] = {"draft_lens": (3, 7)}
     for settings, expected in (
         (config(2048), 3 + 1 + 1 + 1 + 2 + 2),
-        (config(2048, max_batch_size=8), 3 + 4 + 1 + 4 + 2 + 2 + 3 + 1),
-        (config(2048, max_batch_size=8, batch_invariant=True), 3 + 1 + 1 + 2 + 2 + 2 + 3 + 1),
+        (config(2048, prefix_cache_bytes=1), 3 + 1 + 1 + 1 + 2 + 2 + 6),
+        (config(2048, max_batch_size=8), 3 + 4 + 1 + 4 + 2 + 2 + 6 + 1),
+        (config(2048, max_batch_size=8, batch_invariant=True), 3 + 1 + 1 + 2 + 2 + 2 + 6 + 1),
         (config(2048, **drafts), 10 + 2),
-        (config(2048, max_batch_size=8, **drafts), 20 + 4),
-        (config(2048, max_batch_size=8, **drafts, lookahead=(5, 3)), 20 + 4 + 2),
+        (config(2048, max_batch_size=8, **drafts), 23 + 4),
+        (config(2048, max_batch_size=8, **drafts, lookahead=(5, 3)), 23 + 4 + 2),
     ):
         programs = all_programs(settings)
         assert len(programs) == len(set(programs)) == expected

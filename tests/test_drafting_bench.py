@@ -65,8 +65,8 @@ class Oracle(Drafter):
 def contestants(tokenizer_path: Path, **oracle: int) -> tuple[Contestant, Contestant, list[Oracle]]:
     """Plain decoding and the oracle, each warm on its own fake device, and every oracle that is made."""
     made: list[Oracle] = []
-    plain = Contestant(PLAIN, fake_llm(tokenizer_path, max_batch_size=2))
-    llm = fake_llm(tokenizer_path, max_batch_size=2, draft_lens=(3,))
+    plain = Contestant(PLAIN, fake_llm(tokenizer_path, max_batch_size=2, prefix_cache=False))
+    llm = fake_llm(tokenizer_path, max_batch_size=2, prefix_cache=False, draft_lens=(3,))
 
     def make() -> Oracle:
         made.append(Oracle(llm.vocab_size, **oracle))

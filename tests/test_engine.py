@@ -382,9 +382,11 @@ def test_shortest_first_starves_nobody() -> None:
     admitted: list[Sequence] = []
     for number in range(100):
         scheduler.submit(sequence(3, 1, seed=number))
-        chosen = scheduler.next_waiting()
-        assert chosen is not None
-        scheduler.admit(chosen, 0, 0)
+        admission = scheduler.next_admission()
+        assert admission is not None
+        chosen, placement = admission
+        assert placement.slot == 0
+        scheduler.admit(chosen, placement)
         scheduler.release(chosen)
         admitted.append(chosen)
     assert admitted.index(long) == MOST_PASSED_OVER
@@ -422,15 +424,15 @@ def test_a_batch_is_collected_for_a_time_or_a_number_of_tokens() -> None:
     late, large, many = fresh(), fresh(), fresh()
     for scheduler in (late, large, many):
         submit(scheduler, 10)
-        assert scheduler.next_waiting() is None
+        assert scheduler.next_admission() is None
     submit(large, 20)
-    assert large.next_waiting() is not None
+    assert large.next_admission() is not None
     for _ in range(3):
-        assert many.next_waiting() is None
+        assert many.next_admission() is None
         submit(many, 1)
-    assert many.next_waiting() is not None
+    assert many.next_admission() is not None
     now[0] = 12.0
-    assert late.next_waiting() is not None
+    assert late.next_admission() is not None
 
 
 def test_a_call_waits_while_requests_are_collected(tokenizer_path: Path) -> None:

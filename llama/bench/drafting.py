@@ -134,6 +134,7 @@ def _config(work: Workload) -> EngineConfig:
         max_batch_size=work.batch,
         dtype=work.dtype,  # type: ignore[arg-type]
         buckets=work.buckets or DEFAULT_BUCKETS,
+        prefix_cache=False,  # the same prompts come again and again
         bucket_policy=work.bucket_policy,  # type: ignore[arg-type]
         fail_on_recompile=True,
     )

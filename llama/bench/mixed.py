@@ -61,6 +61,7 @@ def measure(work: Workload, count: int, repetitions: int, settings: dict[str, An
         max_batch_size=work.batch,
         dtype=work.dtype,  # type: ignore[arg-type]
         buckets=work.buckets or DEFAULT_BUCKETS,
+        prefix_cache=False,  # the same prompts come again and again
         **settings,
     )
     llm = LLaMA.build(work.directory, config=config, random_weights=work.args, seed=WEIGHTS_SEED)

@@ -34,7 +34,10 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 @takes_drafting
 @takes_controls(
-    without=("n", "best_of", "logprobs", "prompt_logprobs", "hidden_states", "logits"),
+    without=(
+        *("n", "best_of", "logprobs", "prompt_logprobs", "hidden_states", "logits"),
+        *("prefix_cache", "cache_salt"),
+    ),
     max_gen_len=DEFAULTS.max_gen_len,
     temperature=DEFAULTS.temperature,
     top_p=DEFAULTS.top_p,

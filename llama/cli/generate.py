@@ -35,7 +35,7 @@ TRACED_TOKENS = 8
 
 
 @takes_drafting
-@takes_controls(without=("prompt_logprobs", "hidden_states", "logits"))
+@takes_controls(without=("prompt_logprobs", "hidden_states", "logits", "cache_salt"))
 def generate(
     *,
     sampling: dict[str, Any],
@@ -56,6 +56,7 @@ def generate(
     batch_invariant: bool = False,
     prefill_budget: int = EngineConfig.prefill_budget,
     schedule: str = EngineConfig.schedule,
+    prefix_cache_bytes: int = EngineConfig.prefix_cache_bytes,
     fail_on_recompile: bool = False,
     random_weights: bool = False,
     dim: int | None = None,
@@ -103,6 +104,8 @@ def generate(
         batch_invariant: The text of a prompt depends on nothing but the prompt, to the last bit; slower.
         prefill_budget: Prompt tokens that may run before the running prompts get their next token.
         schedule: fcfs starts the prompts in their order; shortest starts short ones first.
+        prefix_cache_bytes: Memory for beginnings of prompts whose rows are needed for something else; the memory plan
+            of --verbose shows it. What a free row still holds is used in any case.
         fail_on_recompile: A program compiled after warm-up is an error with exit code 3.
 
     Random weights, for tests and timings:
@@ -124,7 +127,7 @@ def generate(
         verbose: Log the memory plan, too, and every program that is compiled.
         timings: Split the seconds from process start to first token into import, device, load, compile and prefill:
             a table in the log, or with --json the key startup.
-        repeat: Timed passes over all prompts.
+        repeat: Timed passes over all prompts; several run every prompt from its start.
         profile: Write a trace of a few steps, run after the last pass, to this directory; TensorBoard and Perfetto
             open it.
         dump_hlo: Write the compiled programs to this directory, as XLA prints them, with a summary in summary.txt.
@@ -134,6 +137,8 @@ def generate(
     if repeat < 1:
         raise FlagError(f"--repeat: got {repeat}, expected at least 1")
     has_details = sampling["logprobs"] is not None or hidden_states is not None or logits is not None
+    if repeat > 1 or prompt_len is not None:
+        sampling["prefix_cache"] = False  # or only the first pass would be one
     given = checked(
         sampling,
         hidden_states=hidden_states is not None,
@@ -162,6 +167,7 @@ def generate(
         batch_invariant=batch_invariant,
         prefill_budget=prefill_budget,
         schedule=one_of("schedule", schedule, SCHEDULES),
+        prefix_cache_bytes=prefix_cache_bytes,
     )
     if drafted is not None:
         config = drafted.settled(config)  # refuses what the cache is too short for

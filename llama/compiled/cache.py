@@ -1,6 +1,8 @@
 """The keys and values of all positions so far: one stacked, preallocated tensor, donated from program to program.
 
-    [2 x n_layers, slots, kv_heads, positions, head_dim]
+    [2 x n_layers, rows, kv_heads, positions, head_dim]
+
+Its first rows are the slots. Behind them may stand kept rows, which no step runs: prefixes are copied there and back.
 
 One tensor and not one per layer, because XLA matches donated inputs to outputs by size alone: with several of the same
 size it crosses them and copies whole caches every step. Positions before heads' columns, because a step reads a prefix
@@ -10,25 +12,48 @@ of positions of every head, and that order reads memory in a line.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 
 from llama.config import EngineConfig, ModelArgs
+from llama.errors import ConfigError
 from llama.xla import ops, transfers
 from llama.xla.control_flow import Tensors, switch
 
 
-def cache_shape(args: ModelArgs, config: EngineConfig) -> tuple[int, int, int, int, int]:
-    """The stacked cache's sizes: [2 x layers, slots, kv_heads, positions, head_dim]."""
-    return (2 * args.n_layers, config.max_batch_size, args.kv_heads, config.positions, args.head_dim)
+def cache_shape(args: ModelArgs, config: EngineConfig, rows: int) -> tuple[int, int, int, int, int]:
+    """The stacked cache's sizes: [2 x layers, rows, kv_heads, positions, head_dim]."""
+    return (2 * args.n_layers, rows, args.kv_heads, config.positions, args.head_dim)
+
+
+def row_bytes(args: ModelArgs, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Bytes of one row of the cache."""
+    return prod(cache_shape(args, config, 1)) * dtype.itemsize
+
+
+def kept_rows(args: ModelArgs, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Rows that ``prefix_cache_bytes`` has room for.
+
+    Raises:
+        ConfigError: it is more than nothing and less than one row.
+    """
+    room, row = config.prefix_cache_bytes, row_bytes(args, config, dtype)
+    if 0 < room < row:
+        raise ConfigError(
+            f"prefix_cache_bytes: got {room}, expected 0, or {row} at least: one row of the cache, "
+            f"{config.max_seq_len} positions of this model"
+        )
+    return room // row
 
 
 def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked,
     not skipped.
     """
-    return transfers.zeros(cache_shape(args, config), dtype, device)
+    rows = config.max_batch_size + kept_rows(args, config, dtype)
+    return transfers.zeros(cache_shape(args, config, rows), dtype, device)
 
 
 def up_to(positions: torch.Tensor, key_len: int) -> torch.Tensor:

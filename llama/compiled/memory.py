@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 
-from llama.compiled.cache import cache_shape
+from llama.compiled.cache import kept_rows, row_bytes
 from llama.compiled.model import Linear, Transformer
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError, setting
@@ -26,7 +25,8 @@ class MemoryPlan:
 
     Attributes:
         weights: in their storage dtype.
-        cache: keys and values of every row and position.
+        cache: keys and values of every slot and position.
+        prefixes: rows of the cache that keep prefixes.
         activations: an upper estimate for the largest chunk: the stream, queries, keys, the feed-forward layer's two
             inputs, the scores before and after the softmax, and the logits.
         available: what the device has free; None where it does not say.
@@ -34,13 +34,14 @@ class MemoryPlan:
 
     weights: int
     cache: int
+    prefixes: int
     activations: int
     available: int | None
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.cache + self.activations
+        return self.weights + self.cache + self.prefixes + self.activations
 
     @property
     def fits(self) -> bool:
@@ -48,7 +49,8 @@ class MemoryPlan:
         return self.available is None or self.total <= self.available
 
     def __str__(self) -> str:
-        parts = f"weights {gib(self.weights)} + cache {gib(self.cache)} + activations {gib(self.activations)}"
+        kept = f" + prefixes {gib(self.prefixes)}" if self.prefixes else ""
+        parts = f"weights {gib(self.weights)} + cache {gib(self.cache)}{kept} + activations {gib(self.activations)}"
         parts = f"{parts} = {gib(self.total)}"
         return f"{parts} of {gib(self.available)} free" if self.available is not None else parts
 
@@ -115,8 +117,9 @@ def plan_memory(
     scores = 2 * args.n_heads * config.max_seq_len
     logits = config.max_batch_size * args.vocab_size * torch.float32.itemsize
     activations = chunk * (per_token + scores) * max(activation.itemsize, torch.float32.itemsize) + logits
-    cache = prod(cache_shape(args, config)) * activation.itemsize
-    return MemoryPlan(weight_bytes(args, storage), cache, activations, available)
+    row = row_bytes(args, config, activation)
+    kept = kept_rows(args, config, activation)
+    return MemoryPlan(weight_bytes(args, storage), row * config.max_batch_size, row * kept, activations, available)
 
 
 def check_fits(

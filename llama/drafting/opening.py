@@ -124,7 +124,7 @@ def open_drafting(
 def _draft_engine(config: EngineConfig, source: checkpoint.Source) -> EngineConfig:
     """The draft model's shapes: those of the model that it drafts for, without drafts. int8 weights stay so."""
     dtype = "auto" if source.is_int8 else config.dtype
-    return replace(config, draft_lens=(), lookahead=(), batch_invariant=False, dtype=dtype)
+    return replace(config, draft_lens=(), lookahead=(), batch_invariant=False, dtype=dtype, prefix_cache_bytes=0)
 
 
 def _heads_directory(settings: DraftConfig, is_demo: bool) -> Path:

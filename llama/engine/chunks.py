@@ -42,13 +42,12 @@ class Chunk(NamedTuple):
         return self.start + self.valid
 
 
-def plan(prompt_len: int, config: EngineConfig, cached: int = 0, longest: int | None = None) -> tuple[Chunk, ...]:
+def plan(prompt_len: int, config: EngineConfig, cached: int = 0) -> tuple[Chunk, ...]:
     """Cut a prompt into chunks.
 
     Args:
         prompt_len: tokens of the prompt, 1 to ``config.max_seq_len``.
         cached: how many of them are in the cache already, fewer than ``prompt_len``; the first chunk begins after them.
-        longest: no chunk is longer; None for as long as there are.
 
     Returns:
         Chunks in order; each begins where the one before ends, the last one ends at ``prompt_len``, and none reaches
@@ -63,9 +62,8 @@ def plan(prompt_len: int, config: EngineConfig, cached: int = 0, longest: int | 
     if not 0 <= cached < prompt_len:
         raise ConfigError(f"cached: got {cached}, expected 0 to prompt_len - 1 = {prompt_len - 1}")
     new = prompt_len - cached
-    allowed = tuple(b for b in config.buckets if longest is None or b <= longest)
     greedy = config.bucket_policy == "greedy"
-    lengths = _greedy(new, allowed) if greedy else _padded(new, config.max_seq_len - cached, allowed)
+    lengths = _greedy(new, config.buckets) if greedy else _padded(new, config.max_seq_len - cached, config.buckets)
     chunks, start = [], cached
     for length in lengths:
         valid = min(length, prompt_len - start)
@@ -74,7 +72,9 @@ def plan(prompt_len: int, config: EngineConfig, cached: int = 0, longest: int | 
     return tuple(chunks)
 
 
-def prefill(prompt_len: int, config: EngineConfig, cached: int = 0, *, scored: bool = False) -> tuple[list[Chunk], int]:
+def prefill(
+    count: int, config: EngineConfig, cached: int = 0, *, scored_from: int | None = None
+) -> tuple[list[Chunk], int]:
     """Chunks that run a prompt by themselves, and the position from which decode steps take over.
 
     Decode steps run the tail of ones: beside other requests it costs nothing there, and the last one chooses the first
@@ -82,22 +82,88 @@ def prefill(prompt_len: int, config: EngineConfig, cached: int = 0, *, scored: b
     end, with one padded chunk in place of the ones.
 
     Args:
-        prompt_len, cached: see ``plan``.
-        scored: every position goes through the vocabulary head, so no chunk is longer than ``LONGEST_SCORED``.
+        count: tokens of the prompt that are run.
+        cached: see ``plan``.
+        scored_from: the first token whose log-probability is wanted, or None. Chunks that hold the position before it,
+            or a later one, are no longer than ``LONGEST_SCORED``: all their positions go through the vocabulary head.
 
     Returns:
-        The chunks, and the end of the last one, which is ``prompt_len`` where decode steps run none of the prompt.
+        The chunks, and the end of the last one, which is ``count`` where decode steps run none of the prompt.
     """
-    chunks = list(plan(prompt_len, config, cached, LONGEST_SCORED if scored else None))
+    if scored_from is not None:
+        body = _before_scored(scored_from - 1, config, cached)
+        start = body[-1].end if body else cached
+        return [*body, *_scored(start, count, config)], count
+    chunks = list(plan(count, config, cached))
     tail = next((i for i, chunk in enumerate(reversed(chunks)) if chunk.length > 1), len(chunks))
     body, ones = chunks[: len(chunks) - tail], chunks[len(chunks) - tail :]
-    if ones and (scored or config.batch_invariant) and config.shortest_chunk > 1:
-        start, end = ones[0].start, ones[-1].end
-        reach = min(start + config.shortest_chunk, config.max_seq_len)
-        body.append(Chunk(start, config.shortest_chunk, end - start, key_bucket(reach, config)))
-    elif scored:
-        body = chunks
+    if ones and config.batch_invariant and config.shortest_chunk > 1:
+        body.append(_chunk(ones[0].start, config.shortest_chunk, count, config))
     return body, body[-1].end if body else cached
+
+
+def is_scored(chunk: Chunk, scored_from: int | None) -> bool:
+    """Whether a chunk predicts a token whose log-probability is wanted."""
+    return scored_from is not None and chunk.end >= scored_from
+
+
+def scored_lengths(config: EngineConfig) -> tuple[int, ...]:
+    """Lengths of chunks whose tokens are scored, descending."""
+    return tuple(b for b in config.buckets if b <= LONGEST_SCORED and (b > 1 or config.shortest_chunk == 1))
+
+
+def _before_scored(end: int, config: EngineConfig, cached: int) -> list[Chunk]:
+    """Chunks of a prompt up to about the first position that is scored; those of one token are left to scored ones."""
+    return [chunk for chunk in plan(end, config, cached) if chunk.length > 1] if end > cached else []
+
+
+def _scored(start: int, count: int, config: EngineConfig) -> list[Chunk]:
+    """Chunks of positions [start, count), the last one padded if that is cheaper."""
+    chunks = []
+    for length in _padded(count - start, config.positions - start, scored_lengths(config)):
+        chunks.append(_chunk(start, length, count, config))
+        start = chunks[-1].end
+    return chunks
+
+
+def _chunk(start: int, length: int, count: int, config: EngineConfig) -> Chunk:
+    """A chunk of a prompt of ``count`` tokens; it may reach past their end, into the slack of the cache."""
+    reach = min(start + length, config.max_seq_len)
+    return Chunk(start, length, min(length, count - start), key_bucket(reach, config))
+
+
+def cost(count: int, config: EngineConfig, cached: int, *, scored_from: int | None = None, rides: bool = False) -> int:
+    """About how long a prompt's rest takes, in prompt tokens of a long chunk.
+
+    Args:
+        count, cached, scored_from: see ``prefill``.
+        rides: other requests take decode steps, with which the tail of ones rides.
+    """
+    chunks, ready = prefill(count, config, cached, scored_from=scored_from)
+    return sum(RUN_COST + c.length for c in chunks) + (0 if rides else (RUN_COST + 1) * (count - ready))
+
+
+def resumed(
+    count: int, config: EngineConfig, held: int, *, scored_from: int | None = None, rides: bool = False
+) -> tuple[int, int]:
+    """From which position to run a prompt whose beginning is held: the cheapest one.
+
+    It may be before the end of what is held: to run three positions again may turn five chunks of one token into one
+    of eight, and one chunk of 512 may cost less than seven of 64.
+
+    Args:
+        held: leading positions that some row holds, fewer than ``count``.
+        count, scored_from, rides: see ``cost``.
+
+    Returns:
+        The position, and what it saves beside a cold start, in the unit of ``cost``; (0, 0) where nothing is saved.
+    """
+    rest = count - held
+    aligned = (count - -(-rest // bucket) * bucket for bucket in config.buckets)
+    starts = {0, held, *(start for start in aligned if start > 0)}
+    costs = {start: cost(count, config, start, scored_from=scored_from, rides=rides) for start in starts}
+    best = min(starts, key=lambda start: (costs[start], -start))
+    return best, costs[0] - costs[best]
 
 
 def key_bucket(end: int, config: EngineConfig) -> int:

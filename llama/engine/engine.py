@@ -44,7 +44,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: Runner, drafting: Drafting | None = None) -> None:
         self.config, self.runner, self.drafting = config, runner, drafting
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, kept_rows=runner.kept_rows)
         self._inbox: deque[tuple[Sequence, FinishReason | None]] = deque()
         self._pending: list[Snapshot] = []
         self._ending: list[Sequence] = []  # they need no more steps; their last tokens are not in a snapshot yet
@@ -79,8 +79,7 @@ class Engine:
         began = time.perf_counter()
         waiting = [s for s, reason in tuple(self._inbox) if reason is None]
         together = [*self.scheduler.live, *self.scheduler.waiting, *waiting, *sequences]
-        cached = [s.cached if s.is_live else self.scheduler.best_source(s)[0] for s in together]
-        self.runner.compile(programs_for(together, self.config, cached))
+        self.runner.compile(programs_for(together, self.config, self.scheduler.possibly_cached(together)))
         if self.drafting is not None:
             self.drafting.drafter.prepare(together)
         return time.perf_counter() - began
@@ -141,13 +140,14 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to waiting sequences."""
         scheduler = self.scheduler
-        while (sequence := scheduler.next_waiting()) is not None:
-            cached, source = scheduler.best_source(sequence)
-            slot = scheduler.free_slot(source)
-            scheduler.admit(sequence, slot, cached)
-            self._to_end.discard(slot)
-            if source is not None and source != slot:
-                self.runner.copy(source, slot, cached)
+        while (admission := scheduler.next_admission()) is not None:
+            sequence, place = admission
+            if place.keep_in is not None:
+                self.runner.copy(place.slot, place.keep_in, scheduler.prefixes.held[place.slot].length)
+            if place.source is not None and place.source != place.slot:
+                self.runner.copy(place.source, place.slot, place.cached)
+            scheduler.admit(sequence, place)
+            self._to_end.discard(place.slot)
             self.runner.admit(sequence)
         if self._to_end:
             self.runner.end(self._to_end)
@@ -173,10 +173,16 @@ class Engine:
             spent += chunk.length
             scheduler.counts.chunk_positions += chunk.length
             scheduler.counts.padding += chunk.length - chunk.valid
-            if not sequence.chunks:
+            if not sequence.chunks and not sequence.generates:
+                self._leave(sequence)
+            elif not sequence.chunks:
                 sequence.status = Status.RUNNING
                 if sequence.start == len(sequence.prompt_ids):
                     self._choose_first(sequence, updates)
+            if chunks.is_scored(chunk, sequence.scored_from):
+                sequence.runs += 1
+                self._read_pending(updates)  # while this chunk runs, those of the one before
+                self._pending.append(self._snapshot())
             if alone:
                 return True
         return False
@@ -286,9 +292,13 @@ class Engine:
     def _leave_if_ended(self, sequence: Sequence) -> None:
         """Free the slot of a sequence that reached its limit: its last tokens are read later."""
         if sequence.length >= sequence.limit:
-            sequence.status = Status.ENDING
-            self.scheduler.release(sequence)
-            self._ending.append(sequence)
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Free the slot of a sequence that needs no more steps."""
+        sequence.status = Status.ENDING
+        self.scheduler.release(sequence)
+        self._ending.append(sequence)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -315,6 +325,11 @@ class Engine:
             if sequence.status is Status.FINISHED:
                 continue
             self.scheduler.counts.generated_tokens += len(new_ids)
+            if not sequence.generates:
+                if sequence.is_scored:
+                    sequence.finish("length")
+                    self._finish(sequence, "", updates)
+                continue
             try:
                 text = sequence.take(new_ids, ended, details)
             except Exception as error:  # its grammar: the others go on
@@ -357,7 +372,7 @@ class Engine:
             if sequence.status is not Status.FINISHED:
                 self._end_with(sequence, error, updates)
         self._pending, self._ending, self._to_end, self._unread_steps = [], [], set(), 0
-        self.scheduler.held = [[] for _ in self.scheduler.slots]
+        self.scheduler.forget()
         if self.drafting is not None:
             self.drafting.reset()
         self.runner.reset()

@@ -16,7 +16,7 @@ import torch
 from llama.compiled import steps
 from llama.compiled.model import Transformer
 from llama.compiled.state import Details, State
-from llama.config import LONGEST_SCORED, EngineConfig
+from llama.config import EngineConfig
 from llama.engine import chunks
 from llama.engine.sequence import Sequence
 from llama.xla.linear import rows_alike
@@ -167,7 +167,7 @@ def _gathered(names: Iterable[str], tensors: tuple[torch.Tensor, ...]) -> list[A
 
 def all_programs(config: EngineConfig) -> list[Program]:
     """Every program that any request can need under this configuration."""
-    scored = _scored_lengths(config)
+    scored = chunks.scored_lengths(config)
     lengths = sorted({b for b in config.buckets if b > 1} | set(scored), reverse=True)
     longest = config.key_buckets[-1]
     found = [Program("chunk", length=b, key_len=longest) for b in lengths]
@@ -178,30 +178,36 @@ def all_programs(config: EngineConfig) -> list[Program]:
         found += [Program("verify", rows=width, length=d + 1, key_len=longest) for d in config.draft_lens]
         found += [lookahead_program(config, width, longest)] if config.lookahead else []
     found += [Program("admit"), Program("end")]
+    if config.copies_rows:
+        found += [Program("copy", key_len=k) for k in config.copy_lens]
     if config.max_batch_size > 1:
-        found += [Program("copy", key_len=k) for k in config.key_buckets] + [Program("move")]
+        found += [Program("move")]
     return found
 
 
-def programs_for(sequences: Sequences[Sequence], config: EngineConfig, cached: Sequences[int] = ()) -> list[Program]:
+def programs_for(
+    sequences: Sequences[Sequence], config: EngineConfig, cached: Iterable[tuple[int, ...]] = ()
+) -> list[Program]:
     """The programs that these requests can need when they run beside each other, in the order of their first use.
 
     Of the widths only the one that covers all of them: narrower ones save time, and a full warm-up compiles them.
 
     Args:
-        cached: how many leading tokens of each need not be run, as far as is known; zeros without it.
+        cached: how many leading tokens of each need not be run, as far as is known: one number or several that are
+            possible; zeros without it.
     """
     if not sequences:
         return []
     found = [Program("admit")]
     several = config.max_batch_size > 1 and len(sequences) > 1
     width = next(w for w in config.widths if w >= min(len(sequences), config.max_batch_size))
-    for sequence, held in zip(sequences, cached or [0] * len(sequences), strict=True):
-        found += _own_programs(sequence, config, held, width)
-    if several and any(s.leader is not None or s.reuse for s in sequences):
-        longest = max(len(s.prompt_ids) for s in sequences)
-        reach = chunks.key_bucket(longest, config)
-        found += [Program("copy", key_len=k) for k in config.key_buckets if k <= reach]
+    for sequence, counts in zip(sequences, cached or [(0,)] * len(sequences), strict=True):
+        for count in counts:
+            found += _own_programs(sequence, config, count, width)
+    shares = config.prefix_cache or any(s.leader is not None for s in sequences)
+    if (several and shares) or config.prefix_cache_bytes:
+        longest = max(s.limit for s in sequences)
+        found += [Program("copy", key_len=k) for k in config.copy_lens if k < 2 * longest]
     if several or any(s.params.stop for s in sequences):
         found.append(Program("end"))
     every = list(dict.fromkeys(found))
@@ -213,12 +219,14 @@ def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: 
     prompt_len = len(sequence.prompt_ids)
     if sequence.leader is not None:
         cached = max(cached, prompt_len - 1)
-    scored = sequence.params.prompt_logprobs
-    plan, ready = chunks.prefill(prompt_len, config, cached, scored=scored)
+    scored_from = sequence.scored_from
+    plan, ready = chunks.prefill(sequence.prompt_run, config, cached, scored_from=scored_from)
     for chunk in plan:
         yield Program("chunk", length=chunk.length, key_len=chunk.key_len)
-        if scored:
+        if chunks.is_scored(chunk, scored_from):
             yield Program("score", length=chunk.length)
+    if not sequence.generates:
+        return
     if ready == prompt_len:
         yield Program("full", rows=1) if sequence.needs_full else Program("choose")
     if ready + 1 < sequence.limit:  # a decode step runs position ready, and others up to the one before the last
@@ -238,11 +246,6 @@ def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: 
 def lookahead_program(config: EngineConfig, rows: int, key_len: int) -> Program:
     """The program of a Jacobi window, which follows a row's last token."""
     return Program("lookahead", rows=rows, length=1 + prod(config.lookahead), key_len=key_len)
-
-
-def _scored_lengths(config: EngineConfig) -> list[int]:
-    """Chunk lengths of a prompt whose tokens are scored."""
-    return [b for b in config.buckets if b <= LONGEST_SCORED and (b > 1 or config.shortest_chunk == 1)]
 
 
 _names = [name for group in GROUPS.values() for name in group._fields]

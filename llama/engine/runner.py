@@ -19,7 +19,7 @@ from llama.compiled import cache
 from llama.compiled.model import Transformer
 from llama.compiled.state import CONTROLS, Details, State, logits_controls
 from llama.config import LONGEST_DRAFT, EngineConfig, word_count
-from llama.engine.chunks import Chunk
+from llama.engine.chunks import Chunk, is_scored
 from llama.engine.programs import KINDS, Program, all_programs, lookahead_program
 from llama.engine.scheduler import Window
 from llama.engine.sequence import Draft, Sequence, TokenDetails, bits_of
@@ -49,6 +49,22 @@ class Chosen(NamedTuple):
     sequences: tuple[Sequence, ...]
 
 
+class Scored(NamedTuple):
+    """Details of the tokens that one chunk of a prompt predicts.
+
+    Attributes:
+        details: [1, T, ...] on the device.
+        sequence: whose prompt.
+        begin: the first of the T that is wanted.
+        size: how many are.
+    """
+
+    details: Details
+    sequence: Sequence
+    begin: int
+    size: int
+
+
 class Snapshot(NamedTuple):
     """What can be read after some step, while later ones run.
 
@@ -56,11 +72,13 @@ class Snapshot(NamedTuple):
         report: [slots, REPORT_WINDOW + 2] int32.
         slots: the sequences that ran, by slot.
         chosen: details of the tokens since the last snapshot, in order.
+        scored: details of prompts' tokens since the last snapshot, in order.
     """
 
     report: torch.Tensor
     slots: dict[int, Sequence]
-    chosen: tuple[Chosen, ...]
+    chosen: tuple[Chosen, ...] = ()
+    scored: tuple[Scored, ...] = ()
 
 
 class News(NamedTuple):
@@ -93,6 +111,11 @@ class Runner(Protocol):
         """Rows of the embedding."""
         ...
 
+    @property
+    def kept_rows(self) -> int:
+        """Rows of the cache behind the slots, which keep prefixes."""
+        ...
+
     def is_ready(self, program: Program) -> bool:
         """Whether a program is compiled."""
         ...
@@ -106,7 +129,7 @@ class Runner(Protocol):
         ...
 
     def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
-        """Run a chunk of its prompt; where the prompt is scored, fetch its details."""
+        """Run a chunk of its prompt; where its tokens are scored, the next snapshot has their details."""
         ...
 
     def choose(self, sequence: Sequence) -> None:
@@ -127,7 +150,7 @@ class Runner(Protocol):
         ...
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Copy the first ``count`` positions of a slot's cache to another slot."""
+        """Copy the first ``count`` positions of a row of the cache, a slot's or a kept one, to another row."""
         ...
 
     def move(self, source: int, target: int, count: int) -> None:
@@ -174,6 +197,7 @@ class XlaRunner:
     _covering: dict[Program, Program | None] = field(default_factory=dict)  # which of them runs for which
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _chosen: list[Chosen] = field(default_factory=list)
+    _scored: list[Scored] = field(default_factory=list)
     _warm: bool = False
     _took: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
@@ -193,6 +217,11 @@ class XlaRunner:
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.model.args.vocab_size
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows of the cache behind the slots, which keep prefixes."""
+        return cache.kept_rows(self.model.args, self.config, self.model.activation_dtype)
 
     # --- compiling ----------------------------------------------------------------------------------------------------
 
@@ -286,7 +315,7 @@ class XlaRunner:
 
     def reset(self) -> None:
         """Forget all slots; the next use makes new tensors."""
-        self._tensors, self._chosen, self._stale = {}, [], set(self._host)
+        self._tensors, self._chosen, self._scored, self._stale = {}, [], [], set(self._host)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the slots, made or uploaded where it is missing or stale."""
@@ -354,17 +383,18 @@ class XlaRunner:
         self._run(Program("admit"), row=self._uploaded(row), slot=self._number(slot))
 
     def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
-        """Run a chunk of a prompt; where the prompt is scored, fetch its details before the next chunk makes more."""
+        """Run a chunk of a prompt; where its tokens are scored, keep their details for the next snapshot."""
         slot = self._number(_slot(sequence))
         program = Program("chunk", length=chunk.length, key_len=chunk.key_len)
         stream = self._run(program, slot=slot, keys=self._number(chunk.key_len))["stream"]
-        if sequence.params.prompt_logprobs:
-            position = transfers.upload(torch.tensor([chunk.start], dtype=torch.int32), self.device)
-            found = self._run(Program("score", length=chunk.length), slot=slot, position=position, stream=stream)
-            details = _fetched(Details(**found), sequence.kinds)
-            # the last position predicts the token after the prompt
-            count = min(chunk.valid, len(sequence.prompt_ids) - 1 - chunk.start)
-            sequence.prompt_details.append(_row(details, 0).first(count))
+        if is_scored(chunk, sequence.scored_from):
+            assert sequence.scored_from is not None
+            program = Program("score", length=chunk.length)
+            found = self._run(program, slot=slot, position=self._number(chunk.start), stream=stream)
+            # position p predicts token p + 1; the prompt's last position predicts a token that is not of the prompt
+            first = max(sequence.scored_from - 1 - chunk.start, 0)
+            count = min(chunk.valid, len(sequence.prompt_ids) - 1 - chunk.start) - first
+            self._scored.append(Scored(Details(**found), sequence, first, count))
 
     def choose(self, sequence: Sequence) -> None:
         """Choose a sequence's first token after its last chunk."""
@@ -451,8 +481,8 @@ class XlaRunner:
             self._stale.add(name)
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Copy the first ``count`` positions of a slot's cache to another slot; the cost follows ``count``."""
-        key_len = next(k for k in self.config.key_buckets if k >= count)
+        """Copy the first ``count`` positions of a row of the cache to another row; the cost follows ``count``."""
+        key_len = next(k for k in self.config.copy_lens if k >= count)
         self._run(Program("copy", key_len=key_len), slot=self._number(source), target=self._number(target))
 
     def move(self, source: int, target: int, count: int) -> None:
@@ -473,11 +503,15 @@ class XlaRunner:
     def snapshot(self, sequences: Iterable[Sequence]) -> Snapshot:
         """What can be read now of these sequences; later steps do not change it."""
         chosen, self._chosen = tuple(self._chosen), []
-        return Snapshot(self.tensor("report"), {_slot(s): s for s in sequences}, chosen)
+        scored, self._scored = tuple(self._scored), []
+        return Snapshot(self.tensor("report"), {_slot(s): s for s in sequences}, chosen, scored)
 
     def read(self, snapshot: Snapshot) -> list[News]:
         """Fetch a snapshot and return what is new in it. Host sync: yes."""
         report = transfers.fetch(snapshot.report).numpy()
+        for part in snapshot.scored:
+            found = _row(_fetched(part.details, part.sequence.kinds), 0)
+            part.sequence.prompt_details.append(found.part(part.begin, part.size))
         kinds = _needed_kinds(snapshot)
         fetched = [(_fetched(each.details, kinds), each) for each in snapshot.chosen] if any(kinds) else []
         news = []

@@ -4,22 +4,34 @@ A free slot goes to a waiting request, the lowest slot first, so that the live o
 runs slots [first, first + width) for the narrowest width that covers them. Requests are admitted in the order of their
 arrival, or the shortest prompt first; one that has been passed over ``MOST_PASSED_OVER`` times goes before all others,
 so none waits for ever.
+
+What rows of the cache hold stays known after a request has ended (``prefixes.py``), so that the next one with the same
+beginning goes on there, or gets a copy. A request whose beginning is just being computed waits for it.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import time
-from collections.abc import Callable, Sequence as Sequences
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence as Sequences
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from llama.config import EngineConfig
 from llama.engine import chunks
-from llama.engine.sequence import Sequence, Status, common_prefix
+from llama.engine.chunks import Chunk
+from llama.engine.prefixes import Prefixes, key_of, shared_with_others
+from llama.engine.sequence import Sequence, Status
 from llama.errors import QueueFullError
 
 MOST_PASSED_OVER = 16
 MOVE_PAYS = 16  # steps for which a narrower width pays for moving a slot
+LOOK_AHEAD = 16  # waiting requests that are looked at for one that need not wait for a prefix
+# prompt tokens that a prefix must save: to be waited for, to be kept when its row is needed, and to be copied
+WAIT_PAYS = 32
+KEEP_PAYS = 32
+COPY_PAYS = 16
 
 
 class Window(NamedTuple):
@@ -36,6 +48,22 @@ class Window(NamedTuple):
     key_len: int
 
 
+class Placement(NamedTuple):
+    """Where a request is put.
+
+    Attributes:
+        slot: a free one.
+        cached: leading positions that it need not run.
+        source: the row that holds them; None where there are none.
+        keep_in: the kept row to which what the slot holds is copied first; None where it is not kept.
+    """
+
+    slot: int
+    cached: int = 0
+    source: int | None = None
+    keep_in: int | None = None
+
+
 @dataclass
 class Counts:
     """What the scheduler has seen.
@@ -45,6 +73,8 @@ class Counts:
         finished: of them, those that have ended.
         prompt_tokens: tokens of admitted prompts, those that were cached included.
         cached_tokens: of them, those that need not be run.
+        prefix_queries: tokens of prompts that were looked up in the prefix cache.
+        evictions: prefixes that were overwritten and are in no other row.
         generated_tokens: tokens that the host has read.
         chunk_positions: positions that prompt chunks filled.
         padding: of them, those without a token.
@@ -56,6 +86,8 @@ class Counts:
     finished: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prefix_queries: int = 0
+    evictions: int = 0
     generated_tokens: int = 0
     chunk_positions: int = 0
     padding: int = 0
@@ -74,18 +106,24 @@ class Scheduler:
     Args:
         config: every rule.
         clock: seconds, for the collection of a batch.
+        kept_rows: rows of the cache behind the slots, which keep prefixes.
 
     Attributes:
         waiting: sequences without a slot, in the order of their arrival.
         slots: the live sequence of each slot, or None.
-        held: per slot, the ids whose keys and values it holds, where no live sequence is in it.
+        prefixes: what each row of the cache holds: slots first, then kept rows. Of a live sequence the prompt, of which
+            ``start`` positions have been run.
     """
 
-    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, config: EngineConfig, clock: Callable[[], float] = time.perf_counter, kept_rows: int = 0
+    ) -> None:
         self._config, self._clock = config, clock
         self.waiting: list[Sequence] = []
         self.slots: list[Sequence | None] = [None] * config.max_batch_size
-        self.held: list[list[int]] = [[] for _ in self.slots]
+        self._kept = range(len(self.slots), len(self.slots) + kept_rows)
+        self.prefixes = Prefixes()
+        self._last: list[int | None] = [None] * config.max_batch_size  # the id of who was in a slot last
         self.counts = Counts()
         self._passed_over: dict[int, int] = {}  # by sequence id
 
@@ -103,21 +141,68 @@ class Scheduler:
         self.waiting.append(sequence)
         self.counts.requests += 1
 
-    def next_waiting(self) -> Sequence | None:
-        """The sequence that gets the next free slot now; None where none waits, no slot is free, or it has to wait."""
+    def next_admission(self) -> tuple[Sequence, Placement] | None:
+        """The sequence that gets a slot now, and where; None where no slot is free or nobody can run yet.
+
+        Of those that need not wait for a prefix the first one, or one soon after it for which nothing has to be
+        overwritten that others wait to go on from.
+        """
         if not self.waiting or None not in self.slots or self._collects():
             return None
-        overdue = (s for s in self.waiting if self._passed_over.get(s.id, 0) >= MOST_PASSED_OVER)
-        chosen = next(overdue, None)
-        if chosen is None:
-            by_length = self._config.schedule == "shortest"
-            chosen = min(self.waiting, key=lambda s: len(s.prompt_ids)) if by_length else self.waiting[0]
-        leader = chosen.leader
-        if leader is not None and leader.status is Status.WAITING:
-            return leader  # it runs their prompt, whatever the rule is
-        if leader is not None and leader.is_live and leader.start < len(leader.prompt_ids) - 1:
-            return None  # its prompt is on its way; those after it wait with it
-        return chosen
+        wishes = self._wishes()
+        first: tuple[Sequence, Placement] | None = None
+        for candidate in self._candidates():
+            leader = candidate.leader
+            # whatever the rule is, the leader runs their prompt
+            sequence = leader if leader is not None and leader.status is Status.WAITING else candidate
+            if self._waits_for_prefix(sequence):
+                continue
+            wanted = {row: length for other, row, length in reversed(wishes) if other is not sequence}
+            placement = self.place(sequence, wanted)
+            kept = placement.cached if placement.source == placement.slot else 0
+            first = first or (sequence, placement)
+            if wanted.get(placement.slot, 0) < kept + COPY_PAYS:
+                return sequence, placement
+            if self._passed_over.get(candidate.id, 0) >= MOST_PASSED_OVER:
+                break
+        return first
+
+    def _wishes(self) -> list[tuple[Sequence, int, int]]:
+        """The next waiting sequences whose beginnings rows hold: the row, and how many leading positions."""
+        found = []
+        for sequence in itertools.islice(self.waiting, LOOK_AHEAD):
+            row, length = next(self.prefixes.matches(sequence.prompt_key, self._salt(sequence)), (None, 0))
+            length = min(length, sequence.most_cached)
+            if row is not None and length >= WAIT_PAYS:
+                found.append((sequence, row, length))
+        return sorted(found, key=lambda wish: -wish[2])
+
+    def _candidates(self) -> Iterator[Sequence]:
+        """The first waiting sequences, in the order in which they should run."""
+        overdue = [s for s in self.waiting if self._passed_over.get(s.id, 0) >= MOST_PASSED_OVER]
+        yield from overdue[:LOOK_AHEAD]
+        others = (s for s in self.waiting if s not in overdue) if overdue else self.waiting
+        if self._config.schedule == "shortest":
+            yield from heapq.nsmallest(LOOK_AHEAD, others, key=lambda s: len(s.prompt_ids))
+        else:
+            yield from itertools.islice(others, LOOK_AHEAD)
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether much of a prompt is just being computed in some slot.
+
+        Chunks run one after the other, so nothing is lost by waiting for another prompt's; a tail that rides with
+        decode steps is not waited for, except by the samples of one prompt.
+        """
+        now, later = 0, 0
+        leads = sequence.leader is not None and sequence.leader.is_live
+        for row, length in self.prefixes.matches(sequence.prompt_key, self._salt(sequence)):
+            if min(length, sequence.most_cached) <= max(now, later):
+                break  # no row that comes after holds more
+            live = self._live_in(row)
+            now = max(now, self._usable(sequence, row, min(length, live.start) if live else length))
+            if live is not None and (live.status is Status.PREFILLING or leads):
+                later = max(later, self._usable(sequence, row, length))
+        return later > now and (later >= WAIT_PAYS or leads)
 
     def _collects(self) -> bool:
         """Whether the first requests wait for others to start with."""
@@ -129,22 +214,51 @@ class Scheduler:
         is_late = self._clock() - first >= config.collect_s
         return not is_late and not (config.collect_tokens and tokens >= config.collect_tokens)
 
-    def admit(self, sequence: Sequence, slot: int, cached: int) -> None:
-        """Give a waiting sequence a slot, in which its first ``cached`` positions are held, and plan its prompt."""
+    def admit(self, sequence: Sequence, placement: Placement) -> None:
+        """Give a waiting sequence a slot, and plan its prompt."""
         self.waiting.remove(sequence)
         for other in self.waiting:
             if other.id < sequence.id:
                 self._passed_over[other.id] = self._passed_over.get(other.id, 0) + 1
         self._passed_over.pop(sequence.id, None)
-        scored = sequence.params.prompt_logprobs
-        prompt_len = len(sequence.prompt_ids)
-        sequence.chunks, sequence.ready = chunks.prefill(prompt_len, self._config, cached, scored=scored)
+        slot, cached, source, keep_in = placement
+        prompt_run, scored_from = sequence.prompt_run, sequence.scored_from
+        sequence.chunks, sequence.ready = chunks.prefill(prompt_run, self._config, cached, scored_from=scored_from)
+        if not sequence.generates:
+            sequence.ready = self._config.positions  # no decode step runs it
         sequence.slot, sequence.start, sequence.cached = slot, cached, cached
         sequence.status = Status.PREFILLING if sequence.chunks else Status.RUNNING
         sequence.admitted = self._clock()
-        self.slots[slot], self.held[slot] = sequence, []
-        self.counts.prompt_tokens += prompt_len
-        self.counts.cached_tokens += cached
+        self._count(sequence, placement)
+        if source is not None:
+            self.prefixes.use(source)
+        if keep_in is not None:
+            self.prefixes.copy(slot, keep_in)
+        self.slots[slot], self._last[slot] = sequence, sequence.id
+        self._hold(sequence, sequence.prompt_key)
+
+    def _hold(self, sequence: Sequence, key: bytes) -> None:
+        """Remember what a sequence's slot holds."""
+        assert sequence.slot is not None
+        plan = self._cold_plan(sequence) if self._config.batch_invariant else ()
+        is_kept = sequence.generates and self._shares(sequence)
+        self.prefixes.hold(sequence.slot, key, self._salt(sequence), plan, is_kept=is_kept)
+
+    def _count(self, sequence: Sequence, placement: Placement) -> None:
+        """Count what an admission finds, and what it overwrites."""
+        counts = self.counts
+        counts.prompt_tokens += len(sequence.prompt_ids)
+        counts.cached_tokens += placement.cached
+        if self._shares(sequence):
+            counts.prefix_queries += len(sequence.prompt_ids)
+        overwritten = placement.slot if placement.keep_in is None else placement.keep_in
+        kept = placement.cached if placement.source == overwritten else 0
+        counts.evictions += self._is_lost(overwritten, kept)
+
+    def _is_lost(self, row: int, kept: int = 0) -> bool:
+        """Whether a prefix worth keeping is lost if a row keeps its first ``kept`` positions only."""
+        held = self.prefixes.held.get(row)
+        return held is not None and held.is_kept and min(self.prefixes.alone(row), held.length - kept) >= KEEP_PAYS
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out of the queue."""
@@ -153,33 +267,126 @@ class Scheduler:
 
     # --- the slots ----------------------------------------------------------------------------------------------------
 
-    def best_source(self, sequence: Sequence) -> tuple[int, int | None]:
-        """How many leading positions of a prompt some slot holds, and which; (0, None) where it may not use any.
+    def place(self, sequence: Sequence, wanted: Mapping[int, int]) -> Placement:
+        """Where to put a sequence, for which there is a free slot: where most of its prompt is held, if that slot is
+        free and nothing is lost that is worth keeping; else in the slot whose content was last used longest ago.
 
-        At least one token of the prompt is left to run: its hidden state is needed.
+        Args:
+            wanted: how many leading positions of which rows others wait to go on from.
         """
-        shares = sequence.leader is not None or sequence.reuse
-        if not shares or sequence.params.prompt_logprobs:
-            return 0, None
-        found = [(common_prefix(self.ids_in(slot), sequence.prompt_ids), slot) for slot in range(len(self.slots))]
-        # of equal ones a slot that is free, in which the request itself can go on
-        count, slot = max(found, key=lambda pair: (pair[0], self.slots[pair[1]] is None, -pair[1]))
-        count = min(count, len(sequence.prompt_ids) - 1)
-        if self._config.batch_invariant:  # bits must be those of a cold start: go on where one of its own chunks begins
-            plan, _ = chunks.prefill(len(sequence.prompt_ids), self._config)
-            count = max((c.start for c in plan if c.start <= count), default=0)
-        return (count, slot) if count else (0, None)
+        cached, source = self.best_source(sequence)
+        free = [slot for slot, live in enumerate(self.slots) if live is None]
+        is_lost = source is not None and (
+            wanted.get(source, 0) >= cached + COPY_PAYS or self._is_lost(source, cached)
+        )
+        if source in free and (len(free) == 1 or not is_lost):
+            slot = source
+        else:
+            slot = self._slot_to_overwrite([slot for slot in free if slot not in wanted] or free)
+        assert slot is not None
+        return Placement(slot, cached, source, self._row_to_keep(slot, cached if slot == source else 0, source))
 
-    def ids_in(self, slot: int) -> list[int]:
-        """The ids whose keys and values a slot holds."""
-        sequence = self.slots[slot]
-        return self.held[slot] if sequence is None else sequence.held_ids
+    def best_source(self, sequence: Sequence) -> tuple[int, int | None]:
+        """How many leading positions of a prompt need not be run, and which row holds them; (0, None) for none."""
+        count, most, source = 0, 0, None
+        rides, reached = bool(self.running), 0
+        resumed: dict[int, tuple[int, int]] = {}
+        for row, length in self.prefixes.matches(sequence.prompt_key, self._salt(sequence)):
+            if min(length, sequence.most_cached) < reached:
+                break  # no row that comes after holds more
+            live = self._live_in(row)
+            usable = self._usable(sequence, row, min(length, live.start) if live else length)
+            if usable < max(reached, 1):
+                continue
+            if usable not in resumed:
+                resumed[usable] = self._resumed(sequence, usable, rides)
+            start, saved = resumed[usable]
+            saved -= 0 if live is None and row < len(self.slots) else COPY_PAYS
+            if saved > most:
+                count, most, source, reached = start, saved, row, usable
+        return count, source
 
-    def free_slot(self, source: int | None = None) -> int:
-        """The slot for the next request: ``source`` if it is free, else the lowest free one."""
-        if source is not None and self.slots[source] is None:
-            return source
-        return self.slots.index(None)
+    def possibly_cached(self, sequences: Sequences[Sequence]) -> list[tuple[int, ...]]:
+        """For each of some sequences, live, waiting or about to be, the leading positions that it may not need to run:
+        what rows hold now, and what they would if others of them had run.
+        """
+        found = []
+        shared = shared_with_others([s.prompt_key for s in sequences])
+        for sequence, length in zip(sequences, shared, strict=True):
+            counts = {sequence.cached if sequence.is_live else self.best_source(sequence)[0]}
+            usable = min(length, sequence.most_cached)
+            if not sequence.is_live and self._shares(sequence) and usable >= COPY_PAYS:
+                starts = {self._resumed(sequence, usable, rides)[0] for rides in (False, True)}
+                counts |= starts if not self._config.batch_invariant else {0}
+            found.append(tuple(sorted(counts)))
+        return found
+
+    def _resumed(self, sequence: Sequence, usable: int, rides: bool) -> tuple[int, int]:
+        """The position to go on from, and what that saves in prompt tokens."""
+        count, config, scored_from = sequence.prompt_run, self._config, sequence.scored_from
+        if not config.batch_invariant:
+            return chunks.resumed(count, config, usable, scored_from=scored_from, rides=rides)
+        return usable, usable + COPY_PAYS  # bits matter, the price does not
+
+    def _usable(self, sequence: Sequence, row: int, length: int) -> int:
+        """How many of the first ``length`` positions of a row a prompt can use.
+
+        Where bits must be those of a cold start, those that chunks of the same plan have computed.
+        """
+        length = min(length, sequence.most_cached)
+        if not self._config.batch_invariant:
+            return length
+        usable = 0
+        own, others = self._cold_plan(sequence), self.prefixes.held[row].plan
+        for chunk, other, following in zip(own, others, own[1:], strict=False):
+            same = (chunk.start, chunk.length) == (other.start, other.length)
+            if not same or following.start > min(length, other.end):
+                break
+            usable = following.start
+        return usable
+
+    def _cold_plan(self, sequence: Sequence) -> tuple[Chunk, ...]:
+        """The chunks by which a prompt is run from its start."""
+        plan, _ = chunks.prefill(sequence.prompt_run, self._config, scored_from=sequence.scored_from)
+        return tuple(plan)
+
+    def _slot_to_overwrite(self, free: Sequences[int]) -> int:
+        """The free slot for a request that needs none in particular.
+
+        Live slots stay side by side, because a step runs all slots between the first and the last; where that leaves a
+        choice, the slot whose content was last used longest ago.
+        """
+        slots = [s.slot for s in self.live if s.slot is not None and s.generates]
+        widths = self._config.widths
+
+        def width(slot: int) -> int:
+            span = max((*slots, slot)) + 1 - min((*slots, slot))
+            return next(w for w in widths if w >= span)
+
+        narrowest = min(map(width, free))
+        return self.prefixes.least_used([slot for slot in free if width(slot) == narrowest])
+
+    def _row_to_keep(self, slot: int, kept: int, source: int | None) -> int | None:
+        """The kept row for what a slot holds, of which ``kept`` positions stay; None where it is not worth one."""
+        if not self._kept or not self._is_lost(slot, kept):
+            return None
+        others = [row for row in self._kept if row != source]
+        twice = [row for row in others if not self._is_lost(row)]
+        return self.prefixes.least_used(twice or others) if others else None
+
+    def _live_in(self, row: int) -> Sequence | None:
+        """The live sequence in a row, if it is a slot that has one."""
+        return self.slots[row] if row < len(self.slots) else None
+
+    def _shares(self, sequence: Sequence) -> bool:
+        """Whether a sequence takes part in the prefix cache."""
+        return self._config.prefix_cache and sequence.params.prefix_cache
+
+    def _salt(self, sequence: Sequence) -> Hashable:
+        """Who may share a sequence's prefixes: those of the same salt, or the samples of its own prompt alone."""
+        if self._shares(sequence):
+            return sequence.params.cache_salt
+        return ("alone", (sequence.leader or sequence).id)
 
     def release(self, sequence: Sequence) -> None:
         """Take a live sequence out of its slot; what the slot holds stays known."""
@@ -189,16 +396,21 @@ class Scheduler:
 
     def keep(self, sequence: Sequence) -> None:
         """Remember what the slot of a sequence that has ended holds, unless another one has taken it."""
-        slot = sequence.slot
-        if slot is not None and self.slots[slot] is None:
-            self.held[slot] = sequence.held_ids
+        if sequence.slot is not None and self._last[sequence.slot] == sequence.id:
+            self._hold(sequence, key_of(sequence.held_ids))
 
     def move(self, sequence: Sequence, target: int) -> None:
         """Give a live sequence another, free slot."""
         self.release(sequence)
         assert sequence.slot is not None
-        self.held[sequence.slot] = []
-        sequence.slot, self.slots[target], self.held[target] = target, sequence, []
+        self.prefixes.copy(sequence.slot, target)
+        self.prefixes.forget(sequence.slot)
+        self._last[sequence.slot] = None
+        sequence.slot, self.slots[target], self._last[target] = target, sequence, sequence.id
+
+    def forget(self) -> None:
+        """No row holds anything any more."""
+        self.prefixes.clear()
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 
@@ -268,6 +480,10 @@ class Scheduler:
             "finished": counts.finished,
             "prompt_tokens": counts.prompt_tokens,
             "cached_tokens": counts.cached_tokens,
+            "prefix_cache_queries": counts.prefix_queries,
+            "prefix_cache_hits": counts.cached_tokens,
+            "prefix_cache_evictions": counts.evictions,
+            "prefixes": len(self.prefixes.held),
             "generated_tokens": counts.generated_tokens,
         }
 

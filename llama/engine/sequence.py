@@ -11,12 +11,14 @@ import itertools
 import time
 from collections.abc import Iterable, Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from llama.config import word_count
 from llama.engine.chunks import Chunk
+from llama.engine.prefixes import key_of
 from llama.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -95,7 +97,11 @@ class TokenDetails(NamedTuple):
 
     def first(self, count: int) -> TokenDetails:
         """Those of the first ``count`` tokens."""
-        return TokenDetails(*(None if array is None else array[:count] for array in self))
+        return self.part(0, count)
+
+    def part(self, first: int, count: int) -> TokenDetails:
+        """Those of ``count`` tokens from ``first`` on."""
+        return TokenDetails(*(None if array is None else array[first : first + count] for array in self))
 
 
 class Draft(NamedTuple):
@@ -168,7 +174,8 @@ class Sequence:
         index: the prompt's place in its call.
         sample: which of the prompt's samples.
         leader: the sequence that has the same prompt and prefills it for this one.
-        reuse: positions that any slot still holds need not be run again.
+        scored_from: the first token of the prompt whose log-probability is wanted; None where none is.
+        generates: it chooses tokens; without it its prompt is scored, and that is all.
         id: its number in this process.
         status: where it stands.
         slot: where it runs, or ran last; None before.
@@ -185,7 +192,7 @@ class Sequence:
         submitted, admitted, first_token, finished: seconds of ``time.perf_counter``; None before.
         drafting: how many of its tokens were drafted.
         details: of the generated tokens, the stop token included; one part a read.
-        prompt_details: of the prompt's tokens from the second on, one part a chunk.
+        prompt_details: of the prompt's tokens from ``scored_from`` on, one part a chunk.
     """
 
     prompt_ids: tuple[int, ...]
@@ -197,7 +204,8 @@ class Sequence:
     index: int = 0
     sample: int = 0
     leader: Sequence | None = None
-    reuse: bool = False
+    scored_from: int | None = None
+    generates: bool = True
     id: int = field(default_factory=_numbers.__next__)
     status: Status = Status.WAITING
     slot: int | None = None
@@ -227,7 +235,24 @@ class Sequence:
     @property
     def limit(self) -> int:
         """The length, prompt included, at which it ends."""
-        return len(self.prompt_ids) + self.params.max_gen_len
+        return len(self.prompt_ids) + (self.params.max_gen_len if self.generates else 0)
+
+    @property
+    def prompt_run(self) -> int:
+        """How many tokens of its prompt have to be run: all, or all but the last one where that is only scored."""
+        return len(self.prompt_ids) - (0 if self.generates else 1)
+
+    @property
+    def most_cached(self) -> int:
+        """How many leading positions need not be run, if some row holds them: the token before the first one that is
+        chosen or scored is run in any case, because its hidden state is needed.
+        """
+        return (len(self.prompt_ids) if self.scored_from is None else self.scored_from) - 1
+
+    @cached_property
+    def prompt_key(self) -> bytes:
+        """The tokens of its prompt that are run, as a key of ``engine.prefixes``."""
+        return key_of(self.prompt_ids[: self.prompt_run])
 
     @property
     def kinds(self) -> Kinds:
@@ -236,9 +261,15 @@ class Sequence:
         return params.logprobs is not None or params.is_ranked, params.hidden_states, params.logits
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the log-probabilities of all tokens from ``scored_from`` on have been read."""
+        read = sum(0 if part.logprobs is None else len(part.logprobs) for part in self.prompt_details)
+        return self.scored_from is not None and read == len(self.prompt_ids) - self.scored_from
+
+    @property
     def needs_full(self) -> bool:
         """Whether the program ``full`` chooses its tokens."""
-        return any(self.kinds) or self.params.reshapes_logits
+        return self.generates and (any(self.kinds) or self.params.reshapes_logits)
 
     @property
     def is_live(self) -> bool:
