@@ -13,7 +13,7 @@ from conftest import LLMFactory
 
 from llama import SamplingParams
 from llama.errors import RecompileError
-from llama.xla import ops, transfers
+from llama.xla import backend, ops, programs, transfers
 from llama.xla.counters import counters, fallback_ops, xla_compilations
 from llama.xla.programs import UnsupportedOpError, compile_program
 
@@ -162,3 +162,15 @@ def test_donated_memory_is_taken_over_and_weights_are_not_copied(make_llm: LLMFa
     total, same = program(x)
     assert transfers.fetch(total).tolist() == [[2.0, 2.0]] * 2
     assert same is x  # an argument that is returned unchanged is passed through
+
+
+def test_a_process_without_memory_mappings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA would crash with a segmentation fault: the error comes before, and says how to go on."""
+    x = transfers.upload(torch.ones(3), backend.init())
+    limit = tmp_path / "max_map_count"
+    monkeypatch.setattr(programs, "MOST_MAPS", limit)
+    limit.write_text("2010\n")
+    with pytest.raises(programs.TooManyProgramsError, match=r"vm.max_map_count allows 2010, .*max_map_count=8040"):
+        compile_program("one too many", lambda x: (x + 1,), [x])
+    limit.write_text("1000000\n")
+    compile_program("one more", lambda x: (x + 1,), [x])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,8 @@ from llama.xla.backend import MALLOC_FOR_RUNS, device_kind, set_malloc
 from llama.xla.counters import counters, fallback_ops, xla_compilations
 
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
+MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+MAPS_LEFT = 2000  # a compile takes up to some hundreds
 
 
 class UnsupportedOpError(LLaMAError):
@@ -33,6 +36,30 @@ class UnsupportedOpError(LLaMAError):
             f"program {program}: XLA has no {', '.join(fallbacks)}; "
             "write it with operations that stay on the device (llama/xla/ops.py)"
         )
+
+
+class TooManyProgramsError(LLaMAError):
+    """The process holds nearly as many memory mappings as the system allows, and XLA:CPU would crash for want of more:
+    each of its programs takes dozens, and torch_xla keeps the last 2,048 of a process.
+    """
+
+    def __init__(self, program: str, held: int, most: int) -> None:
+        super().__init__(
+            f"program {program} is not compiled: the process holds {held} memory mappings, vm.max_map_count allows "
+            f"{most}, and XLA would crash without more; start a new process, or raise the limit "
+            f"(sysctl -w vm.max_map_count={4 * most})"
+        )
+
+
+def _refuse_without_maps(program: str) -> None:
+    """Raise TooManyProgramsError where a compile could run out of memory mappings."""
+    try:
+        most = int(MOST_MAPS.read_bytes())
+        held = MAPS.read_bytes().count(b"\n")
+    except (OSError, ValueError):
+        return  # a system without this limit
+    if held > most - MAPS_LEFT:
+        raise TooManyProgramsError(program, held, most)
 
 
 class Program:
@@ -84,12 +111,17 @@ def compile_program(
         edits: its runs count as ``counters.edits`` and not as ``counters.runs``.
 
     Compiles: once per call; the caller keeps the result.
+
+    Raises:
+        UnsupportedOpError: XLA lacks an operation of it.
+        TooManyProgramsError: the process has no memory mappings left for it.
     """
     import torch_xla
     import torch_xla.core.xla_model as xm
     from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
     if device_kind() == "CPU":
+        _refuse_without_maps(name)
         set_malloc(MALLOC_FOR_RUNS)
     xlac = torch_xla._XLAC
     began = time.perf_counter()
