@@ -204,6 +204,8 @@ def programs_for(
     for sequence, counts in zip(sequences, cached or [(0,)] * len(sequences), strict=True):
         for count in counts:
             found += _own_programs(sequence, config, count, width)
+        if any(counts):
+            found += _programs_of_a_rest(sequence, config, width)
     shares = config.prefix_cache or any(s.leader is not None for s in sequences)
     if (several and shares) or config.prefix_cache_bytes:
         longest = max(s.limit for s in sequences)
@@ -241,6 +243,23 @@ def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: 
         if config.lookahead:
             last = min(sequence.limit + prod(config.lookahead), config.max_seq_len)
             yield lookahead_program(config, checked, chunks.key_bucket(last, config))
+
+
+def _programs_of_a_rest(sequence: Sequence, config: EngineConfig, width: int) -> Iterator[Program]:
+    """What any rest of a prompt can need: what rows hold of its beginning can change until it is admitted."""
+    scored = chunks.scored_lengths(config) if sequence.scored_from is not None else ()
+    for length in config.buckets:
+        if 1 < length <= sequence.prompt_run or length in scored:
+            padding = length - 1 if length in scored else 0
+            reach = chunks.key_bucket(min(sequence.prompt_run + padding, config.max_seq_len), config)
+            yield Program("chunk", length=length, key_len=reach)
+    yield from (Program("score", length=length) for length in scored)
+    if sequence.generates:
+        reach = config.max_seq_len if config.batch_invariant else chunks.key_bucket(sequence.limit - 1, config)
+        yield Program("full", rows=1) if sequence.needs_full else Program("choose")
+        yield Program("decode", rows=width, key_len=reach)
+        if sequence.needs_full:
+            yield Program("full", rows=width)
 
 
 def lookahead_program(config: EngineConfig, rows: int, key_len: int) -> Program:

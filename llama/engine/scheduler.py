@@ -276,9 +276,7 @@ class Scheduler:
         """
         cached, source = self.best_source(sequence)
         free = [slot for slot, live in enumerate(self.slots) if live is None]
-        is_lost = source is not None and (
-            wanted.get(source, 0) >= cached + COPY_PAYS or self._is_lost(source, cached)
-        )
+        is_lost = source is not None and (wanted.get(source, 0) >= cached + COPY_PAYS or self._is_lost(source, cached))
         if source in free and (len(free) == 1 or not is_lost):
             slot = source
         else:
