@@ -57,6 +57,7 @@ from llama.xla.counters import counters, surprises
 log = logging.getLogger("llama")
 
 SYNTHETIC_TOKEN = 8
+SCORED_AT_ONCE = 2048  # sequences that a call of the engine holds, so that memory does not grow with an evaluation
 
 
 class LLaMA:
@@ -393,21 +394,23 @@ class LLaMA:
         self, pairs: Sequence[tuple[int, Pair]], cache_salt: str | None, *, prefix_cache: bool
     ) -> Iterator[Score]:
         """Score pairs, each with the index that its result gets."""
-        sequences = [
-            scored_sequence(place, pair.context, pair.continuation, cache_salt, prefix_cache=prefix_cache)
-            for place, (_, pair) in enumerate(pairs)
-        ]
-        if not sequences:
-            return
+        order: Sequence[int] = range(len(pairs))
+        if prefix_cache:  # those that begin alike one after the other
+            order = sorted(order, key=lambda place: (pairs[place][1].context, pairs[place][1].continuation))
         surprised, done = surprises(), 0
-        call = Call(self._in_run_order(sequences))
-        for sequence, _, is_last in self._callers.run(call):
-            if is_last and sequence.finish_reason == "interrupted":
-                raise InterruptedRunError(f"interrupted after {done} of {len(pairs)} continuations")
-            if is_last:
-                done += 1
-                index, pair = pairs[sequence.index]
-                yield score_of(index, pair, sequence)
+        for begin in range(0, len(order), SCORED_AT_ONCE):
+            sequences = [
+                scored_sequence(place, *pairs[place][1][:2], cache_salt, prefix_cache=prefix_cache)
+                for place in order[begin : begin + SCORED_AT_ONCE]
+            ]
+            call = Call(sequences)
+            for sequence, _, is_last in self._callers.run(call):
+                if is_last and sequence.finish_reason == "interrupted":
+                    raise InterruptedRunError(f"interrupted after {done} of {len(pairs)} continuations")
+                if is_last:
+                    done += 1
+                    index, pair = pairs[sequence.index]
+                    yield score_of(index, pair, sequence)
         self._refuse_surprises(surprised)
 
     def text_completion(

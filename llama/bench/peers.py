@@ -37,43 +37,59 @@ def weights_of(work: Workload) -> tuple[ModelArgs, Iterator[tuple[str, torch.Ten
     return args, random_tensors(model, WEIGHTS_SEED)
 
 
-class HuggingFaceRunner:
-    """transformers' LlamaForCausalLM.
+def transformers_model(work: Workload, positions: int) -> Any:
+    """transformers' LlamaForCausalLM on a workload's weights.
 
     Raises:
         ConfigError: int8, which it has no comparable form of; or it is not installed.
     """
+    if work.dtype == "int8":
+        raise ConfigError(
+            f"{setting('compare')} hf: transformers has no weight-only int8 on the CPU to compare with; take "
+            "bfloat16 or float32"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"{setting('compare')} hf needs transformers: pip install 'llama-xla[bench]'") from error
+    dtype = torch.float32 if work.dtype == "float32" else torch.bfloat16
+    args, tensors = weights_of(work)
+    config = transformers.LlamaConfig(
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.kv_heads,
+        vocab_size=args.vocab_size,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=positions,
+        tie_word_embeddings=args.tie_word_embeddings,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    # query and key rows stay in Meta's order: other numbers, the same work
+    state = {str(to_hugging_face(name)): tensor.to(dtype) for name, tensor in tensors}
+    model.load_state_dict(state, strict=False, assign=True)
+    return model.eval()
+
+
+class HuggingFaceRunner:
+    """transformers' LlamaForCausalLM.
+
+    Raises:
+        ConfigError: see ``transformers_model``.
+    """
 
     def __init__(self, work: Workload) -> None:
-        if work.dtype == "int8":
-            raise ConfigError(
-                f"{setting('compare')} hf: transformers has no weight-only int8 on the CPU to compare with; take "
-                "bfloat16 or float32"
-            )
-        try:
-            import transformers
-        except ImportError as error:
-            raise ConfigError(f"{setting('compare')} hf needs transformers: pip install 'llama-xla[bench]'") from error
-        dtype = torch.float32 if work.dtype == "float32" else torch.bfloat16
-        args, tensors = weights_of(work)
-        config = transformers.LlamaConfig(
-            hidden_size=args.dim,
-            intermediate_size=args.hidden_dim,
-            num_hidden_layers=args.n_layers,
-            num_attention_heads=args.n_heads,
-            num_key_value_heads=args.kv_heads,
-            vocab_size=args.vocab_size,
-            rms_norm_eps=args.norm_eps,
-            max_position_embeddings=work.positions,
-            tie_word_embeddings=args.tie_word_embeddings,
-        )
         began = time.perf_counter()
-        torch.set_default_dtype(dtype)
-        self._model = transformers.LlamaForCausalLM(config)
-        # query and key rows stay in Meta's order: other numbers, the same work
-        state = {str(to_hugging_face(name)): tensor.to(dtype) for name, tensor in tensors}
-        self._model.load_state_dict(state, strict=False, assign=True)
-        self._model.eval()
+        self._model = transformers_model(work, work.positions)
+        import transformers
+
+        args = self._model.config
         self._work = work
         self._ids = torch.tensor([work.prompt(row, args.vocab_size) for row in range(work.batch)])
         self.facts: dict[str, Any] = {

@@ -42,6 +42,8 @@ def bench(
     vocab_size: int | None = None,
     heads: list[str] | None = None,
     mixed: int | None = None,
+    scoring: int | None = None,
+    shots: list[int] | None = None,
     slots: int | None = None,
     prefill_budget: int = EngineConfig.prefill_budget,
     compare: list[str] | None = None,
@@ -82,6 +84,9 @@ def bench(
         mixed: Instead of the workload above: this many requests of mixed lengths share --batch slots, first all at
             once, then arriving at random at 80 % of that rate.
         slots: Slots of our engine. Default: as many as rows.
+        scoring: Instead of the workload above: score this many items of four choices, with and without the prefix
+            cache, and serve 32 requests with one system prompt; in --batch slots, default 1. --compare hf too.
+        shots: With --scoring: demonstrations before an item. Default: 0,1,4,16.
         prefill_budget: With --mixed: prompt tokens that may run before the running requests get their next token.
         compare: Run hf (transformers) or llama.cpp on the same weights, alternating with llama-xla.
 
@@ -140,6 +145,8 @@ def bench(
         "batch": batch,
         "heads": heads,
         "mixed": mixed,
+        "scoring": scoring is not None,
+        "shots": shots,
         "slots": slots,
         "prefill_budget": prefill_budget != EngineConfig.prefill_budget,
         "compare": compare,
@@ -176,6 +183,12 @@ def bench(
             raise FlagError("--mixed takes one number of slots: got several in --batch, expected one")
         work = replace(work, gen_len=2, batch=(batch or [8])[0], max_seq_len=max_seq_len)
         _bench_mixed(work, mixed, repetitions, {"prefill_budget": prefill_budget, "bucket_policy": policy})
+    elif scoring is not None:
+        _refuse("scoring", "scores prompts of its own", given, "scoring shots batch compare plot")
+        if len(batch or ()) > 1:
+            raise FlagError("--scoring takes one number of slots: got several in --batch, expected one")
+        work = replace(work, gen_len=2, batch=(batch or [1])[0], max_seq_len=max_seq_len)
+        _bench_scoring(work, shots, scoring, runners[1:], repetitions, output, plot)
     elif verify_cost:
         _refuse("verify_cost", "times single steps at one row", given, "verify_cost draft_lens")
         work = replace(work, gen_len=2, max_seq_len=VERIFY_POSITIONS if max_seq_len is None else max_seq_len)
@@ -196,6 +209,7 @@ def bench(
         drafting_of(drafting)  # refuses its flags without --drafter
         homes = {
             "--startup or --warm_up": ("other_version", "n_layers", "keep"),
+            "--scoring": ("shots",),
             "--drafter": ("each", "prompts_file", "temperature"),
         }
         for home, names in homes.items():
@@ -323,6 +337,30 @@ def _bench_mixed(work: Workload, count: int, repetitions: int, settings: dict[st
     row = mixed.measure(work, count, repetitions, settings)
     write(mixed.report(row))
     write(json_line(row))
+
+
+def _bench_scoring(
+    work: Workload,
+    shots: list[int] | None,
+    items: int,
+    peers: Sequence[str],
+    repetitions: int,
+    output: str,
+    plot: str | None,
+) -> None:
+    from llama.bench import report, scoring
+
+    if set(peers) - {"hf"}:
+        raise FlagError(f"--scoring: got --compare {' and '.join(peers)}, expected hf or none")
+    wanted = scoring.SHOTS if shots is None else tuple(shots)
+    for name, value, least in (("scoring", items, 1), ("shots", min(wanted), 0)):
+        if value < least:
+            raise ConfigError(f"{name}: got {value}, expected {least} or more")
+    rows, notes = scoring.measure(work, wanted, items, repetitions, peers, _say)
+    write(report.written(rows, output, scoring.COLUMNS, notes))
+    if plot is not None:
+        scoring.plot(rows, Path(plot))
+    write(json_line({"measured": "scoring", "rows": rows, "notes": notes}))
 
 
 def _bench_verify_cost(work: Workload, draft_lens: list[int] | None, repetitions: int, output: str) -> None:

@@ -10,6 +10,7 @@ pytorch-tpu/llama, pull request 13.)
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from llama.config import LONGEST_SCORED, EngineConfig
@@ -143,6 +144,7 @@ def cost(count: int, config: EngineConfig, cached: int, *, scored_from: int | No
     return sum(RUN_COST + c.length for c in chunks) + (0 if rides else (RUN_COST + 1) * (count - ready))
 
 
+@lru_cache(maxsize=65536)
 def resumed(
     count: int, config: EngineConfig, held: int, *, scored_from: int | None = None, rides: bool = False
 ) -> tuple[int, int]:

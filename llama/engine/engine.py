@@ -81,7 +81,7 @@ class Engine:
         together = [*self.scheduler.live, *self.scheduler.waiting, *waiting, *sequences]
         self.runner.compile(programs_for(together, self.config, self.scheduler.possibly_cached(together)))
         if self.drafting is not None:
-            self.drafting.drafter.prepare(together)
+            self.drafting.drafter.prepare([s for s in together if s.generates])
         return time.perf_counter() - began
 
     def warm_up(self) -> None:
@@ -110,7 +110,7 @@ class Engine:
                 self._decode(updates)
         except Exception as error:
             self._fail(error, updates)
-        if self.scheduler.waiting and not self.scheduler.live:
+        if self.scheduler.waiting and not self.scheduler.live and not self._pending:
             time.sleep(COLLECT_SLEEP_S)  # requests are being collected
         return updates
 
@@ -351,7 +351,7 @@ class Engine:
         if sequence.is_live:
             self.scheduler.release(sequence)
         sequence.status = Status.FINISHED
-        if self.drafting is not None:
+        if self.drafting is not None and sequence.generates:
             self.drafting.finished(sequence)
         self.scheduler.keep(sequence)
         self.scheduler.counts.finished += 1

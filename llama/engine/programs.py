@@ -201,7 +201,13 @@ def programs_for(
     found = [Program("admit")]
     several = config.max_batch_size > 1 and len(sequences) > 1
     width = next(w for w in config.widths if w >= min(len(sequences), config.max_batch_size))
+    seen = set()
     for sequence, counts in zip(sequences, cached or [(0,)] * len(sequences), strict=True):
+        lengths = len(sequence.prompt_ids), sequence.limit, sequence.scored_from
+        wish = (*lengths, sequence.generates, sequence.needs_full, sequence.leader is None, counts)
+        if wish in seen:  # evaluations have tens of thousands of requests of a few hundred lengths
+            continue
+        seen.add(wish)
         for count in counts:
             found += _own_programs(sequence, config, count, width)
         if any(counts):

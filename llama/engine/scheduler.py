@@ -27,7 +27,7 @@ from llama.errors import QueueFullError
 
 MOST_PASSED_OVER = 16
 MOVE_PAYS = 16  # steps for which a narrower width pays for moving a slot
-LOOK_AHEAD = 16  # waiting requests that are looked at for one that need not wait for a prefix
+LOOK_AHEAD = 8  # waiting requests that are looked at for one that need not wait for a prefix
 # prompt tokens that a prefix must save: to be waited for, to be kept when its row is needed, and to be copied
 WAIT_PAYS = 32
 KEEP_PAYS = 32
@@ -149,7 +149,7 @@ class Scheduler:
         """
         if not self.waiting or None not in self.slots or self._collects():
             return None
-        wishes = self._wishes()
+        wishes: list[tuple[Sequence, int, int]] | None = None
         first: tuple[Sequence, Placement] | None = None
         for candidate in self._candidates():
             leader = candidate.leader
@@ -157,8 +157,12 @@ class Scheduler:
             sequence = leader if leader is not None and leader.status is Status.WAITING else candidate
             if self._waits_for_prefix(sequence):
                 continue
+            cached, source = self.best_source(sequence)
+            if source is not None and self._is_continued(source, cached):
+                return sequence, Placement(source, cached, source)
+            wishes = self._wishes() if wishes is None else wishes
             wanted = {row: length for other, row, length in reversed(wishes) if other is not sequence}
-            placement = self.place(sequence, wanted)
+            placement = self.place(cached, source, wanted)
             kept = placement.cached if placement.source == placement.slot else 0
             first = first or (sequence, placement)
             if wanted.get(placement.slot, 0) < kept + COPY_PAYS:
@@ -166,6 +170,11 @@ class Scheduler:
             if self._passed_over.get(candidate.id, 0) >= MOST_PASSED_OVER:
                 break
         return first
+
+    def _is_continued(self, source: int, cached: int) -> bool:
+        """Whether a request goes on where a free slot ends, so that nothing of it is lost."""
+        is_free = source < len(self.slots) and self.slots[source] is None
+        return is_free and self.prefixes.held[source].length < cached + COPY_PAYS
 
     def _wishes(self) -> list[tuple[Sequence, int, int]]:
         """The next waiting sequences whose beginnings rows hold: the row, and how many leading positions."""
@@ -179,9 +188,9 @@ class Scheduler:
 
     def _candidates(self) -> Iterator[Sequence]:
         """The first waiting sequences, in the order in which they should run."""
-        overdue = [s for s in self.waiting if self._passed_over.get(s.id, 0) >= MOST_PASSED_OVER]
-        yield from overdue[:LOOK_AHEAD]
-        others = (s for s in self.waiting if s not in overdue) if overdue else self.waiting
+        overdue = {number for number, times in self._passed_over.items() if times >= MOST_PASSED_OVER}
+        yield from itertools.islice((s for s in self.waiting if s.id in overdue), LOOK_AHEAD if overdue else 0)
+        others = (s for s in self.waiting if s.id not in overdue) if overdue else self.waiting
         if self._config.schedule == "shortest":
             yield from heapq.nsmallest(LOOK_AHEAD, others, key=lambda s: len(s.prompt_ids))
         else:
@@ -216,11 +225,10 @@ class Scheduler:
 
     def admit(self, sequence: Sequence, placement: Placement) -> None:
         """Give a waiting sequence a slot, and plan its prompt."""
-        self.waiting.remove(sequence)
-        for other in self.waiting:
-            if other.id < sequence.id:
-                self._passed_over[other.id] = self._passed_over.get(other.id, 0) + 1
-        self._passed_over.pop(sequence.id, None)
+        place = self.waiting.index(sequence)
+        for other in itertools.islice(self.waiting, place):
+            self._passed_over[other.id] = self._passed_over.get(other.id, 0) + 1
+        self.drop(sequence)
         slot, cached, source, keep_in = placement
         prompt_run, scored_from = sequence.prompt_run, sequence.scored_from
         sequence.chunks, sequence.ready = chunks.prefill(prompt_run, self._config, cached, scored_from=scored_from)
@@ -267,14 +275,14 @@ class Scheduler:
 
     # --- the slots ----------------------------------------------------------------------------------------------------
 
-    def place(self, sequence: Sequence, wanted: Mapping[int, int]) -> Placement:
+    def place(self, cached: int, source: int | None, wanted: Mapping[int, int]) -> Placement:
         """Where to put a sequence, for which there is a free slot: where most of its prompt is held, if that slot is
         free and nothing is lost that is worth keeping; else in the slot whose content was last used longest ago.
 
         Args:
+            cached, source: see ``best_source``.
             wanted: how many leading positions of which rows others wait to go on from.
         """
-        cached, source = self.best_source(sequence)
         free = [slot for slot, live in enumerate(self.slots) if live is None]
         is_lost = source is not None and (wanted.get(source, 0) >= cached + COPY_PAYS or self._is_lost(source, cached))
         if source in free and (len(free) == 1 or not is_lost):
