@@ -48,6 +48,7 @@ setup(
             "coverage[toml]>=7.10,<8",
             "pre-commit>=4,<5",
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.18",
             "mypy>=1.18,<3",

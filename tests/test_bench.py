@@ -291,3 +291,36 @@ def test_requests_of_mixed_lengths(run: Run) -> None:
     for flags in (("--compare", "hf"), ("--batch", "2,4"), ("--heads", "greedy")):
         refused_at_once(run("bench", "--shape", "tiny", "--mixed", "6", *flags), "--mixed", flags[0])
     refused_at_once(run("bench", "--shape", "tiny", "--mixed", "6", "--max_seq_len", "99"), "--max_seq_len", "600")
+
+
+@pytest.mark.slow
+def test_scoring_with_and_without_the_prefix_cache(tmp_path: Path, run: Run) -> None:
+    """Every task by every way, items and shares counted, equal log-probabilities, and a picture."""
+    shape = ("--shape", "tiny", "--vocab_size", "1024", "-r", "1", "--plot", str(tmp_path / "plot.png"))
+    outcome = run("bench", "--scoring", "3", "--shots", "0,2", "--compare", "hf", *shape)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out.splitlines()[-1])
+    rows = {(row["task"], row["way"]): row for row in found["rows"]}
+    ways = ("cached", "not cached", "transformers")
+    expected = {(task, way) for task in ("no overlap", "0 shots", "2 shots") for way in ways}
+    assert set(rows) == expected | {("system prompt", way) for way in ways[:2]}
+    assert rows["2 shots", "cached"]["items"] == 3
+    assert rows["no overlap", "cached"]["found_share"] == 0
+    # of twelve pairs of 85 tokens each runs its choice, three run their context, and one runs the demonstrations
+    assert rows["2 shots", "cached"]["found_share"] > 0.7
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert float(re.findall(r"differ by (\S+) at most", outcome.out)[0]) < 1e-3
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_what_scoring_refuses(run: Run) -> None:
+    """Flags of other modes, several numbers of slots, nothing to score, and a cache that is too short."""
+    scoring = ("bench", "--shape", "tiny", "--scoring", "3")
+    for flags in (("--mixed", "3"), ("--warm_up",), ("--prompt_len", "9"), ("--drafter", "auto"), ("--gen_len", "3")):
+        refused_at_once(run(*scoring, *flags), "--scoring", flags[0])
+    refused_at_once(run(*scoring, "--batch", "1,2"), "--batch", "expected one")
+    refused_at_once(run("bench", "--shape", "tiny", "--scoring", "0"), "--scoring", "expected 1 or more")
+    refused_at_once(run(*scoring, "--shots", "-1"), "--shots", "expected 0 or more")
+    refused_at_once(run(*scoring, "--max_seq_len", "99"), "--max_seq_len", "533")
+    refused_at_once(run(*scoring, "--compare", "llama.cpp"), "--compare", "expected hf or none")
+    refused_at_once(run("bench", "--shape", "tiny", "--shots", "3"), "--shots", "--scoring")

@@ -144,10 +144,10 @@ def test_a_look_up_is_quick() -> None:
     for number in range(300):
         text = texts[chooser.randrange(50)]
         key = key_of([*text[: chooser.randrange(2000)], *ids(50, number)])
-        began = time.perf_counter()
+        began = time.thread_time()
         best = next(trie.matches(key, None), None)
         trie.hold(chooser.randrange(50), key, None)
-        spent.append(time.perf_counter() - began)
+        spent.append(time.thread_time() - began)
         assert best is None or best[1] > 0
     assert statistics.median(spent) < 100e-6
 
