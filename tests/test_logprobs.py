@@ -185,12 +185,12 @@ def test_rows_that_share_a_prompt_get_what_each_asks(make_llm: LLMFactory) -> No
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_padding_is_not_scored(make_llm: LLMFactory, rows: int) -> None:
-    """Under the pad policy the last chunk holds positions of no token: what is known of the others is the same."""
-    prompt = [1] + [5 + i % 90 for i in range(42)]
+    """One chunk of which a third holds no token tells the same as five that are full, with fewer runs."""
+    prompt = [1] + [5 + i % 90 for i in range(39)]
     wish = SamplingParams(3, 0.0, logprobs=1, logits=True, prompt_logprobs=True)
     exact, padded = (
-        make_llm(bucket_policy=policy, max_batch_size=rows).generate([prompt], params=wish)[0]
-        for policy in ("greedy", "pad")
+        make_llm(buckets=buckets, max_batch_size=rows).generate([prompt], params=wish)[0]
+        for buckets in ((8, 1), (64, 8, 1))
     )
     assert len(padded.prompt_logprobs or ()) == len(prompt)
     assert padded.token_ids == exact.token_ids

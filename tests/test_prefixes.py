@@ -354,7 +354,7 @@ def test_choices_of_one_context(slots: int) -> None:
     run_all(engine, every)
     check_scores(*every)
     assert positions_run(runner) < 16 * 8 + 10 * (32 + 4 * 8)
-    assert all(each.cached >= 119 - 4 for place, each in enumerate(every) if place % 4)
+    assert 10 <= sum(each.cached < 119 - 4 for each in every) <= 12
 
 
 def test_scores_and_generations_side_by_side() -> None:

@@ -143,7 +143,7 @@ def test_the_table_of_controls_is_complete() -> None:
     for name, shown in rows.items():
         assert shown == ("none" if defaults[name] in (None, ()) else str(defaults[name])), name
     flags = set(inspect.signature(COMMANDS["generate"]).parameters)
-    assert set(defaults) - flags == {"prompt_logprobs"}
+    assert set(defaults) - flags == {"prompt_logprobs", "cache_salt"}
 
 
 def test_the_table_of_static_shapes_is_complete() -> None:

@@ -134,9 +134,9 @@ def with_flags(
 
     def decorate(command: Callable[..., None]) -> Command:
         @wraps(command)
-        def flagged(**values: Any) -> None:
+        def flagged(*places: Any, **values: Any) -> None:
             given = {name: values.pop(name, default) for name, default in defaults.items()}
-            command(**{parameter: given}, **values)
+            command(*places, **{parameter: given}, **values)
 
         signature = inspect.signature(command)
         added = [

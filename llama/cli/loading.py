@@ -1,21 +1,115 @@
-"""What commands do before they load the weights: the tokenizer for their checks, and the import of torch."""
+"""What commands do before they load the weights: flags, the tokenizer for their checks, the import of torch; and the
+loading itself.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llama.config import DEMO_DIR
+from llama.cli.flags import Command, one_of, with_flags
+from llama.cli.output import ending_at_once
+from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DEMO_DIR, DTYPES, EngineConfig
 from llama.errors import TokenizerError
 
 if TYPE_CHECKING:
+    from llama.generation import LLaMA
     from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
 IMPORTS_TAKE_S = 2  # torch and torch_xla from the page cache (docs/log.md, 2026-11-21)
+SECTIONS: dict[str, dict[str, tuple[str, Any, str]]] = {  # section: name: (kind, default, help)
+    "Model": {
+        "ckpt_dir": (
+            "str | None",
+            None,
+            "Directory in Meta's, Hugging Face's or llama-xla's own format. Default: the demo model.",
+        ),
+        "tokenizer_path": (
+            "str | None",
+            None,
+            "SentencePiece model, tiktoken ranks or tokenizer.json. Default: the one in ckpt_dir or its parent.",
+        ),
+        "allow_nan": ("bool", False, "Load weights that hold NaN or infinity."),
+        "dtype": ("str", "auto", "Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16."),
+    },
+    "Shapes, fixed when the programs are compiled": {
+        "max_seq_len": (
+            "int | None",
+            None,
+            "Positions of the cache, for a prompt and what follows it. Default: 2048, or 512 for the demo model.",
+        ),
+        "max_batch_size": ("int", 1, "Slots, each of which holds a beginning; chunks run one after the other."),
+        "buckets": (
+            "list[int] | None",
+            None,
+            "Chunk lengths that prompts are cut into. Default: 512,64,8,1.",
+        ),
+        "bucket_policy": ("str", "greedy", "greedy covers a prompt exactly; pad may fill up its last chunk."),
+        "prefix_cache_bytes": (
+            "int",
+            EngineConfig.prefix_cache_bytes,
+            "Memory for beginnings of prompts whose slots are needed for something else.",
+        ),
+        "batch_invariant": ("bool", False, "A result depends on nothing but its prompt, to the last bit; slower."),
+        "fail_on_recompile": ("bool", False, "A program compiled after warm-up is an error with exit code 3."),
+    },
+}
+
+
+def takes_loading(command: Callable[..., None]) -> Command:
+    """Give a command the flags of a model and its shapes; it receives their values in its parameter ``loading``.
+
+    In the command's docstring ``{loading}`` stands for their help.
+    """
+    flags = {name: flag for section in SECTIONS.values() for name, flag in section.items()}
+    sections = [
+        "\n".join([f"{title}:", *(f"    {name}: {text}" for name, (_, _, text) in section.items())])
+        for title, section in SECTIONS.items()
+    ]
+    kinds = {name: kind for name, (kind, _, _) in flags.items()}
+    defaults = {name: default for name, (_, default, _) in flags.items()}
+    return with_flags("loading", defaults, kinds, "\n\n".join(sections))(command)
+
+
+def config_of(loading: Mapping[str, Any]) -> EngineConfig:
+    """The engine's shapes, as the flags of ``takes_loading`` say.
+
+    Raises:
+        FlagError: a name that is none of those allowed.
+        ConfigError: see EngineConfig.
+    """
+    positions = DEMO_CONTEXT if loading["ckpt_dir"] is None else EngineConfig.max_seq_len
+    return EngineConfig(
+        max_batch_size=loading["max_batch_size"],
+        max_seq_len=positions if loading["max_seq_len"] is None else loading["max_seq_len"],
+        buckets=tuple(loading["buckets"] or DEFAULT_BUCKETS),
+        bucket_policy=one_of("bucket_policy", loading["bucket_policy"], BUCKET_POLICIES),
+        dtype=one_of("dtype", loading["dtype"], DTYPES),
+        prefix_cache_bytes=loading["prefix_cache_bytes"],
+        batch_invariant=loading["batch_invariant"],
+        fail_on_recompile=loading["fail_on_recompile"],
+    )
+
+
+def loaded(loading: Mapping[str, Any], config: EngineConfig, tokenizer: Tokenizer | None, quiet: bool) -> LLaMA:
+    """Import torch and load the model that the flags name; Ctrl-C ends the process meanwhile."""
+    announce_imports()
+    with ending_at_once():
+        from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
+
+        return LLaMA.build(
+            loading["ckpt_dir"],
+            loading["tokenizer_path"],
+            tokenizer=tokenizer,
+            config=config,
+            allow_nan=loading["allow_nan"],
+            progress=not quiet and sys.stderr.isatty(),
+        )
 
 
 def announce_imports() -> None:

@@ -165,7 +165,7 @@ class Engine:
             chunk = sequence.chunks[0]
             if spent and spent + chunk.length > self.config.prefill_budget:
                 break
-            _log_chunk(chunk.start, chunk.end, chunk.length)
+            _log_chunk(sequence, chunk.start, chunk.end, chunk.length)
             self.runner.chunk(sequence, chunk)
             del sequence.chunks[0]
             sequence.runs += 1
@@ -241,7 +241,7 @@ class Engine:
         chooses = [s for s in running if s.start + 1 == s.length]
         for sequence in running:
             if sequence.start < len(sequence.prompt_ids):
-                _log_chunk(sequence.start, sequence.start + 1, 1)
+                _log_chunk(sequence, sequence.start, sequence.start + 1, 1)
         full = tuple(s for s in chooses if s.needs_full)
         self.runner.decode(window, full)
         for sequence in running:
@@ -272,7 +272,7 @@ class Engine:
         for sequence in running:
             end = min(sequence.start + length, sequence.length)
             if sequence.start < len(sequence.prompt_ids):
-                _log_chunk(sequence.start, end, end - sequence.start)
+                _log_chunk(sequence, sequence.start, end, end - sequence.start)
             sequence.start = end
             sequence.runs += 1
         self._read_all(updates)
@@ -382,6 +382,7 @@ class Engine:
         return sequence.slot
 
 
-def _log_chunk(start: int, end: int, length: int) -> None:
-    """The line that pytorch-tpu/llama prints for a chunk, in its words."""
-    log.info("Processing prompt pos [%d, %d), section length %d", start, end, length)
+def _log_chunk(sequence: Sequence, start: int, end: int, length: int) -> None:
+    """The line that pytorch-tpu/llama prints for a chunk, in its words; an evaluation has tens of thousands of them."""
+    level = logging.INFO if sequence.generates else logging.DEBUG
+    log.log(level, "Processing prompt pos [%d, %d), section length %d", start, end, length)

@@ -215,7 +215,8 @@ def programs_for(
     shares = config.prefix_cache or any(s.leader is not None for s in sequences)
     if (several and shares) or config.prefix_cache_bytes:
         longest = max(s.limit for s in sequences)
-        found += [Program("copy", key_len=k) for k in config.copy_lens if k < 2 * longest]
+        enough = next(k for k in config.copy_lens if k >= min(longest, config.max_seq_len))
+        found += [Program("copy", key_len=k) for k in config.copy_lens if k <= enough]
     if several or any(s.params.stop for s in sequences):
         found.append(Program("end"))
     every = list(dict.fromkeys(found))

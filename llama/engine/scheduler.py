@@ -28,10 +28,10 @@ from llama.errors import QueueFullError
 MOST_PASSED_OVER = 16
 MOVE_PAYS = 16  # steps for which a narrower width pays for moving a slot
 LOOK_AHEAD = 8  # waiting requests that are looked at for one that need not wait for a prefix
-# prompt tokens that a prefix must save: to be waited for, to be kept when its row is needed, and to be copied
-WAIT_PAYS = 32
-KEEP_PAYS = 32
+# prompt tokens that a prefix must save: to be waited for, to be copied, and to be kept when its row is needed
+WAIT_PAYS = 8
 COPY_PAYS = 16
+KEEP_PAYS = 32
 
 
 class Window(NamedTuple):
@@ -211,7 +211,7 @@ class Scheduler:
             now = max(now, self._usable(sequence, row, min(length, live.start) if live else length))
             if live is not None and (live.status is Status.PREFILLING or leads):
                 later = max(later, self._usable(sequence, row, length))
-        return later > now and (later >= WAIT_PAYS or leads)
+        return later - now >= (1 if leads else WAIT_PAYS)
 
     def _collects(self) -> bool:
         """Whether the first requests wait for others to start with."""

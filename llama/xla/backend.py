@@ -6,11 +6,13 @@ know nothing of models or text.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -45,7 +47,19 @@ def init() -> torch.device:
     Sets ``PJRT_DEVICE=CPU`` when neither the variable nor a TPU is there, so that a laptop needs no set-up.
     """
     device: torch.device = prepare().device()
+    _wait_at_exit()
     return device
+
+
+@cache
+def _wait_at_exit() -> None:
+    """Let the device finish before the process ends: its threads would abort the process if they still ran then."""
+
+    def finish() -> None:
+        with suppress(RuntimeError):  # of a device that has failed before
+            wait()
+
+    atexit.register(finish)
 
 
 def prepare() -> ModuleType:
