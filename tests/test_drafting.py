@@ -18,6 +18,7 @@ from llama.engine.engine import Engine
 from llama.engine.pace import AdaptivePace, Offer, Pace
 from llama.engine.sequence import DraftCounts, Sequence
 from llama.errors import ConfigError, EngineError
+from llama.inputs import scored_sequence
 
 SMALL: dict[str, Any] = {"max_seq_len": 128, "buckets": (16, 4, 1), "key_buckets": (32, 64), "draft_lens": (3, 7)}
 
@@ -237,6 +238,19 @@ def test_a_device_that_fails_is_started_again() -> None:
     second = sequence(12, 40, 1)
     run_all(engine, [second])
     check(second)
+
+
+def test_scores_are_not_drafted() -> None:
+    """A drafter hears nothing of sequences that generate nothing, and those beside them are drafted as ever."""
+    drafter = Oracle()
+    engine = make_engine(drafter, max_batch_size=2)
+    texts = [sequence(10 + n, 12) for n in range(3)]
+    scores = [scored_sequence(n, [5, 6, n + 7] * 4, [8, 9], None, prefix_cache=True) for n in range(6)]
+    run_all(engine, [scores[0], texts[0], *scores[1:4], *texts[1:], *scores[4:]])
+    check(*texts)
+    assert all(each.is_scored and each.finish_reason == "length" for each in scores)
+    assert drafter.asked
+    assert {each.id for each in drafter.ended} == {each.id for each in texts}
 
 
 def test_sequences_are_not_kept() -> None:

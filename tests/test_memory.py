@@ -76,3 +76,39 @@ def test_weights_alone_too_large() -> None:
     """No other shape would help, and the message says so."""
     with pytest.raises(ConfigError, match="the weights alone are too large"):
         check_fits(SEVEN_B, EngineConfig(), F32, F32, 2**30)
+
+
+@pytest.mark.slow
+def test_kept_rows_are_counted_to_the_byte(make_llm: LLMFactory) -> None:
+    """As many whole rows as the bytes have room for; the plan shows them."""
+    config = EngineConfig(max_seq_len=128, max_batch_size=2)
+    row = plan_memory(TINY, config, F32, F32, None).cache // 2
+    llm = make_llm(max_batch_size=2, prefix_cache=True, prefix_cache_bytes=3 * row + row // 2)
+    llm.generate(["x"], max_gen_len=1)
+    plan = plan_memory(TINY, llm.config, F32, F32, None)
+    assert (plan.cache, plan.prefixes) == (2 * row, 3 * row)
+    kv_cache = llm.engine.runner.tensor("kv_cache")
+    assert plan.cache + plan.prefixes == kv_cache.numel() * kv_cache.element_size()
+    assert " + prefixes " in str(plan)
+
+
+def test_bytes_that_keep_nothing_are_refused() -> None:
+    """Less than a row, with the least that would do; and any where the prefix cache is off."""
+    row = plan_memory(TINY, EngineConfig(max_seq_len=128), F32, F32, None).cache
+    with pytest.raises(ConfigError, match=rf"prefix_cache_bytes: got {row - 1}, expected 0, or {row} at least"):
+        plan_memory(TINY, EngineConfig(max_seq_len=128, prefix_cache_bytes=row - 1), F32, F32, None)
+    with pytest.raises(ConfigError, match="prefix_cache is off"):
+        EngineConfig(prefix_cache=False, prefix_cache_bytes=row)
+    with pytest.raises(ConfigError, match="prefix_cache_bytes: got -1, expected 0 or more"):
+        EngineConfig(prefix_cache_bytes=-1)
+
+
+def test_fewer_kept_rows_are_a_cure() -> None:
+    """What is left beside everything else is named, and fits."""
+    config = EngineConfig(max_seq_len=1024, prefix_cache_bytes=8 * 2**30)
+    needed = plan_memory(SEVEN_B, config, BF16, BF16, None)
+    available = needed.total - 5 * 2**30
+    with pytest.raises(ConfigError, match=r"prefix_cache_bytes (\d+) at most, or 0") as error:
+        check_fits(SEVEN_B, config, BF16, BF16, available)
+    advised = int(re.findall(r"prefix_cache_bytes (\d+) at most", str(error.value))[0])
+    assert plan_memory(SEVEN_B, EngineConfig(max_seq_len=1024, prefix_cache_bytes=advised), BF16, BF16, available).fits

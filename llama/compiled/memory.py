@@ -143,7 +143,9 @@ def check_fits(
     shorter = _largest(2, length, lambda value: fits(value, rows))
     fewer = _largest(1, rows, lambda value: fits(length, value))
     both = _largest(2, length, lambda value: fits(value, 1))
-    cures = [f"{setting('max_seq_len')} {shorter} at most"] if shorter else []
+    rest = (available or 0) - (plan.total - plan.prefixes)
+    cures = [f"{setting('prefix_cache_bytes')} {rest} at most, or 0"] if plan.prefixes and rest >= 0 else []
+    cures += [f"{setting('max_seq_len')} {shorter} at most"] if shorter else []
     cures += [f"{setting('max_batch_size')} {fewer} at most"] if fewer else []
     if not cures and both:
         cures = [f"{setting('max_batch_size')} 1 with {setting('max_seq_len')} {both} at most"]
