@@ -42,8 +42,11 @@ setup(
     extras_require={
         "tpu": ["torch_xla[tpu]==2.9.0"],
         "bench": ["transformers>=4.56,<6", "llama-cpp-python>=0.3.16,<0.4", "gguf>=0.17,<1", "matplotlib>=3.9,<4"],
+        "eval": ["lm-eval>=0.4.13,<0.6"],
         "dev": [
             "transformers>=4.56,<6",
+            "lm-eval>=0.4.13,<0.6",
+            "accelerate>=1.1,<2",
             "matplotlib>=3.9,<4",
             "coverage[toml]>=7.10,<8",
             "pre-commit>=4,<5",

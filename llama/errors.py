@@ -8,7 +8,9 @@
     │   ├── TokenizerError     a tokenizer file, or one that does not match the model
     │   ├── PromptError        a prompt that cannot be read or does not fit
     │   ├── ChatError          a dialog that cannot become a prompt, or a chat template that does not work
-    │   └── DatastoreError     a drafter's file (datastore or word bank) that cannot be read, used or written
+    │   ├── DatastoreError     a drafter's file (datastore or word bank) that cannot be read, used or written
+    │   ├── TaskError          a task of an evaluation that is unknown, or that fails
+    │   └── LibraryError       a library that only an extra of this package installs, and that is not there
     ├── ProblemsFoundError     exit code 2: `inspect` found problems, which have been printed
     ├── EngineError            exit code 1: the engine lost its state, and with it the requests that ran
     ├── QueueFullError         exit code 1: more requests wait than may
@@ -92,6 +94,14 @@ class ChatError(UserError, ValueError):
 
 class DatastoreError(UserError):
     """A datastore or word bank that is absent, damaged, or of another tokenizer; or text that cannot become one."""
+
+
+class TaskError(UserError):
+    """A task of lm-evaluation-harness that is unknown, damaged, or fails."""
+
+
+class LibraryError(UserError, ImportError):
+    """A library that an extra of this package installs, and that is not there."""
 
 
 class ProblemsFoundError(UserError):

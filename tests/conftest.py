@@ -106,8 +106,8 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_llm(tokenizer_path: Path) -> LLMFactory:
     """``make_llm(args=TINY, seed=1, **engine)``: a LLaMA with random weights.
 
-    The same arguments give the same, compiled, object within a module. It has no prefix cache unless that is asked for, because a test
-    must not depend on the prompts of another one.
+    The same arguments give the same, compiled, object within a module. It has no prefix cache unless that is asked for,
+    because a test must not depend on the prompts of another one.
     """
     made: dict[tuple[ModelArgs, int, EngineConfig], LLaMA] = {}
 

@@ -30,7 +30,7 @@ from llama.chat import (
     find_template,
     render,
 )
-from llama.chat.template import RENDERER
+from llama.chat.renderer import RENDERER
 from llama.errors import ChatError
 
 # Three templates in the manner of real ones
@@ -217,6 +217,71 @@ def test_llama2_format_with_sentencepiece(tokenizer_path: Path) -> None:
     ours = choose_format(load_tokenizer(tokenizer_path), tokenizer_path.parent)
     assert ours.encode(dialog) == expected
     assert ours.stop_ids == (2,)
+
+
+# ----------------------------------------------------------------------------------------------------- dialogs as text
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["asked", "begun"])
+@pytest.mark.parametrize("name", [*TEMPLATES, "built-in llama2", "built-in llama3"])
+def test_dialogs_as_text_are_those_of_transformers(directories: dict[str, Path], name: str, begun: bool) -> None:
+    """With the prompt for an answer, and going on with an answer that has begun, white space around it included."""
+    kind, manner = name.split()[-1], "llama2" if name.endswith("llama2") else "llama3"
+    library, made = reference(directories[manner]), load_tokenizer(directories[manner] / "tokenizer.json")
+    formats = {"built-in llama2": Llama2Format, "built-in llama3": Llama3Format}
+    ours = formats[name](made) if name in formats else template_format(directories[manner], TEMPLATES[name])
+    compared = 0
+    for dialog in dialogs(80, made):
+        if any(tag in message["content"] for tag in ("[INST]", "[/INST]", "<<SYS>>") for message in dialog):
+            continue  # refused by Llama 2's format
+        answer: list[Message] = [{"role": "assistant", "content": " It is \n"}] if begun else []
+        expected = library.apply_chat_template(
+            [*dialog, *answer],
+            chat_template=TEMPLATES[kind],
+            tokenize=False,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+        )
+        assert ours.text([*dialog, *answer], add_generation_prompt=not begun) == expected
+        compared += 1
+    assert compared > 20
+
+
+def test_dialogs_as_text_are_checked(any_format: ChatFormat) -> None:
+    """As for ``encode``; an answer that has begun is one only where no prompt for an answer is wanted."""
+    begun: list[Message] = [*DIALOG, {"role": "assistant", "content": "It"}]
+    assert any_format.text(begun, add_generation_prompt=False).endswith("It")
+    for dialog, prompted in ((begun, True), ([*begun, begun[1]], False), ([], True), ([], False)):
+        with pytest.raises(ChatError, match=r"message|user"):
+            any_format.text(dialog, add_generation_prompt=prompted)
+
+
+def test_a_template_that_drops_the_answer_that_has_begun(directories: dict[str, Path]) -> None:
+    ours = template_format(directories["llama3"], "{{ messages[0].content }}")
+    with pytest.raises(ChatError, match="leaves out the last message"):
+        ours.text([*DIALOG, {"role": "assistant", "content": "It"}], add_generation_prompt=False)
+
+
+def test_the_renderer_of_texts_is_kept(directories: dict[str, Path]) -> None:
+    """One process for all texts of a format, which a failure ends and the next text replaces; it goes with the
+    format.
+    """
+    ours = template_format(directories["llama3"], "{{ messages[0].content * (10 ** messages[0].content | length) }}")
+    assert ours.text(DIALOG) == "Hello" * 10**5
+    first = ours._kept._process
+    assert first is not None
+    assert ours.text(say("a")) == "a" * 10
+    assert ours._kept._process is first
+    with pytest.raises(ChatError, match=r"takes too much memory|more than 4194304 characters"):
+        ours.text(say("a" * 9))
+    first.kill()
+    first.wait()
+    with pytest.raises(ChatError, match="renders chat templates ended with -9"):
+        ours.text(DIALOG)
+    assert ours.text(say("b")) == "b" * 10
+    assert len(children()) == 1
+    del ours
+    assert not children()
 
 
 # --------------------------------------------------------------------------------------------------- a user's control

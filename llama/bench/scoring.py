@@ -142,7 +142,7 @@ def _measure_task(
     many = task.pairs(items, llm.vocab_size)
     few = many[: SLOW_ITEMS * task.choices]
     few_items = len(few) // task.choices
-    spent: dict[str, list[float]] = {CACHED: [], NOT_CACHED: []} | ({HF: []} if others else {})
+    spent: dict[str, list[float]] = {way: [] for way in (CACHED, NOT_CACHED, *([HF] if others else []))}
     scores: dict[str, list[float]] = {}
     share = 0.0
     for number in range(1 + repetitions):  # the first one touches all memory

@@ -3,6 +3,7 @@
     formats.py   the type of a dialog; Llama 2's and Llama 3's formats, as Meta's code builds them
     template.py  a checkpoint's own chat template, with a user's control tokens kept as text
     render.py    the process that renders templates, within limits of time, memory and size
+    renderer.py  its caller's side
 
 Whatever the format, control tokens come from the format alone: ``<|eot_id|>`` typed into a message is
 text to the model.
@@ -13,7 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama.chat.formats import ChatFormat, Dialog, Llama2Format, Llama3Format, Message
-from llama.chat.template import Limits, TemplateFormat, find_template
+from llama.chat.renderer import Limits
+from llama.chat.template import TemplateFormat, find_template
 from llama.errors import ChatError
 from llama.tokenizer import Tokenizer, special_names
 

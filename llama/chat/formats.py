@@ -54,6 +54,38 @@ class ChatFormat(ABC):
             ChatError: roles in another order, contents that are not text, or messages that the format cannot express.
         """
 
+    @abstractmethod
+    def text(self, dialog: Dialog, add_generation_prompt: bool = True) -> str:
+        """A dialog as text, with the control tokens written out; what users have written of them counts, too.
+
+        Args:
+            dialog: as for ``encode``. Without ``add_generation_prompt`` its last message may be the assistant's: the
+                beginning of an answer, with which the text ends.
+
+        Raises:
+            ChatError: see ``encode``.
+        """
+
+    @property
+    def described(self) -> str:
+        """What reports say about the format."""
+        return self.name
+
+    def _written(self, token_id: int) -> str:
+        """How a control token is written; empty if it has no name."""
+        return next((name for name, known in self.tokenizer.special_ids.items() if known == token_id), "")
+
+
+def begun_answer(dialog: Dialog, add_generation_prompt: bool) -> str | None:
+    """The beginning of an answer with which a dialog ends, or None if it ends with the user's message.
+
+    Raises:
+        ChatError: see ``check_dialog``.
+    """
+    has_begun = not add_generation_prompt and bool(dialog) and dialog[-1]["role"] == "assistant"
+    check_dialog(dialog[:-1] if has_begun else dialog)
+    return dialog[-1]["content"] if has_begun else None
+
 
 def check_dialog(dialog: Dialog) -> None:
     """Check that roles alternate, a user's message is last, and contents are valid text.
@@ -104,6 +136,22 @@ class Llama2Format(ChatFormat):
     def encode(self, dialog: Dialog, add_generation_prompt: bool = True) -> list[int]:
         """See ChatFormat. Messages that hold a tag are refused, as in Meta's code: tags are ordinary text."""
         check_dialog(dialog)
+        pairs, last = self._turns(dialog)
+        ids: list[int] = []
+        for user, assistant in pairs:
+            ids += self.tokenizer.encode(f"[INST] {user} [/INST] {assistant} ", bos=True, eos=True)
+        return ids + self.tokenizer.encode(f"[INST] {last} [/INST]", bos=True)
+
+    def text(self, dialog: Dialog, add_generation_prompt: bool = True) -> str:
+        """See ChatFormat."""
+        begun = begun_answer(dialog, add_generation_prompt)
+        pairs, last = self._turns(dialog if begun is None else dialog[:-1])
+        bos, eos = self._written(self.tokenizer.bos_id), self._written(self.tokenizer.eos_id)
+        turns = [f"{bos}[INST] {user} [/INST] {assistant} {eos}" for user, assistant in pairs]
+        return "".join([*turns, f"{bos}[INST] {last} [/INST]", "" if begun is None else f" {begun.lstrip()}"])
+
+    def _turns(self, dialog: Dialog) -> tuple[list[tuple[str, str]], str]:
+        """The pairs of a user's message and its answer, and the user's last message."""
         for index, message in enumerate(dialog):
             written = [tag for tag in self._TAGS if tag in message["content"]]
             if written:
@@ -115,10 +163,7 @@ class Llama2Format(ChatFormat):
             system, first, *others = contents
             contents = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}", *others]
         *pairs, last = (text.strip() for text in contents)
-        ids: list[int] = []
-        for user, assistant in zip(pairs[::2], pairs[1::2], strict=True):
-            ids += self.tokenizer.encode(f"[INST] {user} [/INST] {assistant} ", bos=True, eos=True)
-        return ids + self.tokenizer.encode(f"[INST] {last} [/INST]", bos=True)
+        return list(zip(pairs[::2], pairs[1::2], strict=True)), last
 
 
 class Llama3Format(ChatFormat):
@@ -159,6 +204,15 @@ class Llama3Format(ChatFormat):
             ids += self.tokenizer.encode(message["content"].strip(), bos=False)
             ids.append(self.tokenizer.special_ids[self._EOT])
         return ids + self._header("assistant") if add_generation_prompt else ids
+
+    def text(self, dialog: Dialog, add_generation_prompt: bool = True) -> str:
+        """See ChatFormat."""
+        begun = begun_answer(dialog, add_generation_prompt)
+        messages = [(m["role"], m["content"].strip() + self._EOT) for m in (dialog if begun is None else dialog[:-1])]
+        if add_generation_prompt or begun is not None:
+            messages.append(("assistant", (begun or "").strip()))
+        turns = [f"{self._HEADER}{role}{self._END_HEADER}\n\n{content}" for role, content in messages]
+        return self._written(self.tokenizer.bos_id) + "".join(turns)
 
     def _header(self, role: Role) -> list[int]:
         name, newlines = (self.tokenizer.encode(text, bos=False) for text in (role, "\n\n"))

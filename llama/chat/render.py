@@ -1,22 +1,25 @@
-"""A process that renders chat templates: ``python -I -S render.py``, request on stdin.
+"""A process that renders chat templates: ``python -I -S render.py``, requests on stdin.
 
 A template is untrusted code. jinja2's sandbox keeps it from Python's objects, but not from looping forever or from
 ``"a" * 10**12``, and a single such operation cannot be interrupted within its process. So templates run here: the
 system limits this process's memory and CPU time, and the caller stops it at a deadline.
 
-Standard input holds a JSON object: ``template``, ``variables``, ``dialogs``, the limits ``seconds``, ``memory`` and
-``characters``, and ``path``, where jinja2 is installed. Standard output gets a JSON list with ``{"text": ...}`` or
-``{"problem": ...}`` for each dialog. Nothing else of the package is imported.
+Each line of standard input is a request, a JSON object: ``template``, ``variables``, ``dialogs``, the limits
+``seconds``, ``memory`` and ``characters``, and ``path``, where jinja2 is installed. Standard output gets a line for it:
+a JSON list with ``{"text": ...}`` or ``{"problem": ...}`` for each dialog. The process ends with its input. Nothing
+else of the package is imported.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Iterator
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ class TooLongError(Exception):
     """The text has more characters than the limit, which is the argument."""
 
 
+@lru_cache(maxsize=1)
 def compile_template(text: str) -> Template:
     """Compile a template with the names and filters that transformers gives to chat templates.
 
@@ -118,22 +122,31 @@ def render(template: Template, variables: dict[str, Any], characters: int) -> di
         return {"problem": describe(error)}
 
 
-def main() -> None:
-    """Serve one request."""
-    request = json.load(sys.stdin.buffer)
-    sys.path += request["path"]
-    import jinja2.debug  # imported when a template fails, which may be when no memory is left
-    import jinja2.sandbox  # noqa: F401
-
-    for limit, value in (
+def limit(request: dict[str, Any]) -> None:
+    """Have the system hold this process to a request's limits."""
+    spent = sum(os.times()[:2])
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    seconds = math.ceil(spent + request["seconds"]) + 1  # ends this process if the caller is gone
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds if most < 0 else min(seconds, most), most))
+    for kind, value in (
         (resource.RLIMIT_AS, request["memory"]),
-        (resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1),  # ends this process if the caller is gone
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (value, value))
-    results = answer(request)
-    sys.stdout.buffer.write(json.dumps(results).encode())
+        resource.setrlimit(kind, (value, value))
+
+
+def main() -> None:
+    """Serve requests until there are no more."""
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        if "jinja2" not in sys.modules:
+            sys.path += request["path"]
+            import jinja2.debug  # imported when a template fails, which may be when no memory is left
+            import jinja2.sandbox  # noqa: F401
+        limit(request)
+        sys.stdout.buffer.write(json.dumps(answer(request)).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -9,41 +9,20 @@ space around the words stays outside, because most templates trim it.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
-import os
 import re
 import secrets
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from llama.chat.formats import ChatFormat, Dialog, Message, check_dialog
+from llama.chat.formats import ChatFormat, Dialog, Message, begun_answer, check_dialog
+from llama.chat.renderer import Limits, Renderer
 from llama.errors import ChatError, TokenizerError, setting
 from llama.tokenizer import Part, Tokenizer
 from llama.tokenizer.files import read_object
-
-RENDERER = Path(__file__).with_name("render.py")
-
-
-class Limits(NamedTuple):
-    """Limits on rendering a template.
-
-    Attributes:
-        seconds: to render one dialog, the start of the process included.
-        memory: bytes of address space, the interpreter's included.
-        characters: of the rendered text.
-        template: characters of the template itself.
-    """
-
-    seconds: float = 10.0
-    memory: int = 256 << 20
-    characters: int = 4 << 20
-    template: int = 1 << 20
-
 
 DEFAULT_LIMITS = Limits()
 
@@ -130,12 +109,18 @@ class TemplateFormat(ChatFormat):
                     f"{setting('tokenizer_path')}"
                 )
 
+    @property
+    def described(self) -> str:
+        """The template."""
+        return self._template
+
     def encode(self, dialog: Dialog, add_generation_prompt: bool = True) -> list[int]:
         """See ChatFormat."""
         check_dialog(dialog)
-        # neither letters nor white space, so no filter changes the mark
-        mark = f"\U000f0000{secrets.randbelow(10**20):020}\U000f0001"
-        plain, marked = self._render([dialog, self._mark(dialog, mark)], add_generation_prompt)
+        mark = _mark()
+        dialogs = [dialog, self._marked(dialog, mark)]
+        with closing(self._renderer()) as renderer:
+            plain, marked = renderer.render(dialogs, add_generation_prompt=add_generation_prompt)
         if plain.text is None:
             raise ChatError(f"{self._source}: {plain.problem}")
         pieces = (marked.text or "").split(mark)
@@ -144,7 +129,30 @@ class TemplateFormat(ChatFormat):
             pieces = [plain.text]
         return self.tokenizer.encode_parts([Part(piece, True) for piece in pieces])
 
-    def _mark(self, dialog: Dialog, mark: str) -> list[Message]:
+    def text(self, dialog: Dialog, add_generation_prompt: bool = True) -> str:
+        """See ChatFormat. The process that renders is kept for the next dialog."""
+        begun = begun_answer(dialog, add_generation_prompt)
+        mark = f"{_mark()} "  # as in transformers: whether the space is left tells whether the template trims messages
+        last: list[Message] = [] if begun is None else [{"role": "assistant", "content": begun + mark}]
+        messages = [*(dialog if begun is None else dialog[:-1]), *last]
+        (rendered,) = self._kept.render([messages], add_generation_prompt=add_generation_prompt)
+        if rendered.text is None:
+            raise ChatError(f"{self._source}: {rendered.problem}")
+        if begun is None:
+            return rendered.text
+        written, found, rest = rendered.text.rpartition(mark.rstrip())
+        if not found:
+            raise ChatError(f"{self._source}: the chat template leaves out the last message, an answer that has begun")
+        return written if rest.startswith(" ") else written.rstrip()
+
+    @cached_property
+    def _kept(self) -> Renderer:
+        return self._renderer()
+
+    def _renderer(self) -> Renderer:
+        return Renderer(self._template, {**self._names, "tools": None, "documents": None}, self._source, self._limits)
+
+    def _marked(self, dialog: Dialog, mark: str) -> list[Message]:
         """Return the dialog with marks around each message's words and inside its control tokens."""
         token = re.compile(f"(?={self.tokenizer.special_pattern.pattern})")
         marked: list[Message] = []
@@ -167,68 +175,7 @@ class TemplateFormat(ChatFormat):
                     "does not let it be told from the template's own control tokens; write it differently"
                 )
 
-    def _render(self, dialogs: Sequence[Dialog], add_generation_prompt: bool) -> list[_Rendered]:
-        """The text of each dialog, from a process that can be stopped."""
-        request = {
-            "path": _library_path(),
-            "seconds": self._limits.seconds,
-            "memory": self._limits.memory,
-            "characters": self._limits.characters,
-            "template": self._template,
-            "variables": {
-                **self._names,
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-            },
-            "dialogs": [[{"role": m["role"], "content": m["content"]} for m in dialog] for dialog in dialogs],
-        }
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-S", str(RENDERER)],
-                input=json.dumps(request).encode(),
-                capture_output=True,
-                timeout=self._limits.seconds,
-                env={key: os.environ[key] for key in ("LD_LIBRARY_PATH", "TZ") if key in os.environ},
-                start_new_session=True,  # Ctrl-C is for the answer, not for this
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ChatError(
-                f"{self._source}: the chat template took more than {self._limits.seconds} seconds and was stopped"
-            ) from error
-        except OSError as error:
-            raise ChatError(
-                f"{self._source}: the process that renders chat templates cannot be started: {error}"
-            ) from error
-        try:
-            return [
-                _Rendered(result.get("text"), _visible(result.get("problem", ""))) for result in json.loads(done.stdout)
-            ]
-        except ValueError as error:
-            last_words = _visible(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
-            raise ChatError(
-                f"{self._source}: the process that renders chat templates ended with {done.returncode}: {last_words}"
-            ) from error
 
-
-class _Rendered(NamedTuple):
-    """A rendered dialog, or None and what went wrong."""
-
-    text: str | None
-    problem: str
-
-
-def _library_path() -> list[str]:
-    """Return the directories in which jinja2 and its dependency are installed."""
-    found = []
-    for name in ("jinja2", "markupsafe"):
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ChatError(f"chat templates need the library {name}: pip install {name}")
-        found.append(str(Path(spec.origin).parents[1]))
-    return list(dict.fromkeys(found))
-
-
-def _visible(problem: Any) -> str:
-    """A template's own message, cut short and without characters that would act on a terminal."""
-    return "".join(c if c.isprintable() else " " for c in str(problem)[:300])
+def _mark() -> str:
+    """A text that no message contains: neither letters nor white space, so no filter changes it."""
+    return f"\U000f0000{secrets.randbelow(10**20):020}\U000f0001"

@@ -19,9 +19,11 @@ from llama.cli.bench import bench, kernels
 from llama.cli.chat import chat
 from llama.cli.checkpoints import convert, inspect as inspect_directory, reshard
 from llama.cli.datastore import datastore
+from llama.cli.evaluate import evaluate
 from llama.cli.flags import Command, help_text, normalise, parser_for, shown
 from llama.cli.generate import generate
 from llama.cli.plan import plan
+from llama.cli.score import score
 from llama.errors import FlagError, InterruptedRunError, LLaMAError
 
 __all__ = ["COMMANDS", "main", "run"]
@@ -30,6 +32,8 @@ EXIT_CLOSED_PIPE = 141
 COMMANDS: dict[str, Command] = {
     "generate": generate,
     "chat": chat,
+    "eval": evaluate,
+    "score": score,
     "plan": plan,
     "inspect": inspect_directory,
     "convert": convert,
@@ -42,6 +46,8 @@ USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorc
 
   llama-xla generate   continue prompts
   llama-xla chat       talk with a chat model
+  llama-xla eval       run lm-evaluation-harness's tasks
+  llama-xla score      choose between given answers, and count the right ones
   llama-xla plan       show how a prompt is cut into chunks
   llama-xla inspect    show what a checkpoint holds and needs
   llama-xla convert    write a checkpoint as safetensors

@@ -61,19 +61,23 @@ SECTIONS: dict[str, dict[str, tuple[str, Any, str]]] = {  # section: name: (kind
 }
 
 
-def takes_loading(command: Callable[..., None]) -> Command:
+def takes_loading(**instead: tuple[Any, str]) -> Callable[[Callable[..., None]], Command]:
     """Give a command the flags of a model and its shapes; it receives their values in its parameter ``loading``.
 
     In the command's docstring ``{loading}`` stands for their help.
+
+    Args:
+        instead: the command's own default and help of a flag.
     """
     flags = {name: flag for section in SECTIONS.values() for name, flag in section.items()}
+    flags |= {name: (flags[name][0], *own) for name, own in instead.items()}
     sections = [
-        "\n".join([f"{title}:", *(f"    {name}: {text}" for name, (_, _, text) in section.items())])
+        "\n".join([f"{title}:", *(f"    {name}: {flags[name][2]}" for name in section)])
         for title, section in SECTIONS.items()
     ]
     kinds = {name: kind for name, (kind, _, _) in flags.items()}
     defaults = {name: default for name, (_, default, _) in flags.items()}
-    return with_flags("loading", defaults, kinds, "\n\n".join(sections))(command)
+    return with_flags("loading", defaults, kinds, "\n\n".join(sections))
 
 
 def config_of(loading: Mapping[str, Any]) -> EngineConfig:

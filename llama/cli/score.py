@@ -28,7 +28,7 @@ ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 RULE_NAMES = {"sum": "log-probability", "norm": "per character", "token": "per token"}
 
 
-@takes_loading
+@takes_loading()
 def score(
     file: str,
     *,
