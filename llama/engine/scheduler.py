@@ -1,7 +1,7 @@
 """Who runs when, and in which slot: queue, slots, token budget. Integers only; it holds no tensor.
 
-A free slot goes to a waiting request, the lowest slot first, so that the live ones stay side by side: a decode step
-runs slots [first, first + width) for the narrowest width that covers them. Requests are admitted in the order of their
+A free slot goes to a waiting request, such that the live ones stay side by side: a decode step runs slots [first, first
++ width) for the narrowest width that covers them. Requests are admitted in the order of their
 arrival, or the shortest prompt first; one that has been passed over ``MOST_PASSED_OVER`` times goes before all others,
 so none waits for ever.
 
@@ -74,6 +74,7 @@ class Counts:
         prompt_tokens: tokens of admitted prompts, those that were cached included.
         cached_tokens: of them, those that need not be run.
         prefix_queries: tokens of prompts that were looked up in the prefix cache.
+        prefix_hits: of them, those that were found.
         evictions: prefixes that were overwritten and are in no other row.
         generated_tokens: tokens that the host has read.
         chunk_positions: positions that prompt chunks filled.
@@ -87,6 +88,7 @@ class Counts:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prefix_queries: int = 0
+    prefix_hits: int = 0
     evictions: int = 0
     generated_tokens: int = 0
     chunk_positions: int = 0
@@ -259,6 +261,7 @@ class Scheduler:
         counts.cached_tokens += placement.cached
         if self._shares(sequence):
             counts.prefix_queries += len(sequence.prompt_ids)
+            counts.prefix_hits += placement.cached
         overwritten = placement.slot if placement.keep_in is None else placement.keep_in
         kept = placement.cached if placement.source == overwritten else 0
         counts.evictions += self._is_lost(overwritten, kept)
@@ -487,7 +490,7 @@ class Scheduler:
             "prompt_tokens": counts.prompt_tokens,
             "cached_tokens": counts.cached_tokens,
             "prefix_cache_queries": counts.prefix_queries,
-            "prefix_cache_hits": counts.cached_tokens,
+            "prefix_cache_hits": counts.prefix_hits,
             "prefix_cache_evictions": counts.evictions,
             "prefixes": len(self.prefixes.held),
             "generated_tokens": counts.generated_tokens,
