@@ -153,7 +153,7 @@ def _measure_task(
                 seconds = (time.perf_counter() - began) / few_items
             else:
                 llm.engine.scheduler.forget()
-                pairs = many if way == CACHED else few
+                pairs = many if way == CACHED and number else few
                 results = llm.score(*_columns(pairs), prefix_cache=way == CACHED)
                 seconds = (time.perf_counter() - began) * task.choices / len(pairs)
                 found = [each for each in results if each is not None]

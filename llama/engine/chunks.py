@@ -16,10 +16,10 @@ from typing import NamedTuple
 from llama.config import LONGEST_SCORED, EngineConfig
 from llama.errors import ConfigError
 
-# The pad policy's price of starting one program, in prompt tokens: a chunk of n tokens costs n + this.
-# A short chunk reads all weights however few tokens it holds; about 32 tokens' arithmetic takes that long on the CPU
-# device.
-RUN_COST = 32
+# The price of starting one program, in prompt tokens: a chunk of n tokens costs n + this. A short chunk reads all
+# weights however few tokens it holds. At 110m float32 it was 27 on one day (55 ms for 8 tokens, 142 for 64) and
+# 9 on another (50 and 215); docs/log.md, 2026-11-26.
+RUN_COST = 20
 
 
 class Chunk(NamedTuple):
