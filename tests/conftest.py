@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["PJRT_DEVICE"] = "CPU"
-os.environ["XLA_COMPILATION_CACHE_SIZE"] = "1024"  # programs; of 2,048 the memory mappings can be more than Linux has
+os.environ["XLA_COMPILATION_CACHE_SIZE"] = "600"  # programs: about 50 memory mappings each, of the 65,530 that Linux has
 
 import json
 import logging
