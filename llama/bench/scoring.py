@@ -243,6 +243,8 @@ def plot(rows: Sequences[dict[str, Any]], path: Path) -> None:
         yscale="log",
         xticks=sorted({int(row["task"].split()[0]) for row in scored}),
     )
+    for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_ticks("{x:.0f}")
     axes.legend()
     axes.grid(alpha=0.3)
     save(figure, path)
