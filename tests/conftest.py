@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["PJRT_DEVICE"] = "CPU"
-os.environ["XLA_COMPILATION_CACHE_SIZE"] = "600"  # programs: about 50 memory mappings each, of the 65,530 that Linux has
+# Programs; each takes about 50 memory mappings, of which Linux has 65,530 for a process.
+os.environ["XLA_COMPILATION_CACHE_SIZE"] = "600"
 
 import json
 import logging
