@@ -372,18 +372,18 @@ class LLaMA:
         """
         owners: list[int] = []
         pairs: list[Pair] = []
-        lengths: list[int] = []
+        sizes: list[tuple[int, int]] = []  # of each text: tokens and windows
         for index, text in enumerate(texts):
             ids = encode_prompt(self.tokenizer, index, text, self.vocab_size) if text else ()
             ids = ids[1:] if isinstance(text, str) else ids
             windows = list(rolling_windows(ids, self.tokenizer.bos_id, self.longest_scored))
             pairs += windows
             owners += [index] * len(windows)
-            lengths.append(len(ids))
-        sums = [0.0] * len(lengths)
+            sizes.append((len(ids), len(windows)))
+        sums = [0.0] * len(sizes)
         for score in self._scores(list(enumerate(pairs)), None, prefix_cache=True):
             sums[owners[score.index]] += score.logprob
-        return [RollingScore(index, sums[index], length, owners.count(index)) for index, length in enumerate(lengths)]
+        return [RollingScore(index, sums[index], *size) for index, size in enumerate(sizes)]
 
     @property
     def longest_scored(self) -> int:

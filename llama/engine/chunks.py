@@ -10,6 +10,7 @@ pytorch-tpu/llama, pull request 13.)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,12 +66,7 @@ def plan(prompt_len: int, config: EngineConfig, cached: int = 0) -> tuple[Chunk,
     new = prompt_len - cached
     greedy = config.bucket_policy == "greedy"
     lengths = _greedy(new, config.buckets) if greedy else _padded(new, config.max_seq_len - cached, config.buckets)
-    chunks, start = [], cached
-    for length in lengths:
-        valid = min(length, prompt_len - start)
-        chunks.append(Chunk(start, length, valid, key_bucket(min(start + length, config.max_seq_len), config)))
-        start += valid
-    return tuple(chunks)
+    return tuple(_laid(lengths, cached, prompt_len, config))
 
 
 def prefill(
@@ -120,8 +116,13 @@ def _before_scored(end: int, config: EngineConfig, cached: int) -> list[Chunk]:
 
 def _scored(start: int, count: int, config: EngineConfig) -> list[Chunk]:
     """Chunks of positions [start, count), the last one padded if that is cheaper."""
+    return _laid(_padded(count - start, config.positions - start, scored_lengths(config)), start, count, config)
+
+
+def _laid(lengths: Iterable[int], start: int, count: int, config: EngineConfig) -> list[Chunk]:
+    """Chunks of these lengths, one after the other from ``start`` on, of a prompt of ``count`` tokens."""
     chunks = []
-    for length in _padded(count - start, config.positions - start, scored_lengths(config)):
+    for length in lengths:
         chunks.append(_chunk(start, length, count, config))
         start = chunks[-1].end
     return chunks
