@@ -19,7 +19,7 @@ from llama.engine.scheduler import Window
 from llama.engine.sequence import Draft, Sequence
 from llama.generation import LLaMA
 from llama.sampling_params import SamplingParams
-from llama.xla import backend, transfers
+from llama.xla import transfers
 
 ROUNDS = 5  # of a repetition
 DRAFT_LENS = (1, 2, 3, 5, 7)
@@ -82,7 +82,6 @@ def measure_steps(runner: XlaRunner, work: Workload, repetitions: int) -> list[d
         transfers.fetch(runner.snapshot([]).report)  # the device is idle
 
     times = alternating((0, *config.draft_lens), begin, step, ROUNDS * repetitions)
-    backend.wait()  # a process that ends while the device works may be aborted
     runner.reset()
     head = {"model": work.name, "dtype": work.dtype, "positions": config.max_seq_len, "rounds": ROUNDS * repetitions}
     return [head | row for row in ratios(times)]

@@ -239,10 +239,7 @@ def _own_programs(sequence: Sequence, config: EngineConfig, cached: int, width: 
     if ready == prompt_len:
         yield Program("full", rows=1) if sequence.needs_full else Program("choose")
     if ready + 1 < sequence.limit:  # a decode step runs position ready, and others up to the one before the last
-        reach = config.max_seq_len if config.batch_invariant else chunks.key_bucket(sequence.limit - 1, config)
-        yield Program("decode", rows=width, key_len=reach)
-        if sequence.needs_full:
-            yield Program("full", rows=width)
+        yield from _decoding(sequence, config, width)
         checked = next(w for w in config.verify_widths if w >= width)
         for draft_len in config.draft_lens:
             last = min(sequence.limit + draft_len, config.max_seq_len)
@@ -262,11 +259,16 @@ def _programs_of_a_rest(sequence: Sequence, config: EngineConfig, width: int) ->
             yield Program("chunk", length=length, key_len=reach)
     yield from (Program("score", length=length) for length in scored)
     if sequence.generates:
-        reach = config.max_seq_len if config.batch_invariant else chunks.key_bucket(sequence.limit - 1, config)
         yield Program("full", rows=1) if sequence.needs_full else Program("choose")
-        yield Program("decode", rows=width, key_len=reach)
-        if sequence.needs_full:
-            yield Program("full", rows=width)
+        yield from _decoding(sequence, config, width)
+
+
+def _decoding(sequence: Sequence, config: EngineConfig, width: int) -> Iterator[Program]:
+    """What decode steps of a request need."""
+    reach = config.max_seq_len if config.batch_invariant else chunks.key_bucket(sequence.limit - 1, config)
+    yield Program("decode", rows=width, key_len=reach)
+    if sequence.needs_full:
+        yield Program("full", rows=width)
 
 
 def lookahead_program(config: EngineConfig, rows: int, key_len: int) -> Program:
