@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from llama import __version__
+from llama.cli.batch import batch
 from llama.cli.bench import bench, kernels
 from llama.cli.chat import chat
 from llama.cli.checkpoints import convert, inspect as inspect_directory, reshard
@@ -22,9 +23,11 @@ from llama.cli.datastore import datastore
 from llama.cli.evaluate import evaluate
 from llama.cli.flags import Command, help_text, normalise, parser_for, shown
 from llama.cli.generate import generate
+from llama.cli.output import write
 from llama.cli.plan import plan
 from llama.cli.score import score
 from llama.errors import FlagError, InterruptedRunError, LLaMAError
+from llama.ranks import current_ranks
 
 __all__ = ["COMMANDS", "main", "run"]
 
@@ -32,6 +35,7 @@ EXIT_CLOSED_PIPE = 141
 COMMANDS: dict[str, Command] = {
     "generate": generate,
     "chat": chat,
+    "batch": batch,
     "eval": evaluate,
     "score": score,
     "plan": plan,
@@ -46,6 +50,7 @@ USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorc
 
   llama-xla generate   continue prompts
   llama-xla chat       talk with a chat model
+  llama-xla batch      answer every line of a file, over one or several processes
   llama-xla eval       run lm-evaluation-harness's tasks
   llama-xla score      choose between given answers, and count the right ones
   llama-xla plan       show how a prompt is cut into chunks
@@ -111,18 +116,19 @@ def _exit_code(arguments: Sequence[str]) -> int:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     if arguments in (["--version"], ["version"]):
-        print(f"llama-xla {__version__}")
+        write(f"llama-xla {__version__}\n")
     elif not arguments:
         print(USAGE, file=sys.stderr)
         return FlagError.exit_code
     elif arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        write(f"{USAGE}\n")
     elif arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
         raise FlagError(f"unknown command {arguments[0]!r}; {hint}")
     elif {"-h", "--help"} & set(arguments):
-        print(help_text(arguments[0], COMMANDS[arguments[0]]))
+        write(f"{help_text(arguments[0], COMMANDS[arguments[0]])}\n")
     else:
+        current_ranks()  # before anything is loaded
         run(arguments)
     return 0

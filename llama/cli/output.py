@@ -1,4 +1,7 @@
-"""The output of commands: results on stdout, whole or as they grow, and the log on stderr."""
+"""The output of commands: results on stdout, whole or as they grow, and the log on stderr.
+
+Of several processes (ranks.py) the first one alone prints results: ``write`` is the one way to stdout.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import InterruptedRunError
+from llama.ranks import current_ranks
 
 if TYPE_CHECKING:
     from llama.generation import LLaMA
@@ -101,9 +105,16 @@ def _logprob_table(result: Generation) -> Iterator[str]:
 
 
 def write(text: str) -> None:
-    """Send text to stdout at once, so that a reader sees it as it grows and a closed pipe is noticed."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Send text to stdout at once, so that a reader sees it as it grows and a closed pipe is noticed.
+
+    Of several processes only rank 0 does.
+
+    Raises:
+        ConfigError: the environment gives no rank that makes sense.
+    """
+    if current_ranks().is_first:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def json_line(value: dict[str, Any]) -> str:
