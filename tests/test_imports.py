@@ -15,7 +15,7 @@ import llama
 ROOT = Path(llama.__file__).parent
 # Lower rooms know nothing of higher ones. Rooms on one line may know each other.
 LADDER = [
-    {"config", "errors", "sampling_params", "startup"},
+    {"config", "errors", "planning", "ranks", "sampling_params", "settings", "sharding", "startup"},
     {"xla"},
     {"compiled"},
     {"checkpoint", "tokenizer"},
@@ -26,7 +26,7 @@ LADDER = [
     {"inputs", "outputs"},
     {"scoring"},
     {"generation"},
-    {"conversation", "bench", "multiple_choice"},
+    {"batch", "conversation", "bench", "multiple_choice"},
     {"integrations"},
     {"cli"},
 ]
@@ -34,7 +34,11 @@ KNOWS_TORCH_XLA = {"xla"}
 HOLDS_NO_TENSORS = {
     "config",
     "errors",
+    "ranks",
     "sampling_params",
+    "settings",
+    "sharding",
+    "planning",
     "startup",
     "grammar",
     "detokenizer",
@@ -42,6 +46,7 @@ HOLDS_NO_TENSORS = {
     "inputs",
     "scoring",
     "multiple_choice",
+    "batch",
     "chat",
     "cli",
 }

@@ -23,8 +23,8 @@ from llama import ModelArgs, RopeScaling, checkpoint
 from llama.checkpoint import names, open_checkpoint, writing
 from llama.checkpoint.checksums import differing_files, read_checksums
 from llama.checkpoint.reshard import companions, convert, parse_size, reshard
-from llama.compiled.partition import AXES, axis_of
 from llama.errors import CheckpointError, ConfigError
+from llama.sharding import AXES, axis_of
 
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=320, multiple_of=32)
 

@@ -12,17 +12,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from llama.checkpoint.names import is_scale
+from llama.checkpoint.partition import device_parts
 from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
 from llama.compiled.model import Linear, Transformer
-from llama.compiled.partition import LAYER, numberless
+from llama.config import ModelArgs
+from llama.sharding import LAYER, numberless
 from llama.xla import backend, transfers
 from llama.xla.stacks import StackedWeight, spans_layers
 
@@ -46,8 +49,9 @@ def place(
 ) -> Iterator[int]:
     """Move tensors into a model built on the meta device, one at a time, and stack its layers (xla/stacks.py).
 
-    There is never a second copy of the weights. Where stacks are tensors of their own, the weights of the layers end up
-    in them alone, and the model's parameters of single layers stay on the meta device.
+    There is never a second copy of the weights, and on a mesh each device receives its part of them. Where stacks are
+    tensors of their own, the weights of the layers end up in them alone, and the model's parameters of single layers
+    stay on the meta device.
 
     Args:
         model: its parameters are replaced.
@@ -59,23 +63,28 @@ def place(
         The number of bytes of each tensor, when it is on the device, for a progress bar.
     """
     on_the_way, in_ranges = 0, spans_layers(device)
-    filling: dict[str, tuple[torch.Tensor, int]] = {}  # by name in a layer: the stack, and how many layers are in it
+    filling: dict[str, Filling] = {}  # by name in a layer
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
-        parts = stored_as(tensor, leaf, dtype, isinstance(owner, Linear))
+        stored = stored_as(tensor, leaf, dtype, isinstance(owner, Linear))
         del tensor  # or it would stay in memory while the next one is read
         size = 0
-        for part, host in parts.items():
+        for part, host in stored.items():
             layer = LAYER.match(name)
-            if in_ranges or layer is None:
+            if in_ranges:
                 placed = transfers.adopt(host, device)
             else:
-                _fill(model, filling, f"{module[layer.end() :]}.{part}", int(layer[1]), host, device)
-                placed = host.to("meta")
+                pieces, axis = device_parts(f"{module}.{part}", host, model.args, model.parts)
+                if layer is None:
+                    placed = transfers.upload(host, device) if axis is None else transfers.upload_parts(pieces, axis)
+                else:
+                    _fill(model, filling, f"{module[layer.end() :]}.{part}", int(layer[1]), pieces, axis, device)
+                    placed = host.to("meta")
+                del pieces
             setattr(owner, part, nn.Parameter(placed, requires_grad=False))
             size += host.nbytes
-        del parts, host, placed
+        del stored, host, placed
         on_the_way += size
         if on_the_way > WAIT_AFTER and device.type == "xla":
             backend.wait()  # a transfer keeps its host tensor until it is done
@@ -84,25 +93,49 @@ def place(
     model.rotary = transfers.upload(model.rotary, device)
     if in_ranges and device.type == "xla":
         model.stack_layers()
+    if model.parts > 1:
+        rows = len(model.tok_embeddings.weight) // model.parts
+        first_ids = [torch.tensor([rows * rank]) for rank in range(model.parts)]
+        model.tok_embeddings.register_buffer("first_id", transfers.upload_parts(first_ids, 0), persistent=False)
+
+
+class Filling(NamedTuple):
+    """A stack that is being filled, layer by layer.
+
+    Attributes:
+        stacks: [L, ...] on the host, one for each device's part.
+        layers: how many layers are in them.
+    """
+
+    stacks: list[torch.Tensor]
+    layers: int
 
 
 def _fill(
     model: Transformer,
-    filling: dict[str, tuple[torch.Tensor, int]],
+    filling: dict[str, Filling],
     name: str,
     layer: int,
-    host: torch.Tensor,
+    pieces: Sequence[torch.Tensor],
+    axis: int | None,
     device: torch.device,
 ) -> None:
-    """Copy a layer's weight into the stack of its name, and hand the stack to the device when it is full."""
-    stack, count = filling.pop(name, (None, 0))
-    if stack is None:
-        stack = torch.empty(model.args.n_layers, *host.shape, dtype=host.dtype)
-    stack[layer] = host
-    if count + 1 < model.args.n_layers:
-        filling[name] = stack, count + 1
-    else:
-        model.stacks[name] = StackedWeight.of_one_tensor(transfers.upload(stack, device))
+    """Copy the devices' parts of a layer's weight into the stacks of its name, and hand them over when they are full.
+
+    Args:
+        pieces, axis: as ``device_parts`` returns them.
+    """
+    layers = model.args.n_layers
+    if name not in filling:
+        filling[name] = Filling([torch.empty(layers, *piece.shape, dtype=piece.dtype) for piece in pieces], 0)
+    stacks, count = filling.pop(name)
+    for stack, piece in zip(stacks, pieces, strict=True):
+        stack[layer] = piece
+    if count + 1 < layers:
+        filling[name] = Filling(stacks, count + 1)
+        return
+    whole = transfers.upload(stacks[0], device) if axis is None else transfers.upload_parts(stacks, axis + 1)
+    model.stacks[name] = StackedWeight.of_one_tensor(whole)
 
 
 def loading_order(names: Iterable[str], device: torch.device) -> list[str]:
@@ -129,14 +162,16 @@ def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bo
     return {leaf: tensor.clone() if tensor.is_floating_point() else tensor}  # or it would keep the whole file mapped
 
 
-def random_tensors(model: Transformer, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield seeded random weights for every parameter of ``model``, for tests and timings.
+def random_tensors(args: ModelArgs, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield seeded random weights for every parameter of a model of this shape, for tests and timings.
 
     They are normal with deviation 0.02; norms are all one.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.dim() == 1:
-            yield name, torch.ones(parameter.shape)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(args, 2).named_parameters()}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            yield name, torch.ones(shape)
         else:
-            yield name, torch.empty(parameter.shape).normal_(std=0.02, generator=generator)
+            yield name, torch.empty(shape).normal_(std=0.02, generator=generator)

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama.checkpoint.files import read_json
 from llama.errors import CheckpointError
+from llama.settings import read_json
 
 CHECKSUMS = "checksums.json"
 BLOCK = 2**22  # bytes read in one go

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llama.errors import CheckpointError
+from llama.settings import first_line
 
 SMALLEST_REMAP = 4 * 2**20  # bytes
 FLOATING = {
@@ -87,7 +88,7 @@ class TensorFile(ABC):
         try:
             tensor = self._get(name)
         except (KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name} cannot be read: {_reason(error)}") from error
+            raise CheckpointError(f"{self.path}: tensor {name} cannot be read: {first_line(error)}") from error
         if (tuple(tensor.shape), tensor.dtype) != self.headers[name]:
             raise CheckpointError(
                 f"{self.path} was changed while it was being read: tensor {name} now has another shape or dtype"
@@ -119,7 +120,7 @@ class SafetensorsFile(TensorFile):
             self.metadata = self._handle.metadata() or {}
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path} is not a safetensors file, or a damaged one: {_reason(error)}{_hint(self.path)}"
+                f"{self.path} is not a safetensors file, or a damaged one: {first_line(error)}{_hint(self.path)}"
             ) from error
         get: Callable[[str], torch.Tensor] = self._handle.get_tensor
         return get
@@ -155,7 +156,7 @@ class PickleFile(TensorFile):
         except Exception as error:  # the restricted unpickler fails in many ways on damaged input, all of them harmless
             found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", str(error))
             reason = (
-                f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else _reason(error)
+                f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else first_line(error)
             )
             raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {reason}") from error
         if not isinstance(loaded, dict):
@@ -198,28 +199,6 @@ class PickleFile(TensorFile):
             raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {missing}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not JSON, is no object, or has a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            raise ValueError(f"a key twice in the object that begins with {pairs[0][0]!r}")
-        return made
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {_reason(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, expected an object")
-    return content
-
-
 def _hint(path: Path) -> str:
     """Return a hint if the file is a Git LFS pointer."""
     try:
@@ -228,8 +207,3 @@ def _hint(path: Path) -> str:
     except OSError:
         return ""
     return "; it is a Git LFS pointer: fetch the file itself with git lfs pull" if pointer else ""
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

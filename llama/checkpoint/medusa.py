@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from llama.checkpoint import stored_as
-from llama.checkpoint.files import FLOATING, Header, PickleFile, SafetensorsFile, TensorFile, read_json
+from llama.checkpoint.files import FLOATING, Header, PickleFile, SafetensorsFile, TensorFile
 from llama.checkpoint.source import NAMED_AT_MOST, check_finite
 from llama.compiled.medusa import MedusaHeads
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
+from llama.settings import read_json
 from llama.xla import backend, transfers
 
 log = logging.getLogger("llama")

@@ -1,6 +1,6 @@
 """Meta's format: params.json and consolidated.00.pth, .01.pth, ..., one file for each rank.
 
-The files are split as fairscale splits weights (partition.py, llama/compiled/partition.py). An unsplit weight stays a
+The files are split as fairscale splits weights (partition.py, llama/sharding.py). An unsplit weight stays a
 view of the mapped file; a split one is joined when it is read. The split is never guessed: sizes that do not fit are
 refused.
 """
@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint import names, partition
-from llama.checkpoint.files import PickleFile, read_json
-from llama.checkpoint.source import Found, Settings, Source, same_bits
-from llama.compiled.partition import axis_of
+from llama.checkpoint.files import PickleFile
+from llama.checkpoint.source import Found, Source, same_bits
 from llama.config import ModelArgs
-from llama.errors import CheckpointError, ConfigError
+from llama.errors import CheckpointError
+from llama.settings import Settings, read_json, read_params
+from llama.sharding import axis_of, head_of
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 NOTES = "llama-xla.json"  # settings without a key in params.json; written by reshard if there are any
@@ -81,11 +82,7 @@ class MetaSource(Source):
 
     def _shards_of_head(self, head: int) -> list[PickleFile]:
         count = len(self._shards)
-        return [
-            shard
-            for rank, shard in enumerate(self._shards)
-            if partition.head_of(rank, self.args.kv_heads, count) == head
-        ]
+        return [shard for rank, shard in enumerate(self._shards) if head_of(rank, self.args.kv_heads, count) == head]
 
     def _same(self, name: str, shards: Sequence[PickleFile]) -> torch.Tensor:
         """Return the tensor that all of ``shards`` hold; refuse copies that differ."""
@@ -97,25 +94,6 @@ class MetaSource(Source):
                     "copies: the files belong to two models, or one is damaged"
                 )
         return first.contiguous()
-
-
-def read_params(ckpt_dir: Path) -> ModelArgs:
-    """Read the shape that a checkpoint's params.json declares.
-
-    Raises:
-        CheckpointError: no such directory or file, not JSON, an unknown key, or a value out of its range.
-    """
-    path = ckpt_dir / "params.json"
-    if not path.is_file():
-        found = ", ".join(sorted(p.name for p in ckpt_dir.iterdir())[:10]) if ckpt_dir.is_dir() else "no such directory"
-        raise CheckpointError(
-            f"{ckpt_dir} has no params.json (found: {found or 'nothing'}), which Meta's format "
-            "and that of llama-xla convert need"
-        )
-    try:
-        return ModelArgs.from_params(read_json(path))
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def shard_files(directory: Path) -> list[Path]:

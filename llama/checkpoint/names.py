@@ -1,6 +1,6 @@
-"""One table: each weight's name in Meta's and in Hugging Face's checkpoints, and its shape.
+"""One table: each weight's name in Meta's and in Hugging Face's checkpoints.
 
-The axis that a weight is split along is in llama/compiled/partition.py.
+Its shape, and the axis that it is split along, are in llama/sharding.py.
 """
 
 from __future__ import annotations
@@ -9,35 +9,39 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama.compiled.partition import LAYER, numberless
 from llama.config import ModelArgs
+from llama.sharding import LAYER, SHAPES, numberless, whole_shape
 
 
 class Weight(NamedTuple):
-    """One row of the table. ``{}`` stands for the layer's number, sizes are the names in ``shape_of``."""
+    """One row of the table. ``{}`` stands for the layer's number, sizes are those of SHAPES."""
 
     meta: str
     hugging_face: str
     shape: tuple[str, ...]
 
 
+def _row(meta: str, hugging_face: str) -> Weight:
+    return Weight(meta, hugging_face, SHAPES[meta])
+
+
 EMBEDDING = "tok_embeddings.weight"
 HEAD = "output.weight"
-BEFORE_LAYERS = (Weight(EMBEDDING, "model.embed_tokens.weight", ("vocab", "dim")),)
+BEFORE_LAYERS = (_row(EMBEDDING, "model.embed_tokens.weight"),)
 IN_LAYER = (
-    Weight("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", ("dim", "dim")),
-    Weight("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", ("kv", "dim")),
-    Weight("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", ("kv", "dim")),
-    Weight("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", ("dim", "dim")),
-    Weight("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", ("hidden", "dim")),
-    Weight("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", ("dim", "hidden")),
-    Weight("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", ("hidden", "dim")),
-    Weight("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", ("dim",)),
-    Weight("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", ("dim",)),
+    _row("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
+    _row("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight"),
+    _row("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight"),
+    _row("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight"),
+    _row("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight"),
+    _row("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight"),
+    _row("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight"),
+    _row("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight"),
+    _row("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
 )
 AFTER_LAYERS = (
-    Weight("norm.weight", "model.norm.weight", ("dim",)),
-    Weight(HEAD, "lm_head.weight", ("vocab", "dim")),
+    _row("norm.weight", "model.norm.weight"),
+    _row(HEAD, "lm_head.weight"),
 )
 TABLE = {weight.meta: weight for weight in (*BEFORE_LAYERS, *IN_LAYER, *AFTER_LAYERS)}
 FROM_HUGGING_FACE = {weight.hugging_face: weight for weight in TABLE.values()}
@@ -103,5 +107,4 @@ def is_scale(name: str) -> bool:
 
 def shape_of(weight: Weight, args: ModelArgs) -> tuple[int, ...]:
     """The shape of a whole weight in a model whose vocabulary size is settled."""
-    sizes = {"dim": args.dim, "kv": args.kv_heads * args.head_dim, "hidden": args.hidden_dim, "vocab": args.vocab_size}
-    return tuple(sizes[size] for size in weight.shape)
+    return whole_shape(weight.meta, args)

@@ -19,10 +19,10 @@ import torch
 
 from llama.checkpoint.files import SafetensorsFile, TensorFile
 from llama.checkpoint.hf_safetensors import open_weights
-from llama.checkpoint.meta_pth import read_params
-from llama.checkpoint.source import Found, Settings, Source
+from llama.checkpoint.source import Found, Source
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
+from llama.settings import Settings, read_params
 
 FORMAT = "llama-xla"
 VERSION = "1"

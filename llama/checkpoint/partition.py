@@ -7,6 +7,7 @@ import torch
 from llama.checkpoint import names
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
+from llama.sharding import device_axis, local_shape, span, weight_of_scales
 
 
 def piece(size: int, rank: int, parts: int) -> tuple[int, int]:
@@ -17,14 +18,6 @@ def piece(size: int, rank: int, parts: int) -> tuple[int, int]:
         divide_and_check_no_remainder(size, parts), rank, parts
     )
     return first, last - first
-
-
-def head_of(rank: int, kv_heads: int, parts: int) -> int:
-    """Return the key/value head that a shard holds when there are more shards than heads.
-
-    Neighbouring shards share a head.
-    """
-    return rank * kv_heads // parts
 
 
 def cut(tensor: torch.Tensor, rank: int, parts: int, axis: int | None) -> torch.Tensor:
@@ -61,3 +54,30 @@ def check_divisible(args: ModelArgs, parts: int, embedding_axis: int) -> None:
 def replicates_heads(weight: names.Weight, args: ModelArgs, parts: int) -> bool:
     """Whether several shards hold the same key/value head, because there are more shards than heads."""
     return names.is_key_or_value(weight) and parts > args.kv_heads and parts % args.kv_heads == 0
+
+
+def device_parts(name: str, tensor: torch.Tensor, args: ModelArgs, parts: int) -> tuple[list[torch.Tensor], int | None]:
+    """What each of T devices holds of a weight, or of an int8 weight's scales, and the axis that it is split along.
+
+    Args:
+        name: Meta's.
+        tensor: the whole.
+        args: of the whole model.
+        parts: T, which ``sharding.check`` has accepted.
+
+    Returns:
+        Views, but where something is filled up with zeros. One part and None where every device holds the whole.
+    """
+    shape = local_shape(name, args, parts)
+    axis = device_axis(weight_of_scales(name))
+    if axis is None or axis == len(shape) or parts == 1:  # scales have no axis 1
+        return [tensor], None
+    found = []
+    for rank in range(parts):
+        first, length = span(name, args, parts, rank)
+        part = tensor.narrow(axis, first, length)
+        if part.shape != shape:
+            part, held = tensor.new_zeros(shape), part
+            part.narrow(axis, 0, length).copy_(held)
+        found.append(part)
+    return found, axis

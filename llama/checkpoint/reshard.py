@@ -25,8 +25,8 @@ from llama.checkpoint.meta_pth import NOTES
 from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, is_finite
-from llama.compiled.partition import axis_of
 from llama.errors import CheckpointError, ConfigError
+from llama.sharding import axis_of, head_of
 
 log = logging.getLogger("llama")
 
@@ -170,7 +170,7 @@ def _write_shards(source: Source, directory: Path, parts: int, embedding_axis: i
             axis = embedding_axis if name == names.EMBEDDING else axis_of(name)
             replicated = partition.replicates_heads(weight, source.args, parts)
             for rank, scratch in enumerate(scratches):
-                place, count = (partition.head_of(rank, heads, parts), heads) if replicated else (rank, parts)
+                place, count = (head_of(rank, heads, parts), heads) if replicated else (rank, parts)
                 scratch.append(name, partition.cut(tensor, place, count, axis))
             bar.update(tensor.numel() * tensor.element_size())
             del tensor  # or it would stay in memory while the next one is read

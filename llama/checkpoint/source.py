@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from llama.checkpoint import names
-from llama.checkpoint.files import read_json
 from llama.config import GenerationDefaults, ModelArgs
 from llama.errors import CheckpointError, ConfigError, setting
+from llama.settings import Settings, read_json
 
 log = logging.getLogger("llama")
 
@@ -49,22 +49,6 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
-
-
-class Settings(NamedTuple):
-    """The settings of a checkpoint, apart from its weights.
-
-    Attributes:
-        args: the shape; a vocabulary size of -1 is settled by the embedding.
-        file: the file that holds the settings, for errors.
-        sliding_window: how many positions back attention was trained to see, or None.
-        embedding_axis: the axis that the embedding is, or was, split along; None if unknown.
-    """
-
-    args: ModelArgs
-    file: Path
-    sliding_window: int | None = None
-    embedding_axis: int | None = None
 
 
 class Source(ABC):
