@@ -335,6 +335,9 @@ class EngineConfig:
         draft_lens: how many drafted tokens a step can check: one program for each and for each of ``verify_widths``.
             Empty without drafts.
         lookahead: width and number of levels of a Jacobi window, for the drafter of that name; empty without it.
+        tensor_parallel: devices that hold the model together, each a part of every layer. 0 means all that are left.
+        data_parallel: groups of such devices, among which the slots are divided; it divides ``max_batch_size``. Both
+            numbers together make up all devices.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -359,6 +362,8 @@ class EngineConfig:
     prefix_cache_bytes: int = 0
     draft_lens: tuple[int, ...] = field(default=())
     lookahead: tuple[int, ...] = ()
+    tensor_parallel: int = 1
+    data_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
@@ -401,11 +406,30 @@ class EngineConfig:
             )
         if self.lookahead and (len(self.lookahead) != 2 or min(self.lookahead) < 1):
             raise ConfigError(f"lookahead: got {list(self.lookahead)}, expected a width and a number of levels")
+        self._check_devices()
         object.__setattr__(self, "draft_lens", tuple(sorted(set(self.draft_lens))))
         buckets = sorted({b for b in self.buckets if b <= self.max_seq_len}, reverse=True)
         object.__setattr__(self, "buckets", tuple(buckets))
         object.__setattr__(self, "key_buckets", self._complete_key_buckets())
         object.__setattr__(self, "widths", self._complete_widths())
+
+    def _check_devices(self) -> None:
+        """Refuse numbers of devices that no mesh has, and slots that cannot be divided among its groups."""
+        for name, least in (("tensor_parallel", 0), ("data_parallel", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_SIZE:
+                raise ConfigError(f"{name}: got {_short(value)}, expected a whole number, {least} or more")
+        groups = self.data_parallel
+        if self.max_batch_size % groups:
+            raise ConfigError(
+                f"max_batch_size: got {self.max_batch_size}, which {setting('data_parallel')} {groups} does not "
+                f"divide; expected a multiple, so that each group has as many slots, such as "
+                f"{-(-self.max_batch_size // groups) * groups}"
+            )
+        if any(width % groups for width in self.widths if width < self.max_batch_size):
+            raise ConfigError(
+                f"widths: got {list(self.widths)}, expected multiples of {setting('data_parallel')} {groups}"
+            )
 
     @property
     def shortest_chunk(self) -> int:
@@ -423,13 +447,16 @@ class EngineConfig:
 
     @property
     def verify_widths(self) -> tuple[int, ...]:
-        """Row counts that programs which check drafts exist for: one slot, and all; under ``batch_invariant`` all."""
-        return (self.max_batch_size,) if self.batch_invariant else tuple(dict.fromkeys((1, self.max_batch_size)))
+        """Row counts that programs which check drafts exist for: a slot of each group, and all; under
+        ``batch_invariant`` all.
+        """
+        fewest = self.max_batch_size if self.batch_invariant else self.data_parallel
+        return tuple(dict.fromkeys((fewest, self.max_batch_size)))
 
     @property
     def copies_rows(self) -> bool:
         """Whether there is more than one row of the cache, so that prefixes can be copied."""
-        return self.max_batch_size > 1 or self.prefix_cache_bytes > 0
+        return self.max_batch_size > self.data_parallel or self.prefix_cache_bytes > 0
 
     @property
     def copy_lens(self) -> tuple[int, ...]:
@@ -441,7 +468,7 @@ class EngineConfig:
         """Ascending widths; all slots are one of them, and under ``batch_invariant`` the only one."""
         if self.batch_invariant:
             return (self.max_batch_size,)
-        chosen = set(self.widths) or {2**n for n in range(self.max_batch_size.bit_length())}
+        chosen = set(self.widths) or {self.data_parallel << n for n in range(self.max_batch_size.bit_length())}
         return (*sorted(w for w in chosen if w < self.max_batch_size), self.max_batch_size)
 
     def _complete_key_buckets(self) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from llama.engine.sequence import DraftCounts, Sequence as Request
 from llama.errors import ConfigError, InterruptedRunError, PromptError, RecompileError
 from llama.grammar import Grammars
 from llama.inputs import Prompt, encode_prompt, make_sequences, scored_sequence
-from llama.loading import load_model, matched
+from llama.loading import load_model, matched, mesh_for
 from llama.outputs import (
     ChatPrediction,
     CompletionPrediction,
@@ -49,6 +49,7 @@ from llama.outputs import (
 )
 from llama.sampling_params import SamplingParams
 from llama.scoring import Pair, RollingScore, Score, TooLong, encode_pair, fitted, rolling_windows, score_of
+from llama.sharding import Mesh
 from llama.startup import Startup
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
@@ -149,7 +150,8 @@ class LLaMA:
         with startup.within("import"):
             backend.prepare()
         with startup.within("device"):
-            device = backend.init()
+            config = mesh_for(config, args)
+            device = backend.init(Mesh(config.data_parallel, config.tensor_parallel))
         model = load_model(source, args, config, device, seed=seed, allow_nan=allow_nan, progress=progress)
         runner = XlaRunner(model, config, device, progress)
         drafter = drafting if isinstance(drafting, Drafter) else None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint
+from llama import checkpoint, sharding
 from llama.compiled.memory import check_fits, dtypes_for
 from llama.compiled.model import Transformer
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError, TokenizerError, setting
 from llama.tokenizer import Tokenizer
-from llama.xla import backend
+from llama.xla import backend, mesh
 
 log = logging.getLogger("llama")
 
@@ -48,9 +49,9 @@ def load_model(
     memory = check_fits(args, config, dtype, activation_dtype, backend.free_memory(device))
     log.debug("Memory: %s", memory)
     with torch.device("meta"):
-        model = Transformer(args, config.positions, activation_dtype)
+        model = Transformer(args, config.positions, activation_dtype, config.tensor_parallel)
     if source is None:
-        named = checkpoint.random_tensors(model, seed)
+        named = checkpoint.random_tensors(args, seed)
     else:
         named = checkpoint.checked(source, allow_nan, checkpoint.loading_order(source.infos(), device))
     with tqdm(
@@ -59,6 +60,26 @@ def load_model(
         for loaded in checkpoint.place(model, named, dtype, device):
             bar.update(loaded)
     return model
+
+
+def mesh_for(config: EngineConfig, args: ModelArgs) -> EngineConfig:
+    """The configuration with its number of devices settled, after the model has been found to divide by them.
+
+    Raises:
+        ConfigError: it does not, or there are more or fewer devices; the message names what works.
+    """
+    data, tensor = config.data_parallel, config.tensor_parallel
+    if data == tensor == 1:
+        return config
+    count = mesh.device_count()
+    tensor = tensor or max(count // data, 1)
+    sharding.check(args, sharding.Mesh(data, tensor), count)
+    if data > 1 and mesh.host_count() > 1:
+        raise ConfigError(
+            f"data_parallel: got {data} on {mesh.host_count()} hosts; groups of slots live on one host. Leave it out, "
+            "or divide the prompts among the hosts: llama-xla batch does"
+        )
+    return replace(config, tensor_parallel=tensor)
 
 
 def matched(

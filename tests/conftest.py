@@ -126,7 +126,6 @@ def make_llm(tokenizer_path: Path) -> LLMFactory:
 def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
     """A checkpoint in Meta's format with TINY's shape and random weights; tests may damage it."""
     from llama import checkpoint
-    from llama.compiled.model import Transformer
 
     params = {
         "dim": 64,
@@ -140,7 +139,7 @@ def tiny_checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
     directory = tmp_path / "tiny"
     directory.mkdir()
     (directory / "params.json").write_text(json.dumps(params))
-    torch.save(dict(checkpoint.random_tensors(Transformer(TINY, 8), seed=3)), directory / "consolidated.00.pth")
+    torch.save(dict(checkpoint.random_tensors(TINY, seed=3)), directory / "consolidated.00.pth")
     (directory / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     return directory
 

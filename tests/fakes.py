@@ -135,7 +135,18 @@ class FakeRunner:
         prompt = list(sequence.prompt_ids)
         self.slots[sequence.slot] = Slot(prompt, sequence.start, sequence.ready, False, sequence, cache)
 
-    def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
+    def chunk(self, runs: Sequences[tuple[Sequence, Chunk]]) -> None:
+        self._check_groups([sequence for sequence, _ in runs])
+        assert len({chunk.length for _, chunk in runs}) == 1
+        for sequence, chunk in runs:
+            self._chunk(sequence, chunk)
+
+    def _check_groups(self, sequences: Sequences[Sequence]) -> None:
+        """No group runs two rows."""
+        groups = [s.slot % self.config.data_parallel for s in sequences if s.slot is not None]
+        assert len(set(groups)) == len(sequences)
+
+    def _chunk(self, sequence: Sequence, chunk: Chunk) -> None:
         assert sequence.slot is not None
         self._run(
             Program("chunk", length=chunk.length, key_len=chunk.key_len), sequence.slot, chunk.start, chunk.length
@@ -154,14 +165,17 @@ class FakeRunner:
             count = min(chunk.end + 1, len(slot.tokens)) - first
             self._scored.append((sequence, details_of(slot.tokens, first, count, self.vocab_size)))
 
-    def choose(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
-        self._run(Program("full", rows=1) if sequence.needs_full else Program("choose"), sequence.slot)
-        self._choose(self.slots[sequence.slot])
+    def choose(self, sequences: Sequences[Sequence]) -> None:
+        self._check_groups(sequences)
+        for sequence in sequences:
+            assert sequence.slot is not None
+            self._run(Program("full", rows=1) if sequence.needs_full else Program("choose"), sequence.slot)
+            self._choose(self.slots[sequence.slot])
 
     def decode(self, window: Window, chooses: tuple[Sequence, ...]) -> None:
         self._run(Program("decode", rows=window.rows, key_len=window.key_len), window.first, window.rows)
         assert 0 <= window.first <= self.config.max_batch_size - window.rows
+        assert window.first % self.config.data_parallel == window.rows % self.config.data_parallel == 0
         for slot in self.slots[window.first : window.first + window.rows]:
             if slot.done or slot.start < slot.ready:
                 self._write(slot, min(slot.start, self.config.positions - 1), GARBAGE)
@@ -221,6 +235,7 @@ class FakeRunner:
             slot.start = len(slot.tokens) - 1
 
     def copy(self, source: int, target: int, count: int) -> None:
+        assert source % self.config.data_parallel == target % self.config.data_parallel
         self._run(Program("copy", key_len=next(k for k in self.config.copy_lens if k >= count)), source, target, count)
         kept = self.slots[target].cache[count:]
         self.slots[target].cache = [*self.slots[source].cache[:count], *kept]

@@ -663,7 +663,8 @@ def test_any_mixture_of_what_callers_do(tokenizer_path: Path, seed: int) -> None
     is that of the request alone, and no slot leaks.
     """
     chooser = random.Random(seed)
-    llm = fake_llm(tokenizer_path, max_batch_size=4, read_every=chooser.choice([1, 3, 8]), prefill_budget=20)
+    shapes = {"read_every": chooser.choice([1, 3, 8]), "prefill_budget": 20, "data_parallel": chooser.choice([1, 2, 4])}
+    llm = fake_llm(tokenizer_path, max_batch_size=4, **shapes)
     if chooser.random() < 0.5:
         llm.warm_up()
     open_calls: list[tuple[Any, str, int, list[str]]] = []

@@ -31,7 +31,7 @@ def model_of(dtype: torch.dtype, args: ModelArgs = ARGS, positions: int = 400) -
     """Seeded random weights on the device."""
     with torch.device("meta"):
         model = Transformer(args, positions)
-    for _ in checkpoint.place(model, checkpoint.random_tensors(model, 1), dtype, backend.init()):
+    for _ in checkpoint.place(model, checkpoint.random_tensors(args, 1), dtype, backend.init()):
         pass
     return model
 

@@ -425,12 +425,14 @@ def test_details_of_a_fake() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("invariant", [False, True])
-def test_anything_at_any_time(seed: int, invariant: bool) -> None:
-    """Requests, scores, samples, salts and cancels over a few prefixes, in three slots and two kept rows: every result
-    is what the request gets alone. A position that another left behind would raise or change it.
+@pytest.mark.parametrize("groups", [1, 2])
+def test_anything_at_any_time(seed: int, invariant: bool, groups: int) -> None:
+    """Requests, scores, samples, salts and cancels over a few prefixes, in slots of one group of devices or of two, and
+    two kept rows: every result is what the request gets alone. A position that another left behind would raise or change it.
     """
     chooser = random.Random(seed)
-    engine, _ = make_engine(chooser.choice([0, 2]), max_batch_size=chooser.choice([1, 3]), batch_invariant=invariant)
+    kept, slots = chooser.choice([0, 2]), groups * chooser.choice([1, 3])
+    engine, _ = make_engine(kept, max_batch_size=slots, batch_invariant=invariant, data_parallel=groups)
     roots = [ids(chooser.choice([20, 70, 150]), n) for n in range(4)]
     done: list[Sequence] = []
     cancelled: set[int] = set()

@@ -170,7 +170,7 @@ def layers_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
     for dtype_name, dtype in DTYPES.items():
         with torch.device("meta"):
             model = Transformer(shape, 2 * KEYS)
-        for _ in checkpoint.place(model, checkpoint.random_tensors(model, 1), dtype, device):
+        for _ in checkpoint.place(model, checkpoint.random_tensors(shape, 1), dtype, device):
             pass
         size = sum(parameter.nbytes for parameter in model.layers.parameters())
         numbers = sum(parameter.numel() for parameter in model.layers.parameters())

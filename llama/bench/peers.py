@@ -20,7 +20,6 @@ import torch
 from llama.bench.workload import WEIGHTS_SEED, Times, Workload
 from llama.checkpoint import open_checkpoint, random_tensors
 from llama.checkpoint.names import to_hugging_face
-from llama.compiled.model import Transformer
 from llama.config import ModelArgs
 from llama.errors import ConfigError, setting
 
@@ -32,9 +31,7 @@ def weights_of(work: Workload) -> tuple[ModelArgs, Iterator[tuple[str, torch.Ten
         return source.args, source.tensors()
     args = work.args
     assert args is not None  # no directory: random weights
-    with torch.device("meta"):
-        model = Transformer(args, 2)
-    return args, random_tensors(model, WEIGHTS_SEED)
+    return args, random_tensors(args, WEIGHTS_SEED)
 
 
 def transformers_model(work: Workload, positions: int) -> Any:

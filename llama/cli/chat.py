@@ -9,13 +9,15 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from llama.cli.devices import devices_of, takes_devices
 from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import one_of, shown
 from llama.cli.loading import announce_imports, readable_tokenizer
 from llama.cli.output import ending_at_once, interruptible, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
 from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
-from llama.errors import InterruptedRunError, PromptError, UserError
+from llama.errors import FlagError, InterruptedRunError, PromptError, UserError
+from llama.ranks import current_ranks
 from llama.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ HELP = """/system TEXT   set the system prompt (none takes it away)     /undo   
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 
+@takes_devices
 @takes_drafting
 @takes_controls(
     without=(
@@ -46,6 +49,7 @@ def chat(
     *,
     sampling: dict[str, Any],
     drafting: dict[str, Any],
+    devices: dict[str, Any],
     ckpt_dir: str,
     tokenizer_path: str | None = None,
     chat_format: str | None = None,
@@ -77,16 +81,30 @@ def chat(
 
     {drafting}
 
+    {devices}
+
     Output:
         quiet: Log nothing to stderr.
         verbose: Log the memory plan, too, and every program that is compiled.
     """
     log_to_stderr(quiet, verbose)
-    config = EngineConfig(max_seq_len=max_seq_len, dtype=one_of("dtype", dtype, DTYPES))
+    found = devices_of(devices)
+    config = EngineConfig(
+        max_batch_size=max(found.data_parallel, 1),
+        max_seq_len=max_seq_len,
+        dtype=one_of("dtype", dtype, DTYPES),
+        **found._asdict(),
+    )
     overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
     given, drafted = checked(sampling), drafting_of(drafting)
     if drafted is not None:
         config = drafted.settled(config)
+    ranks = current_ranks()
+    if sys.stdin.isatty() and not ranks.is_alone:
+        raise FlagError(
+            f"stdin: got a terminal in one of {ranks.world_size} processes, expected a question from a pipe or a file; "
+            "for a conversation run llama-xla chat in one process"
+        )
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
         raise PromptError(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama.cli.devices import devices_of, takes_devices
 from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import one_of
 from llama.cli.loading import announce_imports, readable_tokenizer
@@ -34,12 +35,14 @@ LARGEST_DEFAULT_BATCH = 32
 TRACED_TOKENS = 8
 
 
+@takes_devices
 @takes_drafting
 @takes_controls(without=("prompt_logprobs", "hidden_states", "logits", "cache_salt"))
 def generate(
     *,
     sampling: dict[str, Any],
     drafting: dict[str, Any],
+    devices: dict[str, Any],
     prompt: list[str] | None = None,
     prompts_file: str | None = None,
     prompt_len: int | None = None,
@@ -108,6 +111,8 @@ def generate(
             of --verbose shows it. What a free row still holds is used in any case.
         fail_on_recompile: A program compiled after warm-up is an error with exit code 3.
 
+    {devices}
+
     Random weights, for tests and timings:
         random_weights: Run random weights instead of a checkpoint; needs --dim, --n_layers and --n_heads.
         dim: Width of the random model.
@@ -155,10 +160,11 @@ def generate(
     random_args = _random_shape(random_weights, ckpt_dir, shape)
     is_demo = ckpt_dir is None and random_args is None
     texts = _texts(prompt, prompts_file, prompt_len, is_demo)
+    found = devices_of(devices)
+    several = min(max(len(texts), 1) * request.samples, LARGEST_DEFAULT_BATCH)
+    groups = max(found.data_parallel, 1)
     config = EngineConfig(
-        max_batch_size=max_batch_size
-        if max_batch_size is not None
-        else min(max(len(texts), 1) * request.samples, LARGEST_DEFAULT_BATCH),
+        max_batch_size=max_batch_size if max_batch_size is not None else -(-several // groups) * groups,
         max_seq_len=max_seq_len if max_seq_len is not None else (DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len),
         buckets=tuple(buckets or DEFAULT_BUCKETS),
         bucket_policy=one_of("bucket_policy", bucket_policy, BUCKET_POLICIES),
@@ -168,6 +174,7 @@ def generate(
         prefill_budget=prefill_budget,
         schedule=one_of("schedule", schedule, SCHEDULES),
         prefix_cache_bytes=prefix_cache_bytes,
+        **found._asdict(),
     )
     if drafted is not None:
         config = drafted.settled(config)  # refuses what the cache is too short for

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama.cli.devices import SECTION as DEVICES, devices_of
 from llama.cli.flags import Command, one_of, with_flags
 from llama.cli.output import ending_at_once
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DEMO_DIR, DTYPES, EngineConfig
@@ -58,6 +59,7 @@ SECTIONS: dict[str, dict[str, tuple[str, Any, str]]] = {  # section: name: (kind
         "batch_invariant": ("bool", False, "A result depends on nothing but its prompt, to the last bit; slower."),
         "fail_on_recompile": ("bool", False, "A program compiled after warm-up is an error with exit code 3."),
     },
+    "Devices": DEVICES,
 }
 
 
@@ -97,6 +99,7 @@ def config_of(loading: Mapping[str, Any]) -> EngineConfig:
         prefix_cache_bytes=loading["prefix_cache_bytes"],
         batch_invariant=loading["batch_invariant"],
         fail_on_recompile=loading["fail_on_recompile"],
+        **devices_of(loading)._asdict(),
     )
 
 

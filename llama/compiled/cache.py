@@ -19,8 +19,10 @@ import torch
 
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError
+from llama.sharding import local_args
 from llama.xla import ops, transfers
 from llama.xla.control_flow import Tensors, switch
+from llama.xla.mesh import Split
 
 
 def cache_shape(args: ModelArgs, config: EngineConfig, rows: int) -> tuple[int, int, int, int, int]:
@@ -34,26 +36,40 @@ def row_bytes(args: ModelArgs, config: EngineConfig, dtype: torch.dtype) -> int:
 
 
 def kept_rows(args: ModelArgs, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Rows that ``prefix_cache_bytes`` has room for.
+    """Rows that ``prefix_cache_bytes`` has room for, as many in each group of devices.
 
     Raises:
-        ConfigError: it is more than nothing and less than one row.
+        ConfigError: it is more than nothing and less than one row a group.
     """
-    room, row = config.prefix_cache_bytes, row_bytes(args, config, dtype)
-    if 0 < room < row:
+    room, groups = config.prefix_cache_bytes, config.data_parallel
+    rows = row_bytes(args, config, dtype) * groups
+    if 0 < room < rows:
         raise ConfigError(
-            f"prefix_cache_bytes: got {room}, expected 0, or {row} at least: one row of the cache, "
+            f"prefix_cache_bytes: got {room}, expected 0, or {rows} at least: "
+            f"{'one row' if groups == 1 else f'{groups} rows, one for each group,'} of the cache, "
             f"{config.max_seq_len} positions of this model"
         )
-    return room // row
+    return room // rows * groups
 
 
-def allocate(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def split(parts: int) -> Split:
+    """How the cache is split over a mesh: rows over its groups, key heads over the T devices that hold the model."""
+    return (None, "data", "tensor" if parts > 1 else None)
+
+
+def allocate(
+    args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device, parts: int = 1
+) -> torch.Tensor:
     """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked,
     not skipped.
+
+    Args:
+        parts: T, over how many devices the model is split.
     """
     rows = config.max_batch_size + kept_rows(args, config, dtype)
-    return transfers.zeros(cache_shape(args, config, rows), dtype, device)
+    layers, _, _, positions, columns = cache_shape(args, config, rows)
+    heads = local_args(args, parts).kv_heads * parts
+    return transfers.zeros((layers, rows, heads, positions, columns), dtype, device, split(parts))
 
 
 def up_to(positions: torch.Tensor, key_len: int) -> torch.Tensor:

@@ -82,7 +82,8 @@ def output_counts(
 
 def members(words: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Sets of tokens out of their bits: [B, W] int32 to [B, V] bool."""
-    bit = torch.tensor([1 << i for i in range(31)] + [-(2**31)], dtype=torch.int32, device=words.device)
+    one = torch.ones(32, dtype=torch.int32, device=words.device)
+    bit = one << torch.arange(32, dtype=torch.int32, device=words.device)  # made in the program: no tensor of the host
     return ((words.unsqueeze(-1) & bit) != 0).flatten(1)[:, :vocab_size]
 
 

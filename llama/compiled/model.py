@@ -14,7 +14,8 @@ rotary embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary sca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from torch import nn
 
 from llama.compiled.cache import CacheView, up_to
 from llama.config import ModelArgs, RopeScaling
-from llama.xla import transfers
+from llama.sharding import local_args
+from llama.xla import mesh, transfers
 from llama.xla.control_flow import Tensors, repeat
 from llama.xla.linear import attention_scores, choose_layers, linear
 from llama.xla.stacks import LayerWeight, StackedWeight
@@ -85,15 +87,42 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.scale)
 
 
-class Embedding(nn.Module):
-    """A table of one vector a token id: ``weight`` is [vocab, dim]."""
+class RowParallelLinear(Linear):
+    """A linear layer whose input features are split over T devices: the sum of their products is its result.
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    (Names as in fairscale and Megatron. A column-parallel layer is a ``Linear`` with some of its output features.)
+    """
+
+    def __init__(self, in_features: int, out_features: int, parts: int) -> None:
+        super().__init__(in_features, out_features)
+        self.parts = parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        return out if self.parts == 1 else mesh.all_reduce(out)
+
+
+class Embedding(nn.Module):
+    """A table of one vector a token id: ``weight`` is [vocab, dim].
+
+    With its ids split over T devices, ``weight`` is [ceil(vocab / T), dim] and ``first_id`` [1] int64 the id of its
+    first row: the devices' vectors are summed, of which one is not zero.
+    """
+
+    first_id: torch.Tensor
+
+    def __init__(self, vocab_size: int, dim: int, parts: int) -> None:
         super().__init__()
+        self.parts = parts
         self.weight = nn.Parameter(torch.empty(vocab_size, dim), requires_grad=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.weight)
+        if self.parts == 1:
+            return F.embedding(ids, self.weight)
+        rows = ids - self.first_id.to(ids.dtype)
+        is_here = (rows >= 0) & (rows < len(self.weight))
+        found = F.embedding(rows.clamp(0, len(self.weight) - 1), self.weight)
+        return mesh.all_reduce(torch.where(is_here.unsqueeze(-1), found, torch.zeros_like(found)))
 
 
 class RMSNorm(nn.Module):
@@ -113,13 +142,14 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the chunk and everything cached before it."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, parts: int) -> None:
         super().__init__()
-        self.n_heads, self.kv_heads, self.head_dim = args.n_heads, args.kv_heads, args.head_dim
+        local = local_args(args, parts)
+        self.n_heads, self.kv_heads, self.head_dim = local.n_heads, local.kv_heads, args.head_dim
         self.wq = Linear(args.dim, self.n_heads * self.head_dim)
         self.wk = Linear(args.dim, self.kv_heads * self.head_dim)
         self.wv = Linear(args.dim, self.kv_heads * self.head_dim)
-        self.wo = Linear(self.n_heads * self.head_dim, args.dim)
+        self.wo = RowParallelLinear(self.n_heads * self.head_dim, args.dim, parts)
 
     def forward(
         self,
@@ -164,11 +194,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, parts: int) -> None:
         super().__init__()
-        self.w1 = Linear(args.dim, args.hidden_dim)
-        self.w2 = Linear(args.hidden_dim, args.dim)
-        self.w3 = Linear(args.dim, args.hidden_dim)
+        hidden_dim = local_args(args, parts).hidden_dim
+        self.w1 = Linear(args.dim, hidden_dim)
+        self.w2 = RowParallelLinear(hidden_dim, args.dim, parts)
+        self.w3 = Linear(args.dim, hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -178,11 +209,11 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each after its norm and added to the stream."""
 
-    def __init__(self, layer: int | torch.Tensor, args: ModelArgs) -> None:
+    def __init__(self, layer: int | torch.Tensor, args: ModelArgs, parts: int = 1) -> None:
         super().__init__()
         self.layer = layer
-        self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)
+        self.attention = Attention(args, parts)
+        self.feed_forward = FeedForward(args, parts)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -195,11 +226,11 @@ class TransformerBlock(nn.Module):
 
 
 def block_with(
-    args: ModelArgs, layer: int | torch.Tensor, weights: Mapping[str, torch.Tensor | LayerWeight]
+    args: ModelArgs, layer: int | torch.Tensor, weights: Mapping[str, torch.Tensor | LayerWeight], parts: int = 1
 ) -> TransformerBlock:
     """A block that computes with these weights, by their names in a layer; where they come from is the caller's."""
     with torch.device("meta"):
-        block = TransformerBlock(layer, args)
+        block = TransformerBlock(layer, args, parts)
     for name, weight in weights.items():
         path, _, leaf = name.rpartition(".")
         owner = block.get_submodule(path)
@@ -216,6 +247,7 @@ class Transformer(nn.Module):
         args: the checkpoint's shape, ``vocab_size`` settled.
         max_seq_len: how many positions the rotary table holds.
         activation_dtype: dtype of the residual stream; float32 on the CPU device, where bfloat16 arithmetic is slow.
+        parts: T, over how many devices it is split; each has ``local_args`` of it, and computes as if that were all.
 
     Attributes:
         stacks: the weights of all layers by their name in a layer, for a loop; none where the layers must be unrolled.
@@ -227,16 +259,19 @@ class Transformer(nn.Module):
     stacks: dict[str, StackedWeight]
     layers_as: str | None = None
 
-    def __init__(self, args: ModelArgs, max_seq_len: int, activation_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, args: ModelArgs, max_seq_len: int, activation_dtype: torch.dtype = torch.float32, parts: int = 1
+    ) -> None:
         super().__init__()
-        self.args = args
+        self.args, self.parts = args, parts
         self.activation_dtype = activation_dtype
         self.stacks = {}
-        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(layer, args) for layer in range(args.n_layers))
+        vocab_size = local_args(args, parts).vocab
+        self.tok_embeddings = Embedding(vocab_size, args.dim, parts)
+        self.layers = nn.ModuleList(TransformerBlock(layer, args, parts) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         if not args.tie_word_embeddings:
-            self.output = Linear(args.dim, args.vocab_size)
+            self.output = Linear(args.dim, vocab_size)
         with torch.device("cpu"):
             table = rotary_table(args, max_seq_len)
         self.register_buffer("rotary", table, persistent=False)
@@ -280,7 +315,13 @@ class Transformer(nn.Module):
         for name, stack in self.stacks.items():
             weight = stack.at(layer)
             weights[name] = weight if len(weight.shape) > 1 else weight.taken()
-        return block_with(self.args, layer, weights)
+        return block_with(self.args, layer, weights, self.parts)
+
+    @contextmanager
+    def as_parts(self) -> Iterator[None]:
+        """Within: on a mesh, the weights are one device's parts of them, as a program computes with them."""
+        with mesh.parts_of(self, tables=map(vars, self.stacks.values())):
+            yield
 
     def stack_layers(self) -> None:
         """Make the stacks, after the weights have come to the CPU device; they copy nothing but norms and scales.
@@ -302,4 +343,6 @@ class Transformer(nn.Module):
         """Logits [..., vocab] float32 of the residual stream ``hidden`` [..., dim]."""
         normed = self.norm(hidden)
         logits = linear(normed, self.tok_embeddings.weight) if self.args.tie_word_embeddings else self.output(normed)
+        if self.parts > 1:  # the last device's part is filled up
+            logits = mesh.all_gather(logits)[..., : self.args.vocab_size]
         return logits.float()

@@ -21,7 +21,6 @@ from llama.engine.sequence import Sequence, common_prefix
 from llama.errors import ConfigError, setting
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer
-from llama.xla import transfers
 
 KINDS = ("admit", "chunk", "decode")  # the programs that it runs
 FEW = 2  # known tokens that decode steps run before they draft; more are run apart from the other rows
@@ -101,7 +100,7 @@ class DraftModel(Drafter):
         window = self._window(held, draft_len)
         for _ in range(steps):
             self._runner.decode(window, ())
-        report = transfers.fetch(self._runner.snapshot(()).report).numpy()
+        report = self._runner.fetched(self._runner.snapshot(()).report)
         guesses = []
         for each in held:
             ids, slot = each.ids, self._slot(each)
@@ -142,7 +141,7 @@ class DraftModel(Drafter):
             ready = plan[-1].end if plan else each.ran
             self._runner.put(self._slot(each), ids, each.ran, ready)
             for chunk in plan:
-                self._runner.chunk(each.shadow, chunk)
+                self._runner.chunk([(each.shadow, chunk)])
             each.ran = ready
         steps = max(max(map(self._missing, behind)) - FEW, 0)
         window = self._window(behind, 0)

@@ -16,7 +16,7 @@ from llama.compiled.medusa import MedusaHeads
 from llama.engine.drafting import Drafter, Drafts
 from llama.engine.runner import XlaRunner
 from llama.engine.sequence import Sequence
-from llama.xla import programs, transfers
+from llama.xla import mesh, programs
 
 
 class Medusa(Drafter):
@@ -34,17 +34,19 @@ class Medusa(Drafter):
     def prepare(self, sequences: SequenceOf[Sequence] | None) -> None:
         """See Drafter."""
         if self._program is None:
-            self._program = programs.compile_program("(medusa)", self._guesses, self._inputs())
+            self._program = programs.compile_program("(medusa)", self._guesses, self._inputs(), splits=[mesh.ROWS])
 
     def propose(self, sequences: SequenceOf[Sequence], draft_len: int) -> Drafts:
         """See Drafter. As many tokens as there are heads, at most."""
         self.prepare(sequences)
         assert self._program is not None
-        found = transfers.fetch(self._program(*self._inputs())[0]).numpy()  # [slots, heads]
+        found = self._runner.fetched(self._program(*self._inputs())[0])  # [slots, heads]
         return Drafts.of([found[s.slot].tolist() for s in sequences], draft_len)
 
     def _inputs(self) -> list[torch.Tensor]:
         return [self._runner.tensor(name) for name in ("hidden", "length", "controls")]
 
     def _guesses(self, hidden: torch.Tensor, length: torch.Tensor, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (steps.medusa(self._runner.model, self._heads, hidden, length, packed),)
+        model = self._runner.model
+        with model.as_parts(), mesh.parts_of(self._heads):
+            return (steps.medusa(model, self._heads, hidden, length, packed),)

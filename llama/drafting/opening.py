@@ -122,9 +122,12 @@ def open_drafting(
 
 
 def _draft_engine(config: EngineConfig, source: checkpoint.Source) -> EngineConfig:
-    """The draft model's shapes: those of the model that it drafts for, without drafts. int8 weights stay so."""
+    """The draft model's shapes: those of the model that it drafts for, without drafts. int8 weights stay so. On a mesh
+    every device computes all of it: it is small, and may have fewer heads than there are devices.
+    """
     dtype = "auto" if source.is_int8 else config.dtype
-    return replace(config, draft_lens=(), lookahead=(), batch_invariant=False, dtype=dtype, prefix_cache_bytes=0)
+    alone = replace(config, draft_lens=(), lookahead=(), tensor_parallel=1)
+    return replace(alone, batch_invariant=False, dtype=dtype, prefix_cache_bytes=0)
 
 
 def _heads_directory(settings: DraftConfig, is_demo: bool) -> Path:

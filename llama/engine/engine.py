@@ -161,38 +161,47 @@ class Engine:
         """
         spent, scheduler = 0, self.scheduler
         alone = not scheduler.running
-        while (sequence := scheduler.next_prefilling()) is not None:
-            chunk = sequence.chunks[0]
-            if spent and spent + chunk.length > self.config.prefill_budget:
+        while together := scheduler.next_prefilling():
+            length = together[0].chunks[0].length
+            if spent and spent + length > self.config.prefill_budget:
                 break
-            _log_chunk(sequence, chunk.start, chunk.end, chunk.length)
-            self.runner.chunk(sequence, chunk)
-            del sequence.chunks[0]
-            sequence.runs += 1
-            sequence.start = chunk.end
-            spent += chunk.length
-            scheduler.counts.chunk_positions += chunk.length
-            scheduler.counts.padding += chunk.length - chunk.valid
-            if not sequence.chunks and not sequence.generates:
-                self._leave(sequence)
-            elif not sequence.chunks:
-                sequence.status = Status.RUNNING
-                if sequence.start == len(sequence.prompt_ids):
-                    self._choose_first(sequence, updates)
-            if chunks.is_scored(chunk, sequence.scored_from):
-                sequence.runs += 1
+            spent += length
+            runs = [(sequence, sequence.chunks[0]) for sequence in together]
+            for sequence, chunk in runs:
+                _log_chunk(sequence, chunk.start, chunk.end, chunk.length)
+            self.runner.chunk(runs)
+            ended = [sequence for sequence, chunk in runs if self._has_run(sequence, chunk)]
+            if ended:
+                self._choose_first(ended, updates)
+            if any(chunks.is_scored(chunk, sequence.scored_from) for sequence, chunk in runs):
                 self._read_pending(updates)  # while this chunk runs, those of the one before
                 self._pending.append(self._snapshot())
             if alone:
                 return True
         return False
 
-    def _choose_first(self, sequence: Sequence, updates: list[Update]) -> None:
-        """Choose the token after a prompt that chunks ran to its end, and read it."""
-        self.runner.choose(sequence)
-        sequence.runs += 1
-        sequence.length += 1
-        self._leave_if_ended(sequence)
+    def _has_run(self, sequence: Sequence, chunk: chunks.Chunk) -> bool:
+        """Take notice of a chunk that runs; return whether a prompt's first token can be chosen after it."""
+        del sequence.chunks[0]
+        sequence.runs += 2 if chunks.is_scored(chunk, sequence.scored_from) else 1
+        sequence.start = chunk.end
+        self.scheduler.counts.chunk_positions += chunk.length
+        self.scheduler.counts.padding += chunk.length - chunk.valid
+        if sequence.chunks:
+            return False
+        if not sequence.generates:
+            self._leave(sequence)
+            return False
+        sequence.status = Status.RUNNING
+        return sequence.start == len(sequence.prompt_ids)
+
+    def _choose_first(self, sequences: Sequences[Sequence], updates: list[Update]) -> None:
+        """Choose the tokens after prompts that chunks ran to their ends, and read them."""
+        self.runner.choose(sequences)
+        for sequence in sequences:
+            sequence.runs += 1
+            sequence.length += 1
+            self._leave_if_ended(sequence)
         self._read_all(updates)
 
     def _decode(self, updates: list[Update]) -> None:

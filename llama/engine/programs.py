@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama.compiled import steps
+from llama.compiled import cache, steps
 from llama.compiled.model import Transformer
 from llama.compiled.state import Details, State
 from llama.config import EngineConfig
 from llama.engine import chunks
 from llama.engine.sequence import Sequence
+from llama.xla import mesh
 from llama.xla.linear import rows_alike
 
 GROUPS: dict[str, Any] = {"state": State, "details": Details}  # one name for several tensors
@@ -128,13 +129,14 @@ class Program:
         """The function to compile: it takes and returns tensors in the order of ``takes`` and ``returns``."""
         kind = KINDS[self.kind]
         key_lens = tuple(k for k in config.key_buckets if self.length <= k <= self.key_len)
-        every = {"rows": self.rows, "length": self.length, "key_len": self.key_len, "key_lens": key_lens}
+        rows = max(self.rows // config.data_parallel, 1)  # of each group of devices
+        every = {"rows": rows, "length": self.length, "key_len": self.key_len, "key_lens": key_lens}
         every |= dict(zip(("width", "levels"), config.lookahead, strict=False))
         sizes = {name: every[name] for name in kind.sizes}
         leading = (model,) if kind.runs_model else ()
 
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            with rows_alike(config.batch_invariant):
+            with rows_alike(config.batch_invariant), model.as_parts():
                 found = kind.function(*leading, *_gathered(kind.takes, tensors), **sizes)
             parts = found if len(kind.returns) > 1 else (found,)
             return tuple(
@@ -144,6 +146,10 @@ class Program:
             )
 
         return run
+
+    def splits(self, parts: int) -> tuple[mesh.Split, ...]:
+        """How each tensor that it returns is split over a mesh, with the model over ``parts`` devices."""
+        return tuple(cache.split(parts) if name == "kv_cache" else mesh.ROWS for name in self.returns)
 
 
 def _spread(names: Iterable[str]) -> tuple[str, ...]:
@@ -180,7 +186,7 @@ def all_programs(config: EngineConfig) -> list[Program]:
     found += [Program("admit"), Program("end")]
     if config.copies_rows:
         found += [Program("copy", key_len=k) for k in config.copy_lens]
-    if config.max_batch_size > 1:
+    if config.max_batch_size > config.data_parallel:
         found += [Program("move")]
     return found
 

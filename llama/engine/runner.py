@@ -7,7 +7,7 @@ that follows a grammar. ``Runner`` says what the engine needs of a device; ``Xla
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence as Sequences
+from collections.abc import Iterable, Mapping, Sequence as Sequences
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -40,26 +40,26 @@ class Chosen(NamedTuple):
 
     Attributes:
         details: [rows, T, ...] on the device; of each row's new tokens the first ones.
-        first: the slot of its first row.
-        sequences: those that chose a token in it.
+        rows: the row of each sequence that chose a token.
     """
 
     details: Details
-    first: int
-    sequences: tuple[Sequence, ...]
+    rows: dict[Sequence, int]
 
 
 class Scored(NamedTuple):
     """Details of the tokens that one chunk of a prompt predicts.
 
     Attributes:
-        details: [1, T, ...] on the device.
+        details: [1, T, ...] on the device; on a mesh [M, T, ...], one row for each group.
+        row: of them.
         sequence: whose prompt.
         begin: the first of the T that is wanted.
         size: how many are.
     """
 
     details: Details
+    row: int
     sequence: Sequence
     begin: int
     size: int
@@ -128,12 +128,14 @@ class Runner(Protocol):
         """Put a sequence into its slot."""
         ...
 
-    def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
-        """Run a chunk of its prompt; where its tokens are scored, the next snapshot has their details."""
+    def chunk(self, runs: Sequences[tuple[Sequence, Chunk]]) -> None:
+        """Run a chunk of each prompt, all of one length and in different groups of devices; where tokens are scored,
+        the next snapshot has their details.
+        """
         ...
 
-    def choose(self, sequence: Sequence) -> None:
-        """Choose its first token after its last chunk."""
+    def choose(self, sequences: Sequences[Sequence]) -> None:
+        """Choose the first tokens of sequences in different groups of devices, after their last chunks."""
         ...
 
     def decode(self, window: Window, chooses: tuple[Sequence, ...]) -> None:
@@ -176,7 +178,11 @@ class Runner(Protocol):
 
 @dataclass
 class XlaRunner:
-    """The slots' tensors and programs on an XLA device.
+    """The slots' tensors and programs on an XLA device, or on a mesh of devices.
+
+    On a mesh slot s is in group ``s % M``, at place ``s // M`` in it, so that neighbouring slots are at work in
+    different groups. Device tensors hold a group's rows side by side. A program that runs one row runs one of each
+    group: those that have nothing to do get no row, and change nothing.
 
     Args:
         model: with its weights on ``device``.
@@ -210,7 +216,7 @@ class XlaRunner:
             "allowed": np.full((slots, word_count(vocab_size)), -1, dtype=np.int32),
         }
         self._stale = set(self._host)
-        self._numbers: dict[int, torch.Tensor] = {}
+        self._numbers: dict[tuple[int, ...], torch.Tensor] = {}
         self._any: dict[int, torch.Tensor] = {}
 
     @property
@@ -285,6 +291,7 @@ class XlaRunner:
             arguments,
             program.donated,
             edits=not KINDS[program.kind].runs_model,
+            splits=program.splits(self.model.parts),
         )
         self._covering.clear()
         self._took[KINDS[program.kind].runs_model].append(counters.compile_s - before)
@@ -296,20 +303,20 @@ class XlaRunner:
             return self.tensor(name)
         if name in ("slot", "target", "position", "keys"):
             # not one and the same tensor for two arguments, which tracing could not tell apart
-            return transfers.upload(torch.tensor([0], dtype=torch.int32), self.device)
+            return self._rows_of(np.zeros(self._groups, dtype=np.int32))
         if name == "draft_allowed":
             return self._any_token(program.length - 1)
-        slots, positions = self.config.max_batch_size, self.config.positions
-        stream = (1, program.length, self.model.args.dim)
+        slots, positions, groups = self.config.max_batch_size, self.config.positions, self._groups
+        stream = (groups, program.length, self.model.args.dim)
         shapes = {
-            "row": (1, 3 + positions),
+            "row": (groups, 3 + positions),
             "ended": (slots,),
             "stream": stream,
             "drafts": (slots, program.length),
             "jacobi": (slots, program.length - 1),
         }
         dtypes = {"ended": torch.bool, "stream": self.model.activation_dtype}
-        return transfers.upload(torch.zeros(shapes[name], dtype=dtypes.get(name, torch.int32)), self.device)
+        return transfers.upload_rows(torch.zeros(shapes[name], dtype=dtypes.get(name, torch.int32)), self.device)
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
@@ -339,14 +346,56 @@ class XlaRunner:
             torch.ones(slots, dtype=torch.bool),
             torch.zeros(slots, REPORT_WINDOW + 2, dtype=torch.int32),
         )
-        kv_cache = cache.allocate(self.model.args, self.config, self.model.activation_dtype, self.device)
-        return State(kv_cache, *(transfers.upload(t, self.device) for t in host))
+        model = self.model
+        kv_cache = cache.allocate(model.args, self.config, model.activation_dtype, self.device, model.parts)
+        return State(kv_cache, *(transfers.upload_rows(t, self.device) for t in host))
+
+    @property
+    def _groups(self) -> int:
+        """M, among how many groups of devices the slots are divided."""
+        return self.config.data_parallel
 
     def _number(self, value: int) -> torch.Tensor:
-        """An int32 of one element on the device, uploaded once."""
-        if value not in self._numbers:
-            self._numbers[value] = transfers.upload(torch.tensor([value], dtype=torch.int32), self.device)
-        return self._numbers[value]
+        """An int32 of one element on the device, uploaded once; on a mesh for every group."""
+        return self._numbers_of((value,) * self._groups)
+
+    def _at(self, *rows: int, others: int = -1) -> torch.Tensor:
+        """The place of rows of the cache in their groups, which differ; ``others`` for groups that have no row."""
+        return self._by_group({row: row // self._groups for row in rows}, others)
+
+    def _by_group(self, numbers: Mapping[int, int], others: int) -> torch.Tensor:
+        """A number for the group of each row, and ``others`` for the other groups."""
+        found = [others] * self._groups
+        for row, number in numbers.items():
+            found[row % self._groups] = number
+        return self._numbers_of(tuple(found))
+
+    def _numbers_of(self, numbers: tuple[int, ...]) -> torch.Tensor:
+        """An int32 for each group, uploaded once."""
+        if numbers not in self._numbers:
+            self._numbers[numbers] = self._rows_of(np.array(numbers, dtype=np.int32))
+        return self._numbers[numbers]
+
+    def _rows_of(self, array: np.ndarray) -> torch.Tensor:
+        """Upload rows of the groups, in their order."""
+        return transfers.upload_rows(torch.from_numpy(array), self.device)
+
+    def _one_row(self, slot: int, row: np.ndarray) -> torch.Tensor:
+        """Upload one row for the group of a slot."""
+        rows = np.zeros((self._groups, *row.shape), dtype=row.dtype)
+        rows[slot % self._groups] = row
+        return self._rows_of(rows)
+
+    def _uploaded(self, array: np.ndarray) -> torch.Tensor:
+        """Upload a row for each slot."""
+        by_group = array.reshape(-1, self._groups, *array.shape[1:]).swapaxes(0, 1)
+        return self._rows_of(np.ascontiguousarray(by_group.reshape(array.shape)))
+
+    def fetched(self, tensor: torch.Tensor) -> np.ndarray:
+        """Fetch a row for each slot, or for each of a window. Host sync: yes."""
+        host = transfers.fetch_rows(tensor)
+        array: np.ndarray = (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+        return array.reshape(self._groups, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
 
     def _run(self, program: Program, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run a program; keep the slots' tensors that it returns, and return the others.
@@ -377,39 +426,51 @@ class XlaRunner:
 
     def put(self, slot: int, ids: Sequences[int], start: int, ready: int) -> None:
         """Give a slot its known tokens and its positions."""
-        row = np.zeros((1, 3 + self.config.positions), dtype=np.int32)
-        row[0, :3] = start, ready, len(ids)
-        row[0, 3 : 3 + len(ids)] = ids
-        self._run(Program("admit"), row=self._uploaded(row), slot=self._number(slot))
+        row = np.zeros(3 + self.config.positions, dtype=np.int32)
+        row[:3] = start, ready, len(ids)
+        row[3 : 3 + len(ids)] = ids
+        self._run(Program("admit"), row=self._one_row(slot, row), slot=self._at(slot))
 
-    def chunk(self, sequence: Sequence, chunk: Chunk) -> None:
-        """Run a chunk of a prompt; where its tokens are scored, keep their details for the next snapshot."""
-        slot = self._number(_slot(sequence))
-        program = Program("chunk", length=chunk.length, key_len=chunk.key_len)
-        stream = self._run(program, slot=slot, keys=self._number(chunk.key_len))["stream"]
-        if is_scored(chunk, sequence.scored_from):
+    def chunk(self, runs: Sequences[tuple[Sequence, Chunk]]) -> None:
+        """Run a chunk of each prompt; where tokens are scored, keep their details for the next snapshot."""
+        length, key_len = runs[0][1].length, max(chunk.key_len for _, chunk in runs)
+        slots = self._at(*(_slot(sequence) for sequence, _ in runs))
+        keys = self._by_group({_slot(sequence): chunk.key_len for sequence, chunk in runs}, others=length)
+        stream = self._run(Program("chunk", length=length, key_len=key_len), slot=slots, keys=keys)["stream"]
+        scored = [(sequence, chunk) for sequence, chunk in runs if is_scored(chunk, sequence.scored_from)]
+        if not scored:
+            return
+        starts = self._by_group({_slot(sequence): chunk.start for sequence, chunk in scored}, others=0)
+        found = self._run(Program("score", length=length), slot=slots, position=starts, stream=stream)
+        for sequence, chunk in scored:
             assert sequence.scored_from is not None
-            program = Program("score", length=chunk.length)
-            found = self._run(program, slot=slot, position=self._number(chunk.start), stream=stream)
             # position p predicts token p + 1; the prompt's last position predicts a token that is not of the prompt
             first = max(sequence.scored_from - 1 - chunk.start, 0)
             count = min(chunk.valid, len(sequence.prompt_ids) - 1 - chunk.start) - first
-            self._scored.append(Scored(Details(**found), sequence, first, count))
+            self._scored.append(Scored(Details(**found), _slot(sequence) % self._groups, sequence, first, count))
 
-    def choose(self, sequence: Sequence) -> None:
-        """Choose a sequence's first token after its last chunk."""
-        slot = _slot(sequence)
-        if sequence.needs_full:
-            self._choose_full(slot, 1, (sequence,))
-        else:
-            self._run(Program("choose"), slot=self._number(slot))
+    def choose(self, sequences: Sequences[Sequence]) -> None:
+        """Choose the first tokens of sequences after their last chunks."""
+        full = [s for s in sequences if s.needs_full]
+        plain = [_slot(s) for s in sequences if not s.needs_full]
+        if plain:
+            self._run(Program("choose"), slot=self._at(*plain))
+        if full:
+            rows = {s: _slot(s) % self._groups for s in full}
+            self._choose_full(Program("full", rows=1), self._at(*map(_slot, full)), rows)
 
     def decode(self, window: Window, chooses: tuple[Sequence, ...]) -> None:
         """Run the next token of the slots in a window; the program ``full`` chooses for the sequences given."""
         program = Program("decode", rows=window.rows, key_len=window.key_len)
-        self._run(program, slot=self._number(window.first), keys=self._number(window.key_len))
+        first = self._first(window)
+        self._run(program, slot=first, keys=self._number(window.key_len))
         if chooses:
-            self._choose_full(window.first, window.rows, chooses)
+            rows = {s: _slot(s) - window.first for s in chooses}
+            self._choose_full(Program("full", rows=window.rows), first, rows)
+
+    def _first(self, window: Window) -> torch.Tensor:
+        """The first slot of a window, in each group."""
+        return self._number(window.first // self._groups)
 
     def verify(self, window: Window, drafts: Sequences[Draft], draft_len: int) -> None:
         """Run the known tokens of the slots in a window and the drafts behind them, and keep what agrees."""
@@ -428,12 +489,12 @@ class XlaRunner:
             Program("verify", rows=window.rows, length=draft_len + 1, key_len=window.key_len),
             drafts=self._uploaded(counted),
             draft_allowed=self._any_token(draft_len) if may is None else self._uploaded(may),
-            slot=self._number(window.first),
+            slot=self._first(window),
             keys=self._number(window.key_len),
         )
-        sequences = tuple(d.sequence for d in drafts if any(d.sequence.kinds))
-        if sequences:
-            self._chosen.append(Chosen(Details(**found), window.first, sequences))
+        rows = {d.sequence: _slot(d.sequence) - window.first for d in drafts if any(d.sequence.kinds)}
+        if rows:
+            self._chosen.append(Chosen(Details(**found), rows))
 
     def lookahead(self, window: Window, jacobi: np.ndarray) -> np.ndarray:
         """What follows each column of the Jacobi windows [slots, levels * width] of the slots in a window: [rows,
@@ -442,10 +503,10 @@ class XlaRunner:
         found = self._run(
             lookahead_program(self.config, window.rows, window.key_len),
             jacobi=self._uploaded(jacobi.astype(np.int32)),
-            slot=self._number(window.first),
+            slot=self._first(window),
             keys=self._number(window.key_len),
         )
-        return transfers.fetch(found["following"]).numpy()
+        return self.fetched(found["following"])
 
     def _any_token(self, draft_len: int) -> torch.Tensor:
         """The mask that allows every token after each draft, uploaded once."""
@@ -457,16 +518,19 @@ class XlaRunner:
         shape = (self.config.max_batch_size, draft_len, word_count(self.vocab_size))
         return np.full(shape, -1, dtype=np.int32)
 
-    def _uploaded(self, array: np.ndarray) -> torch.Tensor:
-        return transfers.upload(torch.from_numpy(array), self.device)
+    def _choose_full(self, program: Program, slot: torch.Tensor, rows: dict[Sequence, int]) -> None:
+        """Choose with every control.
 
-    def _choose_full(self, first: int, rows: int, sequences: tuple[Sequence, ...]) -> None:
-        for sequence in sequences:
+        Args:
+            slot: that the program takes.
+            rows: the row of each sequence that chooses.
+        """
+        for sequence in rows:
             if sequence.grammar is not None:
                 self._allow(sequence)
-        found = self._run(Program("full", rows=rows), slot=self._number(first))
-        if any(any(s.kinds) for s in sequences):
-            self._chosen.append(Chosen(Details(**found), first, sequences))
+        found = self._run(program, slot=slot)
+        if any(any(s.kinds) for s in rows):
+            self._chosen.append(Chosen(Details(**found), rows))
 
     def _allow(self, sequence: Sequence) -> None:
         """Have a grammar's mask uploaded before the next choice."""
@@ -483,20 +547,21 @@ class XlaRunner:
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` positions of a row of the cache to another row; the cost follows ``count``."""
         key_len = next(k for k in self.config.copy_lens if k >= count)
-        self._run(Program("copy", key_len=key_len), slot=self._number(source), target=self._number(target))
+        # a group that has nothing to copy copies its first row to where it is
+        self._run(Program("copy", key_len=key_len), slot=self._at(source, others=0), target=self._at(target, others=0))
 
     def move(self, source: int, target: int, count: int) -> None:
         """Move a slot's request, whose first ``count`` positions have been run, to another slot."""
         self.copy(source, target, count)
-        self._run(Program("move"), slot=self._number(source), target=self._number(target))
+        self._run(Program("move"), slot=self._at(source), target=self._at(target))
         for name, rows in self._host.items():
             self._set(name, target, rows[source].copy())
 
     def end(self, slots: Iterable[int]) -> None:
         """End the requests in some slots: no later step chooses a token for them."""
-        ended = torch.zeros(self.config.max_batch_size, dtype=torch.bool)
+        ended = np.zeros(self.config.max_batch_size, dtype=bool)
         ended[list(slots)] = True
-        self._run(Program("end"), ended=transfers.upload(ended, self.device))
+        self._run(Program("end"), ended=self._uploaded(ended))
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -508,21 +573,26 @@ class XlaRunner:
 
     def read(self, snapshot: Snapshot) -> list[News]:
         """Fetch a snapshot and return what is new in it. Host sync: yes."""
-        report = transfers.fetch(snapshot.report).numpy()
+        report = self.fetched(snapshot.report)
         for part in snapshot.scored:
-            found = _row(_fetched(part.details, part.sequence.kinds), 0)
+            found = _row(self._fetched(part.details, part.sequence.kinds), part.row)
             part.sequence.prompt_details.append(found.part(part.begin, part.size))
         kinds = _needed_kinds(snapshot)
-        fetched = [(_fetched(each.details, kinds), each) for each in snapshot.chosen] if any(kinds) else []
+        fetched = [(self._fetched(each.details, kinds), each) for each in snapshot.chosen] if any(kinds) else []
         news = []
         for slot, sequence in snapshot.slots.items():
             length, ended = int(report[slot, -2]), bool(report[slot, -1])
             new_ids = new_tokens(report[slot], length - len(sequence.ids))
-            steps = [_row(found, slot - each.first) for found, each in fetched if sequence in each.sequences]
+            steps = [_row(found, each.rows[sequence]) for found, each in fetched if sequence in each.rows]
             details = TokenDetails.joined(steps[: len(new_ids)]) if any(sequence.kinds) else None
             details = details and details.first(len(new_ids))  # a step that checks drafts has room for more
             news.append(News(sequence, new_ids, ended, details and details.of_kinds(sequence.kinds)))
         return news
+
+    def _fetched(self, details: Details, kinds: tuple[bool, ...]) -> TokenDetails:
+        """Some kinds of details, each [B, T, ...]. Host sync: yes."""
+        pairs = zip(details, kinds, strict=True)
+        return TokenDetails(*(self.fetched(each) if wanted else None for each, wanted in pairs))
 
 
 def new_tokens(report: np.ndarray, count: int) -> list[int]:
@@ -594,12 +664,6 @@ def _needed_kinds(snapshot: Snapshot) -> tuple[bool, ...]:
     """Which kinds of details some sequence of a snapshot needs."""
     columns = zip(*(s.kinds for s in snapshot.slots.values()), strict=True)
     return tuple(any(column) for column in columns) or (False, False, False)
-
-
-def _fetched(details: Details, kinds: tuple[bool, ...]) -> TokenDetails:
-    """Some kinds of details, each [B, T, ...]. Host sync: yes."""
-    pairs = zip(details, kinds, strict=True)
-    return TokenDetails(*(transfers.fetch(each).float().numpy() if wanted else None for each, wanted in pairs))
 
 
 def _row(details: TokenDetails, row: int) -> TokenDetails:

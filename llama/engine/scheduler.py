@@ -5,6 +5,9 @@ A free slot goes to a waiting request, such that the live ones stay side by side
 arrival, or the shortest prompt first; one that has been passed over ``MOST_PASSED_OVER`` times goes before all others,
 so none waits for ever.
 
+On a mesh whose groups divide the slots among them (``EngineConfig.data_parallel``), row r is in group ``r % M``:
+windows begin and end at multiples of M, and nothing is copied from one group to another.
+
 What rows of the cache hold stays known after a request has ended (``prefixes.py``), so that the next one with the same
 beginning goes on there, or gets a copy. A request whose beginning is just being computed waits for it.
 """
@@ -209,6 +212,8 @@ class Scheduler:
         for row, length in self.prefixes.matches(sequence.prompt_key, self._salt(sequence)):
             if min(length, sequence.most_cached) <= max(now, later):
                 break  # no row that comes after holds more
+            if row % self._groups not in self._free_groups():
+                continue
             live = self._live_in(row)
             now = max(now, self._usable(sequence, row, min(length, live.start) if live else length))
             if live is not None and (live.status is Status.PREFILLING or leads):
@@ -287,6 +292,8 @@ class Scheduler:
             wanted: how many leading positions of which rows others wait to go on from.
         """
         free = [slot for slot, live in enumerate(self.slots) if live is None]
+        if source is not None:
+            free = [slot for slot in free if slot % self._groups == source % self._groups]
         is_lost = source is not None and (wanted.get(source, 0) >= cached + COPY_PAYS or self._is_lost(source, cached))
         if source in free and (len(free) == 1 or not is_lost):
             slot = source
@@ -295,14 +302,30 @@ class Scheduler:
         assert slot is not None
         return Placement(slot, cached, source, self._row_to_keep(slot, cached if slot == source else 0, source))
 
-    def best_source(self, sequence: Sequence) -> tuple[int, int | None]:
-        """How many leading positions of a prompt need not be run, and which row holds them; (0, None) for none."""
+    @property
+    def _groups(self) -> int:
+        """M, among how many groups of devices the rows are divided."""
+        return self._config.data_parallel
+
+    def _free_groups(self) -> set[int]:
+        """Groups that have a free slot."""
+        return {slot % self._groups for slot, live in enumerate(self.slots) if live is None}
+
+    def best_source(self, sequence: Sequence, anywhere: bool = False) -> tuple[int, int | None]:
+        """How many leading positions of a prompt need not be run, and which row holds them; (0, None) for none.
+
+        Args:
+            anywhere: also in groups of devices that have no free slot now.
+        """
+        groups = range(self._groups) if anywhere or self._groups == 1 else self._free_groups()
         count, most, source = 0, 0, None
         rides, reached = bool(self.running), 0
         resumed: dict[int, tuple[int, int]] = {}
         for row, length in self.prefixes.matches(sequence.prompt_key, self._salt(sequence)):
             if min(length, sequence.most_cached) < reached:
                 break  # no row that comes after holds more
+            if row % self._groups not in groups:
+                continue
             live = self._live_in(row)
             usable = self._usable(sequence, row, min(length, live.start) if live else length)
             if usable < max(reached, 1):
@@ -322,7 +345,8 @@ class Scheduler:
         found = []
         shared = shared_with_others([s.prompt_key for s in sequences])
         for sequence, length in zip(sequences, shared, strict=True):
-            counts = {sequence.cached if sequence.is_live else self.best_source(sequence)[0]}
+            counts = {sequence.cached if sequence.is_live else self.best_source(sequence, anywhere=True)[0]}
+            counts |= {0} if self._groups > 1 else set()  # where another group has the free slot
             usable = min(length, sequence.most_cached)
             if not sequence.is_live and self._shares(sequence) and usable >= COPY_PAYS:
                 starts = {self._resumed(sequence, usable, rides)[0] for rides in (False, True)}
@@ -369,8 +393,8 @@ class Scheduler:
         widths = self._config.widths
 
         def width(slot: int) -> int:
-            span = max((*slots, slot)) + 1 - min((*slots, slot))
-            return next(w for w in widths if w >= span)
+            first, end = _span((*slots, slot), self._groups)
+            return next(w for w in widths if w >= end - first)
 
         narrowest = min(map(width, free))
         return self.prefixes.least_used([slot for slot in free if width(slot) == narrowest])
@@ -379,7 +403,7 @@ class Scheduler:
         """The kept row for what a slot holds, of which ``kept`` positions stay; None where it is not worth one."""
         if not self._kept or not self._is_lost(slot, kept):
             return None
-        others = [row for row in self._kept if row != source]
+        others = [row for row in self._kept if row != source and row % self._groups == slot % self._groups]
         twice = [row for row in others if not self._is_lost(row)]
         return self.prefixes.least_used(twice or others) if others else None
 
@@ -433,10 +457,16 @@ class Scheduler:
         """The sequences that a decode step runs."""
         return [s for s in self.live if s.status is Status.RUNNING]
 
-    def next_prefilling(self) -> Sequence | None:
-        """The sequence whose next chunk runs first: the one that was admitted first."""
-        prefilling = [s for s in self.live if s.status is Status.PREFILLING]
-        return min(prefilling, key=lambda s: (s.admitted, s.id), default=None)
+    def next_prefilling(self) -> list[Sequence]:
+        """The sequences whose next chunks run first: the one that was admitted first, and on a mesh one of each other
+        group, where its next chunk is as long. Empty where there is none.
+        """
+        first_of: dict[int, Sequence] = {}  # by group
+        for sequence in sorted(self.live, key=lambda s: (s.admitted, s.id)):
+            if sequence.status is Status.PREFILLING and sequence.slot is not None:
+                first_of.setdefault(sequence.slot % self._groups, sequence)
+        found = list(first_of.values())
+        return [s for s in found if s.chunks[0].length == found[0].chunks[0].length]
 
     def window(self, is_ready: Callable[[int, int], bool], widths: Sequences[int], length: int = 1) -> Window:
         """The slots and positions of the next step of all running sequences; there is one.
@@ -462,18 +492,26 @@ class Scheduler:
         if config.batch_invariant or self.waiting or not live or any(s.status is Status.PREFILLING for s in live):
             return []
         slots = [s.slot for s in live if s.slot is not None]
-        span = max(slots) + 1 - min(slots)
-        now = next(w for w in config.widths if w >= span)
-        narrow = next(w for w in config.widths if w >= len(live))
+        groups = self._groups
+        first, end = _span(slots, groups)
+        now = next(w for w in config.widths if w >= end - first)
+        fullest = max(sum(slot % groups == group for slot in slots) for group in range(groups))
+        narrow = next(w for w in config.widths if w >= fullest * groups)
         if narrow >= now or not is_ready(narrow, max(s.start for s in live) + 1):
             return []
         # the window of that width that holds the most of them
-        first = max(range(config.max_batch_size - narrow + 1), key=lambda f: sum(f <= s < f + narrow for s in slots))
+        firsts = range(0, config.max_batch_size - narrow + 1, groups)
+        first = max(firsts, key=lambda f: sum(f <= s < f + narrow for s in slots))
         outside = [s for s in live if not first <= (s.slot or 0) < first + narrow]
         if any(s.limit - s.length < MOVE_PAYS for s in outside):
             return []
-        free = (slot for slot in range(first, first + narrow) if self.slots[slot] is None)
-        return list(zip(outside, free, strict=False))
+        free = [slot for slot in range(first, first + narrow) if self.slots[slot] is None]
+        found = []
+        for sequence in outside:
+            target = next(slot for slot in free if slot % groups == (sequence.slot or 0) % groups)
+            free.remove(target)
+            found.append((sequence, target))
+        return found
 
     def stats(self) -> dict[str, float]:
         """Counters for logs and metrics: requests running and waiting, shares in use, tokens in all."""
@@ -508,10 +546,15 @@ def window_of(
     if config.batch_invariant:
         return Window(0, config.max_batch_size, config.max_seq_len)
     key_len = chunks.key_bucket(min(reach, config.max_seq_len), config)
-    lowest, end = min(slots), max(slots) + 1
+    lowest, end = _span(slots, config.data_parallel)
     covering = [
         Window(min(lowest, config.max_batch_size - rows), rows, key_len)
         for rows in widths
         if min(lowest, config.max_batch_size - rows) + rows >= end
     ]
     return next((w for w in covering if is_ready(w.rows, w.key_len)), covering[0])
+
+
+def _span(slots: Sequences[int], groups: int) -> tuple[int, int]:
+    """The first slot and the end of the narrowest window that covers some slots; both are multiples of ``groups``."""
+    return min(slots) // groups * groups, -(-(max(slots) + 1) // groups) * groups

@@ -19,6 +19,8 @@ from types import ModuleType
 import torch
 
 from llama.errors import ConfigError
+from llama.sharding import Mesh
+from llama.xla import mesh
 from llama.xla.imports import import_torch_xla
 
 # How XLA compiles for the CPU device; whoever sets XLA_FLAGS has the last word. Measured in docs/log.md, 2026-11-21.
@@ -40,13 +42,21 @@ MALLOC_AT_START = {"M_ARENA_MAX": 1}
 MALLOC_FOR_RUNS = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": 2**31 - 1}
 
 
-def init() -> torch.device:
+def init(devices: Mesh = Mesh()) -> torch.device:  # noqa: B008  (it is frozen)
     """Start the PJRT client, once, and return its device. PJRT_DEVICE chooses it; without it a TPU is taken where
     there is one.
 
     Sets ``PJRT_DEVICE=CPU`` when neither the variable nor a TPU is there, so that a laptop needs no set-up.
+
+    Args:
+        devices: the mesh of all devices, which torch_xla then calls one device; or the first device alone.
+
+    Raises:
+        ConfigError: see ``mesh.start``.
     """
-    device: torch.device = prepare().device()
+    torch_xla = prepare()
+    mesh.start(devices)
+    device: torch.device = torch_xla.device()
     _wait_at_exit()
     return device
 
@@ -70,6 +80,7 @@ def prepare() -> ModuleType:
         set_malloc(MALLOC_AT_START)
         if CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # a parent process may have set them
             os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at every compile for a mesh of its next version
     return import_torch_xla()
 
 

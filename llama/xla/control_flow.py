@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from llama.xla import mesh
+
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -33,8 +35,13 @@ class _Traced:
         import torch_xla
         import torch_xla.core.xla_builder as xb
 
-        placeholders = [xb.create_placeholder_tensor(each.shape, each.dtype) for each in inputs]
-        traced = fn(*placeholders)
+        def placeholder(like: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = xb.create_placeholder_tensor(like.shape, like.dtype)
+            return made
+
+        placeholders = list(map(placeholder, inputs))
+        with mesh.held_as(placeholder) as weights:
+            traced = fn(*placeholders)
         self.shapes = [(list(each.shape), each.dtype) for each in traced]
         lowered = torch_xla._XLAC.lowering.LoweringContext(name)
         lowered.set_name_string(name)
@@ -45,6 +52,11 @@ class _Traced:
             parameter = lowered.tensor_parameter_id(each)
             if parameter != -1:
                 place[parameter] = index
+        for part, instead in weights:
+            parameter = lowered.tensor_parameter_id(instead)
+            if parameter != -1:
+                place[parameter] = len(self.arguments)
+                self.arguments.append(part)
         for parameter, held in lowered.device_parameter_id_tensor_mapping().items():
             if parameter not in place:
                 place[parameter] = len(self.arguments)

@@ -1,9 +1,8 @@
-"""Fusions that XLA does not form by itself, handed to it ready-made.
+"""Operations that torch_xla's builder has no word for, handed to XLA ready-made: fusions, and an all-gather.
 
-XLA's builder has no word for a fusion, but a computation may be given as a serialised HLO module (``HloModuleProto`` of
-xla/service/hlo.proto), and fusions in it pass through the compiler as they are. The few messages needed are written
-here in protobuf's wire format: torch_xla ships none of their Python classes. Their field numbers are fixed for good by
-protobuf's rules.
+A computation may be given as a serialised HLO module (``HloModuleProto`` of xla/service/hlo.proto), and fusions in it
+pass through the compiler as they are. The few messages needed are written here in protobuf's wire format: torch_xla
+ships none of their Python classes. Their field numbers are fixed for good by protobuf's rules.
 
 XLA's layout assignment forgets the layouts inside a fusion except of its parameters and its result, so a fusion's
 operation takes parameters only: no conversion and no slice in between.
@@ -64,6 +63,28 @@ def product(weight: tuple[int, int], x: tuple[int, int], *, kind: ProductKind, l
         pairs = [entry.add("tuple", pair, [each, of_x]) for each in weights]
         root = entry.add("conditional", result, [which, *pairs], packed(38, branches))
     return xb.computation_from_module_proto("product", module.serialised(entry, root, result))
+
+
+@cache
+def all_gather(x: tuple[int, int], groups: tuple[tuple[int, ...], ...]) -> Any:
+    """A computation of [rows, T width] float32 from the x [rows, width] of the T devices of each group.
+
+    Args:
+        x: its shape.
+        groups: the devices of each, by their numbers in the mesh.
+
+    Returns:
+        What ``Op.call`` of torch_xla's builder takes.
+    """
+    import torch_xla.core.xla_builder as xb
+
+    module, (rows, width) = Module(), x
+    result = shape((rows, width * len(groups[0])))
+    entry = Computation(module, [shape(x)])
+    members = b"".join(nested(49, packed(1, group)) for group in groups)
+    how = packed(14, [1]) + number(26, 1) + members + number(71, 1)  # dimension, channel, groups by device number
+    root = entry.add("all-gather", result, entry.parameters, how)
+    return xb.computation_from_module_proto("all_gather", module.serialised(entry, root, result))
 
 
 class Module:

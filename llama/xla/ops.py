@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llama.xla import mesh
+
 LANES = 64  # partial reductions over a vocabulary that run side by side
 
 
@@ -49,7 +51,7 @@ def _cache_write_op() -> Any:
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(kv_cache: Any, keys: Any, values: Any, first: Any, starts: Any, layer: Any) -> Any:
+    def lower(kv_cache: Any, keys: Any, values: Any, first: Any, starts: Any, layer: Any, may_lack: bool) -> Any:
         """One DynamicUpdateSlice per row and kind: XLA runs them in place where a scatter would be a loop.
 
         Keys and values apart, although one slice could hold both: XLA:CPU fuses the joining into the update and then
@@ -66,9 +68,9 @@ def _cache_write_op() -> Any:
                 start = starts.slice([row], [row + 1]).reshape([])
                 slot = xb.Op.scalar(builder, row, dtype=int32)
                 slot = slot if all_slots else first + slot
-                kv_cache = kv_cache.dynamic_update_slice(
-                    stacked.slice_in_dim(row, row + 1, 1), (place, slot, zero, start, zero)
-                )
+                at, new = (place, slot, zero, start, zero), stacked.slice_in_dim(row, row + 1, 1)
+                new = _unless_lacking(kv_cache, new, first, at) if may_lack else new
+                kv_cache = kv_cache.dynamic_update_slice(new, at)
         return kv_cache
 
     return registry.register("llama_cache_write", lower)
@@ -87,7 +89,8 @@ def write_cache(
     Args:
         kv_cache: [2 L, slots, K, S, D], the keys of layer l at 2 l and its values at 2 l + 1.
         keys, values: [B, K, T, D] in the cache's dtype.
-        first: int32 of one element; row r goes to slot ``first + r``.
+        first: int32 of one element; row r goes to slot ``first + r``. On a mesh, -1 where the group has no row: nothing
+            is written.
         starts: [B] int32, the first position of each row. The caller keeps ``starts + T <= S``: XLA clamps a start that
             does not fit and would overwrite the last positions without a word.
         layer: l; in a loop over layers its int32 scalar.
@@ -96,11 +99,27 @@ def write_cache(
         The cache with the update in it: use it and forget the argument. In place where the argument is donated to the
         program.
     """
-    result: torch.Tensor = _with_layer(_cache_write_op(), (kv_cache, keys, values, first, starts), layer)
+    tensors = (kv_cache, keys, values, first, starts)
+    result: torch.Tensor = _with_layer(_cache_write_op(), tensors, layer, may_lack=_may_lack(len(starts)))
     return result
 
 
-def _with_layer(op: Any, tensors: Sequence[torch.Tensor], layer: int | torch.Tensor, **sizes: int) -> Any:
+def _may_lack(rows: int) -> bool:
+    """Whether a program that runs so many rows of each group may have none for some: one that runs a single row."""
+    return rows == 1 and mesh.current().data > 1
+
+
+def _unless_lacking(x: Any, new: Any, first: Any, at: Sequence[Any]) -> Any:
+    """The builder's update of x at some place: ``new``, or what is there already where ``first`` is -1."""
+    import torch_xla.core.xla_builder as xb
+
+    sizes = list(new.shape().sizes)
+    old = x.dynamic_slice(list(at), sizes)
+    has_row = first >= xb.Op.scalar(x.builder(), 0, dtype=xb.Type.S32)
+    return has_row.broadcast(sizes).select(new, old)
+
+
+def _with_layer(op: Any, tensors: Sequence[torch.Tensor], layer: int | torch.Tensor, **sizes: int | bool) -> Any:
     """Call a registered operation whose lowering takes a layer's number, which is known or a loop's count."""
     if isinstance(layer, int):
         return op(*tensors, layer=layer, **sizes)
@@ -202,20 +221,24 @@ def _put_rows_op() -> Any:
     import torch_xla.core.xla_builder as xb
     import torch_xla.core.xla_op_registry as registry
 
-    def lower(x: Any, rows: Any, first: Any) -> Any:
-        zero = xb.Op.scalar(x.builder(), 0, dtype=xb.Type.S32)
-        return x.dynamic_update_slice(rows, (first.reshape([]), *[zero] * (len(x.shape().sizes) - 1)))
+    def lower(x: Any, rows: Any, first: Any, may_lack: bool) -> Any:
+        zero, place = xb.Op.scalar(x.builder(), 0, dtype=xb.Type.S32), first.reshape([])
+        at = (place, *[zero] * (len(x.shape().sizes) - 1))
+        return x.dynamic_update_slice(_unless_lacking(x, rows, place, at) if may_lack else rows, at)
 
     return registry.register("llama_put_rows", lower)
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """x with ``rows`` in the place of its rows from ``first`` on; ``first`` is an int32 of one element."""
-    if x.shape == rows.shape:
+    """x with ``rows`` in the place of its rows from ``first`` on; ``first`` is an int32 of one element. On a mesh, -1
+    where the group has no row: x as it is.
+    """
+    may_lack = x.device.type == "xla" and _may_lack(len(rows))
+    if x.shape == rows.shape and not may_lack:
         return rows
     if x.device.type != "xla":
         return torch.cat((x[: int(first)], rows, x[int(first) + len(rows) :]))
-    result: torch.Tensor = _put_rows_op()(x, rows, first)
+    result: torch.Tensor = _put_rows_op()(x, rows, first, may_lack=may_lack)
     return result
 
 

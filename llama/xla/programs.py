@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from llama.errors import LLaMAError
+from llama.errors import EngineError, LLaMAError
+from llama.xla import mesh
 from llama.xla.backend import MALLOC_FOR_RUNS, device_kind, set_malloc
 from llama.xla.counters import counters, fallback_ops, xla_compilations
 
@@ -75,17 +76,25 @@ class Program:
         inputs: list[torch.Tensor | int],
         passed_through: dict[int, int],
         edits: bool = False,
+        splits: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self._graph_hash = graph_hash
         self._inputs = inputs  # per graph input: the index of an argument, or the tensor itself (weights, constants)
         self._passed_through = passed_through  # index of an output that is an argument unchanged: index of the argument
         self._edits = edits
+        self._splits = splits  # of the arguments, on a mesh
 
     def __call__(self, *args: torch.Tensor) -> list[torch.Tensor]:
-        """Run it on ``args``; the outputs are device tensors that may still be being computed. Host sync: no."""
+        """Run it on ``args``; the outputs are device tensors that may still be being computed. Host sync: no.
+
+        Raises:
+            EngineError: an argument is split over the mesh in another way than those that it was compiled for.
+        """
         import torch_xla
 
+        if self._splits:
+            self._check_splits(args)
         if self._edits:
             counters.edits += 1
         else:
@@ -96,9 +105,25 @@ class Program:
             outputs.insert(place, args[arg])
         return outputs
 
+    def _check_splits(self, args: Sequence[torch.Tensor]) -> None:
+        """Refuse arguments that XLA would take for something else."""
+        for number, (arg, expected) in enumerate(zip(args, self._splits, strict=True)):
+            found = mesh.split_of(arg)
+            if found != expected:
+                raise EngineError(
+                    f"program {self.name}: argument {number} is split over the devices as {found or 'nothing'}, "
+                    f"expected {expected}"
+                )
+
 
 def compile_program(
-    name: str, fn: TensorFn, args: Sequence[torch.Tensor], donated: Sequence[int] = (), *, edits: bool = False
+    name: str,
+    fn: TensorFn,
+    args: Sequence[torch.Tensor],
+    donated: Sequence[int] = (),
+    *,
+    edits: bool = False,
+    splits: Sequence[mesh.Split] | None = None,
 ) -> Program:
     """Trace ``fn`` once on ``args`` and compile the graph; nothing is run and ``args`` keep their values.
 
@@ -109,6 +134,8 @@ def compile_program(
         args: device tensors, materialised, of the shapes and dtypes that every later call will pass.
         donated: indices of ``args`` whose memory an output of the same size takes over.
         edits: its runs count as ``counters.edits`` and not as ``counters.runs``.
+        splits: of each output, on a mesh, where ``fn`` computes with one device's parts of ``args``. None means that
+            all outputs are the same on all devices.
 
     Compiles: once per call; the caller keeps the result.
 
@@ -128,15 +155,23 @@ def compile_program(
     known_fallbacks = fallback_ops()
     torch_xla.sync()
     xm.wait_device_ops()
-    index_of = {xlac._xla_get_tensor_id(arg): i for i, arg in enumerate(args)}
+    on_mesh = not mesh.current().is_single
+    parts = [mesh.to_part(arg) for arg in args] if on_mesh else args
+    index_of = {_input_id(part): i for i, part in enumerate(parts)}
     for i in donated:
         xlac._set_buffer_donation(args[i], True)
-    traced = fn(*args)
+    traced = fn(*parts)
     fallbacks = fallback_ops() - known_fallbacks
     if fallbacks:
         raise UnsupportedOpError(name, sorted(fallbacks))
-    origins = [index_of.get(xlac._xla_get_tensor_id(output)) for output in traced]
-    computed = [output for output, origin in zip(traced, origins, strict=True) if origin is None]
+    argument_of = {xlac._xla_get_tensor_id(part): i for i, part in enumerate(parts)}
+    origins = [argument_of.get(xlac._xla_get_tensor_id(output)) for output in traced]
+    every = splits or [mesh.WHOLE] * len(traced)
+    computed = [
+        mesh.to_whole(output, split) if on_mesh else output
+        for output, split, origin in zip(traced, every, origins, strict=True)
+        if origin is None
+    ]
     ids, values = xlac._get_tensors_xla_device_data_node(computed)
     inputs = [index_of.get(tensor_id, value) for tensor_id, value in zip(ids, values, strict=True)]
     compilations = xla_compilations()
@@ -150,4 +185,15 @@ def compile_program(
     counters.compiled += 1
     counters.expected += xla_compilations() - compilations
     counters.compile_s += time.perf_counter() - began
-    return Program(name, graph_hash, inputs, passed_through, edits)
+    return Program(name, graph_hash, inputs, passed_through, edits, tuple(map(mesh.split_of, args)) if on_mesh else ())
+
+
+def _input_id(arg: torch.Tensor) -> int:
+    """The number by which torch_xla will tell an argument, or a device's part of one, among the inputs of a graph."""
+    import torch_xla
+
+    xlac = torch_xla._XLAC
+    if not mesh.current().is_single:
+        # of a tensor that is split each question for its number gives it a new one: that of the answer
+        _, (arg,) = xlac._get_tensors_xla_device_data_node([arg])
+    return int(xlac._xla_get_tensor_id(arg))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llama.xla import backend, modules, transfers
+from llama.xla import backend, mesh, modules, transfers
 
 # XLA:CPU slices bfloat16 by way of float32 and back, number by number; as integers they are only moved
 HALVES = {torch.bfloat16: torch.int16}
@@ -26,15 +26,11 @@ HALVES = {torch.bfloat16: torch.int16}
 
 def spans_layers(device: torch.device) -> bool:
     """Whether stacks are ranges of memory that holds the layers' own tensors; else they are tensors of their own."""
-    return device.type != "xla" or backend.device_kind() == "CPU"
+    return device.type != "xla" or (backend.device_kind() == "CPU" and mesh.current().is_single)
 
 
 class StackedWeight:
-    """One weight of every layer.
-
-    Attributes:
-        shape, dtype: of one layer's.
-    """
+    """One weight of every layer."""
 
     def __init__(self, whole: torch.Tensor, places: torch.Tensor | None, each: Sequence[torch.Tensor]) -> None:
         """Use ``spanning`` or ``of_one_tensor``.
@@ -45,8 +41,16 @@ class StackedWeight:
             each: every layer's own tensor; none with [L, ...].
         """
         self._whole, self._places, self._each = whole, places, tuple(each)
-        like = whole[0] if places is None else self._each[0]
-        self.shape, self.dtype = like.shape, like.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one layer's."""
+        return self._whole.shape[1:] if self._places is None else self._each[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of one layer's."""
+        return self._whole.dtype if self._places is None else self._each[0].dtype
 
     @classmethod
     def spanning(cls, each: Sequence[torch.Tensor]) -> StackedWeight:

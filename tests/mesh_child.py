@@ -1,0 +1,150 @@
+"""What tests/test_mesh.py runs in a process of its own for each mesh: everything that LLaMA does, as one JSON object.
+
+python tests/mesh_child.py TENSOR DATA CASE...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(int(sys.argv[1]) * int(sys.argv[2]))}
+
+import numpy as np
+
+from llama import DraftConfig, EngineConfig, LLaMA, ModelArgs, SamplingParams
+from llama.engine.runner import XlaRunner
+
+TENSOR, DATA = int(sys.argv[1]), int(sys.argv[2])
+SLOTS = 4
+ARGS = ModelArgs(
+    dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=1030, multiple_of=32
+)  # its vocabulary is no multiple of 4
+TIED = ModelArgs(dim=96, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=1024, multiple_of=32, tie_word_embeddings=True)
+WISHES: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 20, "min_p": 0.02},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+    {"temperature": 0.0, "logit_bias": {40: 3.0}, "bad_words": ((50, 51), (60,))},
+    {"temperature": 1.0, "typical_p": 0.6, "min_tokens": 4},
+    {"temperature": 0.9, "stop": ("e",), "include_stop": True},
+    {"temperature": 1.0, "regex": "[a-z ]{3,20}"},
+    {"temperature": 0.8, "n": 2},
+    {"temperature": 0.8, "n": 1, "best_of": 3},
+]
+
+
+def shapes(**more: Any) -> EngineConfig:
+    """The engine of every case, on this process's mesh."""
+    given = {"max_batch_size": SLOTS, "max_seq_len": 192, "buckets": (64, 8, 1), **more}
+    return EngineConfig(**given, tensor_parallel=TENSOR, data_parallel=DATA)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Made-up ids, BOS first."""
+    return [1, *np.random.default_rng(seed).integers(3, 1000, length - 1).tolist()]
+
+
+def told(results: list[Any]) -> list[Any]:
+    """What became of each prompt: its ids, and the log-probability of each."""
+    return [[r.token_ids, [each.logprob for each in r.logprobs]] for r in results]
+
+
+def controls() -> Any:
+    """Every control, in one call that has more requests than slots."""
+    llm = LLaMA.build(random_weights=ARGS, config=shapes(), seed=5)
+    params = [SamplingParams(12, seed=7 + i, logprobs=1, **wish) for i, wish in enumerate(WISHES)]
+    prompts = [prompt((5, 20, 70, 9)[i % 4], i) for i in range(len(WISHES))]
+    return told(llm.generate(prompts, params=params))
+
+
+def details() -> Any:
+    """Hidden states, logits and the prompt's own log-probabilities."""
+    llm = LLaMA.build(random_weights=ARGS, config=shapes(prefix_cache=False), seed=5)
+    wish = SamplingParams(3, 0.0, logprobs=2, prompt_logprobs=2, hidden_states=True, logits=True)
+    (result,) = llm.generate([prompt(75, 1)], params=[wish])
+    return {
+        "hidden_states": result.hidden_states.tolist(),
+        "logits": result.logits[-2:].tolist(),
+        "prompt": [each.logprob for each in result.prompt_logprobs[1:]],
+    }
+
+
+def scores() -> Any:
+    """Answers to two questions, and texts longer than the cache."""
+    llm = LLaMA.build(random_weights=TIED, config=shapes(), seed=6)
+    questions = [prompt(60, 1), prompt(40, 2)]
+    pairs = [(question, prompt(1 + n, 10 + n)[1:]) for question in questions for n in (1, 3, 9, 20)]
+    found = [score.logprob for score in llm.score(*zip(*pairs, strict=True))]
+    return [found, [rolling.logprob for rolling in llm.rolling([prompt(300, 3), prompt(20, 4)])]]
+
+
+def prefixes() -> Any:
+    """One system prompt for all, again and again; with rows that keep what slots cannot."""
+    llm = LLaMA.build(random_weights=ARGS, config=shapes(prefix_cache_bytes=8 << 20), seed=5)
+    system, found, cached = prompt(90, 1), [], []
+    for turn in range(3):
+        prompts = [system + prompt(6 + n, 100 * turn + n)[1:] for n in range(6)]
+        results = llm.generate(prompts, params=[SamplingParams(5, 0.0, logprobs=1)] * len(prompts))
+        found += told(results)
+        cached += [result.cached_tokens for result in results]
+    return {"texts": found, "cached": cached}
+
+
+def widths() -> Any:
+    """Requests of different lengths, so that steps become narrower and rows move."""
+    llm = LLaMA.build(random_weights=TIED, config=shapes(), seed=6)
+    llm.warm_up()
+    params = [SamplingParams(limit, 0.0, logprobs=1, ignore_eos=True) for limit in (4, 60, 5, 3, 6, 50, 4)]
+    return told(llm.generate([prompt(4 + n, n) for n in range(len(params))], params=params))
+
+
+def narrow() -> Any:
+    """Weights in bfloat16 and int8."""
+    found = []
+    for dtype in ("bfloat16", "int8"):
+        llm = LLaMA.build(random_weights=TIED if dtype == "int8" else ARGS, config=shapes(dtype=dtype), seed=5)
+        params = [SamplingParams(8, 0.0, logprobs=1)] * 3
+        found += told(llm.generate([prompt(20, 1), prompt(70, 2), prompt(3, 3)], params=params))
+    return found
+
+
+def drafts() -> Any:
+    """Every drafter, on the demo model."""
+    found = {}
+    text = "Once upon a time there was a dog. The dog saw a cat. The cat saw the dog. Once upon a time there was a"
+    names = ("lookup", "suffix", "lookahead", "medusa", "model")
+    for name in names:
+        from llama.config import DEMO_DIR
+
+        own = {"draft_ckpt_dir": DEMO_DIR} if name == "model" else {}
+        config = shapes(buckets=(8, 1), max_batch_size=2 * DATA)
+        llm = LLaMA.build(config=config, drafting=DraftConfig(drafter=(name,), draft_lens=(3,), **own))
+        params = [SamplingParams(16, 0.0, logprobs=1), SamplingParams(16, 0.9, seed=3, logprobs=1)]
+        results = llm.generate([text, text], params=params)
+        found[name] = {"texts": told(results), "accepted": sum(r.drafting.accepted_tokens for r in results)}
+    return found
+
+
+def memory() -> Any:
+    """Bytes of weights and cache on each device, as they are."""
+    from llama.xla import mesh
+
+    llm = LLaMA.build(random_weights=ARGS, config=shapes(), seed=5)
+    runner = llm.engine.runner
+    assert isinstance(runner, XlaRunner)
+    weights = [p for p in runner.model.parameters() if p.device.type == "xla"]
+    if TENSOR * DATA > 1:  # else the stacks are made of the layers' own
+        weights += [stack._whole for stack in runner.model.stacks.values()]
+    return [mesh.part_bytes(weights), mesh.part_bytes([runner.tensor("kv_cache")])]
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    case.__name__: case for case in (controls, details, scores, prefixes, widths, narrow, drafts, memory)
+}
+if __name__ == "__main__":
+    print(json.dumps({name: CASES[name]() for name in sys.argv[3:] or CASES}))
