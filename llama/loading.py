@@ -53,7 +53,7 @@ def load_model(
     if source is None:
         named = checkpoint.random_tensors(args, seed)
     else:
-        named = checkpoint.checked(source, allow_nan, checkpoint.loading_order(source.infos(), device))
+        named = checkpoint.checked(source, allow_nan)
     with tqdm(
         total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
     ) as bar:

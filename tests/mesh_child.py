@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(int(sys.argv[1]) * int(sys.argv[2]))}
@@ -116,7 +118,7 @@ def narrow() -> Any:
 def drafts() -> Any:
     """Every drafter, on the demo model."""
     found = {}
-    text = "Once upon a time there was a dog. The dog saw a cat. The cat saw the dog. Once upon a time there was a"
+    text = "Once upon a time there was a dog. The dog was big. Once upon a time there was a dog. The dog was big. Once"
     names = ("lookup", "suffix", "lookahead", "medusa", "model")
     for name in names:
         from llama.config import DEMO_DIR
@@ -143,8 +145,47 @@ def memory() -> Any:
     return [mesh.part_bytes(weights), mesh.part_bytes([runner.tensor("kv_cache")])]
 
 
+def files() -> Any:
+    """Checkpoints of one shape in several files, in the directories that MESH_FILES names."""
+    found = {}
+    for directory in os.environ["MESH_FILES"].split(":"):
+        for dtype in ("auto", "int8"):
+            llm = LLaMA.build(directory, config=shapes(max_batch_size=DATA, dtype=dtype))
+            (result,) = llm.generate([prompt(12, 1)], params=[SamplingParams(8, 0.0, logprobs=1)])
+            found[dtype] = [*found.get(dtype, []), *told([result])]
+    return found
+
+
+def loading() -> Any:
+    """Anonymous memory that loading the checkpoint in MESH_FILES takes at most, and the bytes of its weights."""
+    from llama.sharding import Mesh
+    from llama.xla import backend
+
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+    backend.init(Mesh(DATA, TENSOR))
+    before = most = anonymous()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, anonymous())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    llm = LLaMA.build(os.environ["MESH_FILES"], config=shapes(max_batch_size=DATA, max_seq_len=16, buckets=(1,)))
+    done.set()
+    watching.join()
+    assert isinstance(llm.engine.runner, XlaRunner)
+    return [most - before, sum(p.nbytes for p in llm.engine.runner.model.parameters())]
+
+
 CASES: dict[str, Callable[[], Any]] = {
-    case.__name__: case for case in (controls, details, scores, prefixes, widths, narrow, drafts, memory)
+    case.__name__: case
+    for case in (controls, details, scores, prefixes, widths, narrow, drafts, memory, files, loading)
 }
 if __name__ == "__main__":
     print(json.dumps({name: CASES[name]() for name in sys.argv[3:] or CASES}))

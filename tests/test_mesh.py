@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import ROOT, finished
 
-from llama import EngineConfig, ModelArgs
+from llama import EngineConfig, ModelArgs, checkpoint
+from llama.checkpoint.reshard import reshard
+from llama.config import DEMO_DIR
 from llama.errors import ConfigError
 from llama.sharding import Mesh, collectives
 
@@ -85,6 +89,47 @@ def test_a_device_holds_its_part(mesh: tuple[int, int]) -> None:
     assert weights <= 1.05 * whole / min(tensor, 2) if tensor == 2 else weights <= 1.35 * whole / tensor
     heads = min(tensor, 2)  # there are two key heads
     assert kv_cache == whole_cache / (heads * data)
+
+
+@pytest.mark.parametrize("mesh", [(4, 1), (2, 2)])
+def test_every_drafter_works(mesh: tuple[int, int]) -> None:
+    """On the demo model, with a draft model of its own shape: the same texts, and drafts that came true."""
+    found, expected = results(*mesh, "drafts")["drafts"], results(1, 1, "drafts")["drafts"]
+    assert_alike(found, expected)
+    assert sum(each["accepted"] > 0 for each in found.values()) >= 4
+
+
+def checkpoint_of(directory: Path, args: ModelArgs) -> Path:
+    """A checkpoint in Meta's format with random weights."""
+    directory.mkdir()
+    params = {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads}
+    params |= {"vocab_size": args.vocab_size, "multiple_of": args.multiple_of, "norm_eps": args.norm_eps}
+    (directory / "params.json").write_text(json.dumps(params))
+    torch.save(dict(checkpoint.random_tensors(args, seed=3)), directory / "consolidated.00.pth")
+    shutil.copy(DEMO_DIR / "tokenizer.model", directory)
+    return directory
+
+
+def test_files_of_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint in one file and in two, on four devices, and one for four ranks on one device."""
+    whole = checkpoint_of(tmp_path / "1", ModelArgs(64, 2, 8, 4, 1024, multiple_of=32))
+    for parts in (2, 4):
+        reshard(whole, tmp_path / str(parts), parts)
+        shutil.copy(whole / "tokenizer.model", tmp_path / str(parts))
+    monkeypatch.setenv("MESH_FILES", ":".join(str(tmp_path / name) for name in ("1", "2", "4")))
+    found, expected = results(4, 1, "files")["files"], results(1, 1, "files")["files"]
+    assert_alike(found, expected)
+    for texts in found.values():
+        assert texts[0] == texts[1] == texts[2]
+
+
+def test_loading_holds_no_second_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a model goes to four devices the process holds at most 1.25 times its weights."""
+    shape = ModelArgs(dim=768, n_layers=8, n_heads=12, n_kv_heads=4, vocab_size=1024, multiple_of=256)
+    monkeypatch.setenv("MESH_FILES", str(checkpoint_of(tmp_path / "model", shape)))
+    most, weights = results(4, 1, "loading")["loading"]
+    assert weights > 200e6
+    assert weights < most <= 1.25 * weights
 
 
 # --- what is communicated ---------------------------------------------------------------------------------------------

@@ -428,7 +428,8 @@ def test_details_of_a_fake() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_anything_at_any_time(seed: int, invariant: bool, groups: int) -> None:
     """Requests, scores, samples, salts and cancels over a few prefixes, in slots of one group of devices or of two, and
-    two kept rows: every result is what the request gets alone. A position that another left behind would raise or change it.
+    two kept rows: every result is what the request gets alone. A position that another left behind would raise or
+    change it.
     """
     chooser = random.Random(seed)
     kept, slots = chooser.choice([0, 2]), groups * chooser.choice([1, 3])

@@ -12,8 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,9 +24,9 @@ from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
 from llama.compiled.model import Linear, Transformer
 from llama.config import ModelArgs
-from llama.sharding import LAYER, numberless
+from llama.sharding import LAYER
 from llama.xla import backend, transfers
-from llama.xla.stacks import StackedWeight, spans_layers
+from llama.xla.stacks import StackInTheMaking, spans_layers
 
 __all__ = [
     "Source",
@@ -35,7 +34,6 @@ __all__ = [
     "checked",
     "is_finite",
     "is_scale",
-    "loading_order",
     "open_checkpoint",
     "place",
     "random_tensors",
@@ -55,15 +53,14 @@ def place(
 
     Args:
         model: its parameters are replaced.
-        tensors: (name, host tensor) for every parameter; in ``loading_order`` where stacks are tensors of
-            their own, or the host holds them all at once.
+        tensors: (name, host tensor) for every parameter.
         dtype: storage dtype on the device; int8 quantises the linear layers (quantize.py) and keeps the rest.
 
     Yields:
         The number of bytes of each tensor, when it is on the device, for a progress bar.
     """
     on_the_way, in_ranges = 0, spans_layers(device)
-    filling: dict[str, Filling] = {}  # by name in a layer
+    filling: dict[str, StackInTheMaking] = {}  # by name in a layer
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
@@ -71,15 +68,17 @@ def place(
         del tensor  # or it would stay in memory while the next one is read
         size = 0
         for part, host in stored.items():
-            layer = LAYER.match(name)
             if in_ranges:
                 placed = transfers.adopt(host, device)
             else:
                 pieces, axis = device_parts(f"{module}.{part}", host, model.args, model.parts)
-                if layer is None:
-                    placed = transfers.upload(host, device) if axis is None else transfers.upload_parts(pieces, axis)
-                else:
-                    _fill(model, filling, f"{module[layer.end() :]}.{part}", int(layer[1]), pieces, axis, device)
+                placed = transfers.upload(host, device) if axis is None else transfers.upload_parts(pieces, axis)
+                layer = LAYER.match(name)
+                if layer is not None:
+                    stack = f"{module[layer.end() :]}.{part}"
+                    if stack not in filling:
+                        filling[stack] = StackInTheMaking(model.args.n_layers, placed, axis)
+                    filling[stack].put(int(layer[1]), placed)
                     placed = host.to("meta")
                 del pieces
             setattr(owner, part, nn.Parameter(placed, requires_grad=False))
@@ -91,58 +90,13 @@ def place(
             on_the_way = 0
         yield size
     model.rotary = transfers.upload(model.rotary, device)
+    model.stacks |= {name: stack.finished() for name, stack in filling.items()}
     if in_ranges and device.type == "xla":
         model.stack_layers()
     if model.parts > 1:
         rows = len(model.tok_embeddings.weight) // model.parts
         first_ids = [torch.tensor([rows * rank]) for rank in range(model.parts)]
         model.tok_embeddings.register_buffer("first_id", transfers.upload_parts(first_ids, 0), persistent=False)
-
-
-class Filling(NamedTuple):
-    """A stack that is being filled, layer by layer.
-
-    Attributes:
-        stacks: [L, ...] on the host, one for each device's part.
-        layers: how many layers are in them.
-    """
-
-    stacks: list[torch.Tensor]
-    layers: int
-
-
-def _fill(
-    model: Transformer,
-    filling: dict[str, Filling],
-    name: str,
-    layer: int,
-    pieces: Sequence[torch.Tensor],
-    axis: int | None,
-    device: torch.device,
-) -> None:
-    """Copy the devices' parts of a layer's weight into the stacks of its name, and hand them over when they are full.
-
-    Args:
-        pieces, axis: as ``device_parts`` returns them.
-    """
-    layers = model.args.n_layers
-    if name not in filling:
-        filling[name] = Filling([torch.empty(layers, *piece.shape, dtype=piece.dtype) for piece in pieces], 0)
-    stacks, count = filling.pop(name)
-    for stack, piece in zip(stacks, pieces, strict=True):
-        stack[layer] = piece
-    if count + 1 < layers:
-        filling[name] = Filling(stacks, count + 1)
-        return
-    whole = transfers.upload(stacks[0], device) if axis is None else transfers.upload_parts(stacks, axis + 1)
-    model.stacks[name] = StackedWeight.of_one_tensor(whole)
-
-
-def loading_order(names: Iterable[str], device: torch.device) -> list[str]:
-    """Names of weights in the order in which ``place`` needs the least memory: where stacks are tensors of their own,
-    those of all layers that share a stack side by side.
-    """
-    return list(names) if spans_layers(device) else sorted(names, key=numberless)
 
 
 def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:

@@ -37,8 +37,15 @@ CPU_FLAGS = (
 # hands out zeroed pages at 1 to 4 GB/s, which was most of a batched attention's time. So freed memory is kept
 # (docs/log.md, 2026-11-21), but from the first compile on only: what loading frees would stay, too. One arena serves
 # all threads, the others cannot grow large.
-MALLOC_PARAMETERS = {"M_ARENA_MAX": -8, "M_MMAP_MAX": -4, "M_TRIM_THRESHOLD": -1}  # their numbers in malloc.h
+MALLOC_PARAMETERS = {  # their numbers in malloc.h
+    "M_ARENA_MAX": -8,
+    "M_MMAP_MAX": -4,
+    "M_MMAP_THRESHOLD": -3,
+    "M_TRIM_THRESHOLD": -1,
+}
 MALLOC_AT_START = {"M_ARENA_MAX": 1}
+# Weights are copied to the devices of a mesh, and what has been copied is given back at once.
+MALLOC_FOR_MESH = {"M_MMAP_THRESHOLD": 2**18}
 MALLOC_FOR_RUNS = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": 2**31 - 1}
 
 
@@ -56,6 +63,8 @@ def init(devices: Mesh = Mesh()) -> torch.device:  # noqa: B008  (it is frozen)
     """
     torch_xla = prepare()
     mesh.start(devices)
+    if not devices.is_single and device_kind() == "CPU":
+        set_malloc(MALLOC_FOR_MESH)
     device: torch.device = torch_xla.device()
     _wait_at_exit()
     return device

@@ -242,6 +242,12 @@ def put_rows(x: torch.Tensor, rows: torch.Tensor, first: torch.Tensor) -> torch.
     return result
 
 
+def put_layer(whole: torch.Tensor, weight: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+    """A stack [L, ...] with a layer's weight in its place; ``layer`` is an int32 of one element."""
+    result: torch.Tensor = _put_rows_op()(whole, weight.unsqueeze(0), layer, may_lack=False)
+    return result
+
+
 @cache
 def _float_bits_op() -> Any:
     """The registered XLA operation behind ``float_bits``."""

@@ -149,7 +149,8 @@ def compile_program(
 
     if device_kind() == "CPU":
         _refuse_without_maps(name)
-        set_malloc(MALLOC_FOR_RUNS)
+        if not edits:  # those of loading among them would keep what loading frees
+            set_malloc(MALLOC_FOR_RUNS)
     xlac = torch_xla._XLAC
     began = time.perf_counter()
     known_fallbacks = fallback_ops()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llama.xla import backend, mesh, modules, transfers
+from llama.xla import backend, mesh, modules, ops, programs, transfers
 
 # XLA:CPU slices bfloat16 by way of float32 and back, number by number; as integers they are only moved
 HALVES = {torch.bfloat16: torch.int16}
@@ -80,6 +80,37 @@ class StackedWeight:
     def at(self, layer: torch.Tensor) -> LayerWeight:
         """The weight of a layer; ``layer`` is an int32 scalar that a loop counts."""
         return LayerWeight(self, layer)
+
+
+class StackInTheMaking:
+    """A stack that is one tensor on the device, into which the layers' weights are put there: the host never holds it.
+
+    Args:
+        layers: L.
+        like: a layer's weight on the device.
+        axis: along which it is split over the devices of a mesh; None where it is whole.
+    """
+
+    def __init__(self, layers: int, like: torch.Tensor, axis: int | None) -> None:
+        split = mesh.WHOLE if axis is None else (*[None] * (axis + 1), "tensor")
+        self._whole = transfers.zeros((layers, *like.shape), like.dtype, like.device, split)
+        number = transfers.upload(torch.tensor([0], dtype=torch.int32), like.device)
+        self._put = programs.compile_program(
+            "(stack)", _with_layer, (self._whole, like, number), donated=(0,), edits=True, splits=[split]
+        )
+
+    def put(self, layer: int, weight: torch.Tensor) -> None:
+        """Put a layer's weight where it belongs."""
+        number = transfers.upload(torch.tensor([layer], dtype=torch.int32), weight.device)
+        (self._whole,) = self._put(self._whole, weight, number)
+
+    def finished(self) -> StackedWeight:
+        """The stack, after the last layer."""
+        return StackedWeight.of_one_tensor(self._whole)
+
+
+def _with_layer(whole: torch.Tensor, weight: torch.Tensor, layer: torch.Tensor) -> tuple[torch.Tensor]:
+    return (ops.put_layer(whole, weight, layer),)
 
 
 class LayerWeight:
