@@ -6,6 +6,7 @@ each sample at its end, and ``generate`` and ``stream`` are the two usual ways t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,7 @@ from llama.engine.scheduler import KEEP_PAYS
 from llama.engine.sequence import DraftCounts, Sequence as Request
 from llama.errors import ConfigError, InterruptedRunError, PromptError, RecompileError
 from llama.grammar import Grammars
-from llama.inputs import Prompt, encode_prompt, make_sequences, scored_sequence
+from llama.inputs import Prompt, encode_prompt, make_sequences, random_seed, scored_sequence
 from llama.loading import load_model, matched, mesh_for
 from llama.outputs import (
     ChatPrediction,
@@ -52,7 +53,7 @@ from llama.scoring import Pair, RollingScore, Score, TooLong, encode_pair, fitte
 from llama.sharding import Mesh
 from llama.startup import Startup
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from llama.xla import backend
+from llama.xla import backend, mesh
 from llama.xla.counters import counters, surprises
 
 log = logging.getLogger("llama")
@@ -62,7 +63,12 @@ SCORED_AT_ONCE = 2048  # sequences that a call of the engine holds, so that memo
 
 
 class LLaMA:
-    """A model, its tokenizer and its engine. Make one with ``LLaMA.build``."""
+    """A model, its tokenizer and its engine. Make one with ``LLaMA.build``.
+
+    Attributes:
+        hosts: how many processes run the model together, each on the devices of its host. All of them make the same
+            calls in the same order, from one thread; seeds that are not given are then 1, 2, 3 and so on.
+    """
 
     def __init__(
         self,
@@ -72,7 +78,11 @@ class LLaMA:
         defaults: GenerationDefaults | None = None,
         directory: Path = DEMO_DIR,
         startup: Startup | None = None,
+        hosts: int = 1,
     ) -> None:
+        self.hosts = hosts
+        # what differs from host to host must not reach the device: they run one program together
+        self._fresh_seed = random_seed if hosts == 1 else itertools.count(1).__next__
         self.defaults = defaults or GenerationDefaults()
         self.directory = directory
         self.engine = engine
@@ -163,10 +173,12 @@ class LLaMA:
         log.info("Loaded in %.2f seconds", load_s)
         defaults = GenerationDefaults() if source is None else source.defaults
         engine = Engine(config, runner)
+        hosts = 1 if mesh.current().is_single else mesh.host_count()
         if drafter is not None:
-            adaptive = isinstance(drafting, DraftConfig) and drafting.is_adaptive
+            # measured seconds differ from host to host, and every host must take the same steps
+            adaptive = isinstance(drafting, DraftConfig) and drafting.is_adaptive and hosts == 1
             engine.drafting = Drafting.of(drafter, config, model.args.vocab_size, adaptive=adaptive)
-        return cls(engine, tokenizer, load_s, defaults, directory, startup)
+        return cls(engine, tokenizer, load_s, defaults, directory, startup, hosts)
 
     def warm_up(self) -> float:
         """Compile every program that any prompt and parameter can need, and say how many seconds it took.
@@ -517,7 +529,8 @@ class LLaMA:
         """
         eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *stop_ids)))
         vocab_size, room = self.vocab_size, self.config.max_seq_len
-        sequences = make_sequences(prompts, params, self.tokenizer, eos_ids, vocab_size, room, self._grammars)
+        grammars, fresh_seed = self._grammars, self._fresh_seed
+        sequences = make_sequences(prompts, params, self.tokenizer, eos_ids, vocab_size, room, grammars, fresh_seed)
         if not sequences:
             return
         call, totals, ranking = Call(self._in_run_order(sequences)), Totals(), _Ranking()

@@ -6,7 +6,7 @@ No tensor here: the command line checks prompts before torch is imported.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence as Sequences
+from collections.abc import Callable, Sequence as Sequences
 from dataclasses import replace
 
 from llama.config import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_STOP_IDS
@@ -65,6 +65,11 @@ def check_fit(index: int, prompt_tokens: int, max_gen_len: int, max_seq_len: int
     )
 
 
+def random_seed() -> int:
+    """A seed of 63 bits."""
+    return secrets.randbits(63)
+
+
 def make_sequences(
     prompts: Sequences[Prompt],
     params: Sequences[SamplingParams],
@@ -73,6 +78,7 @@ def make_sequences(
     vocab_size: int,
     max_seq_len: int,
     grammars: Grammars,
+    fresh_seed: Callable[[], int] = random_seed,
 ) -> list[Sequence]:
     """The sequences of a call, prompt by prompt and sample by sample.
 
@@ -84,6 +90,7 @@ def make_sequences(
         vocab_size: rows of the embedding.
         max_seq_len: positions of a slot.
         grammars: of this tokenizer.
+        fresh_seed: makes the seed of a prompt whose parameters have none.
 
     Raises:
         PromptError: a prompt that cannot be read or does not fit.
@@ -98,7 +105,7 @@ def make_sequences(
         check_ids(wanted, vocab_size)
         stop_ids = _stop_ids(wanted, eos_ids)
         bad_words = _bad_words(wanted, tokenizer)
-        seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+        seed = fresh_seed() if wanted.seed is None else wanted.seed
         leader = None
         for number in range(wanted.samples):
             # the samples share the details of their prompt: the first one finds them

@@ -47,13 +47,10 @@ def load_model(
         config, on_cpu=backend.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
     )
     memory = check_fits(args, config, dtype, activation_dtype, backend.free_memory(device))
-    log.debug("Memory: %s", memory)
+    log.debug("Memory%s: %s", "" if mesh.current().is_single else " on each device", memory)
     with torch.device("meta"):
         model = Transformer(args, config.positions, activation_dtype, config.tensor_parallel)
-    if source is None:
-        named = checkpoint.random_tensors(args, seed)
-    else:
-        named = checkpoint.checked(source, allow_nan)
+    named = checkpoint.random_tensors(args, seed) if source is None else checkpoint.checked(source, allow_nan)
     with tqdm(
         total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
     ) as bar:
@@ -73,11 +70,18 @@ def mesh_for(config: EngineConfig, args: ModelArgs) -> EngineConfig:
         return config
     count = mesh.device_count()
     tensor = tensor or max(count // data, 1)
-    sharding.check(args, sharding.Mesh(data, tensor), count)
-    if data > 1 and mesh.host_count() > 1:
+    hint = "; CPU_NUM_DEVICES in the environment says how many a CPU is" if backend.device_kind() == "CPU" else ""
+    sharding.check(args, sharding.Mesh(data, tensor), count, hint)
+    hosts = mesh.host_count()
+    if hosts > 1 and data > 1:
         raise ConfigError(
-            f"data_parallel: got {data} on {mesh.host_count()} hosts; groups of slots live on one host. Leave it out, "
-            "or divide the prompts among the hosts: llama-xla batch does"
+            f"data_parallel: got {data} on {hosts} hosts; groups of slots live on one host. Leave it out, or give each "
+            "host its own devices and divide the prompts: llama-xla batch does"
+        )
+    if hosts > 1 and config.collect_s:
+        raise ConfigError(
+            f"collect_s: got {config.collect_s} on {hosts} hosts, whose clocks differ; leave it out: all must take the "
+            "same steps"
         )
     return replace(config, tensor_parallel=tensor)
 

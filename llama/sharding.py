@@ -200,7 +200,7 @@ def _ceil(size: int, parts: int) -> int:
     return -(-size // parts)
 
 
-def check(args: ModelArgs, mesh: Mesh, device_count: int | None = None) -> None:
+def check(args: ModelArgs, mesh: Mesh, device_count: int | None = None, hint: str = "") -> None:
     """Check that a model can be split over a mesh, and that the mesh has the devices that there are.
 
     T divides the key/value heads, or they divide T: then the query heads of one are split over several devices, and
@@ -208,6 +208,7 @@ def check(args: ModelArgs, mesh: Mesh, device_count: int | None = None) -> None:
 
     Args:
         device_count: the number of devices; None does not compare it.
+        hint: for the end of the message about that number.
 
     Raises:
         ConfigError: heads that cannot be divided so, devices that would have nothing but zeros, or another number of
@@ -224,7 +225,7 @@ def check(args: ModelArgs, mesh: Mesh, device_count: int | None = None) -> None:
         pairs = [f"{t}{grouped}{device_count // t}" for t in fitting(args) if device_count % t == 0]
         raise ConfigError(
             f"tensor_parallel: got {mesh.tensor}{grouped}{mesh.data}, {mesh.devices} devices together, "
-            f"but there are {device_count}; expected {', or '.join(pairs)}"
+            f"but there are {device_count}; expected {', or '.join(pairs)}{hint}"
         )
 
 

@@ -255,11 +255,41 @@ def test_the_text_of_four_devices(monkeypatch: pytest.MonkeyPatch, flags: str) -
     assert several.code == 0
 
 
+def child(code: str) -> str:
+    """What code prints in a process of two CPU devices."""
+    environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_hosts_that_run_one_program_take_the_same_steps() -> None:
+    """Seeds that are not given are counted, drafts do not depend on clocks, and what clocks decide is refused."""
+    out = child("""
+from llama import DraftConfig, EngineConfig, LLaMA
+from llama.errors import ConfigError
+from llama.xla import mesh
+mesh.host_count = lambda: 2
+config = EngineConfig(max_seq_len=64, tensor_parallel=2)
+llm = LLaMA.build(config=config, drafting=DraftConfig())
+print([result.seed for result in llm.generate(["Once", "Tom"], 2, 1.0)], type(llm.engine.drafting.pace).__name__)
+for wrong in ({"collect_s": 0.1}, {"tensor_parallel": 1, "data_parallel": 2, "max_batch_size": 2}):
+    try:
+        LLaMA.build(config=EngineConfig(**{"tensor_parallel": 2, "max_seq_len": 64, **wrong}))
+    except ConfigError as error:
+        print(error)
+""")
+    seeds, *refused = out.splitlines()
+    assert seeds == "[1, 2] Pace"
+    assert [line.split(",")[0].split(";")[0] for line in refused] == [
+        "collect_s: got 0.1 on 2 hosts",
+        "data_parallel: got 2 on 2 hosts",
+    ]
+
+
 def test_a_process_has_one_mesh() -> None:
     """A second model on another mesh is refused, and the first goes on."""
-    code = """
-import os
-os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
+    out = child("""
 from llama import EngineConfig, LLaMA
 from llama.errors import ConfigError
 llm = LLaMA.build(config=EngineConfig(max_seq_len=64, tensor_parallel=2))
@@ -270,7 +300,5 @@ for config in (EngineConfig(max_seq_len=64), EngineConfig(max_seq_len=64, max_ba
     except ConfigError as error:
         print(error)
 assert llm.generate(["Once"], 4, 0.0)[0].token_ids == before
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("this process runs on 2 with 1 already, and a process has one mesh") == 2
+""")
+    assert out.count("this process runs on 2 with 1 already, and a process has one mesh") == 2

@@ -170,6 +170,11 @@ class _Job:
     def load(self) -> LLaMA:
         """Load the model; from here on the log is that of the batch."""
         llm = loaded(self._loading, self._config, self._tokenizer, self.quiet)
+        if llm.hosts > 1:
+            raise FlagError(
+                f"--tensor_parallel: got devices of {llm.hosts} hosts, which run one program together, but the lines are "
+                "divided among the hosts; give each host its own devices, or run llama-xla generate"
+            )
         self._defaults = llm.sampling(**self._given)
         progress_log.setLevel(log.level)
         if not self._verbose:  # a line for every chunk of every prompt would drown the others

@@ -146,11 +146,11 @@ def host_memory() -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that the device has free: of the host on the CPU device, else what the device reports, or None where it
-    does not.
+    """Bytes that the device has free, or each device of a mesh: its share of the host's on the CPU device, else what
+    the device reports, or None where it does not.
     """
     if device_kind() == "CPU":
-        return host_memory()
+        return host_memory() // mesh.current().devices
     import torch_xla.core.xla_model as xm
 
     try:
