@@ -919,3 +919,39 @@ def stand_in_for_torch_xla(folder: Path) -> Path:
         "addressable_runtime_device_count = lambda: 4\nglobal_runtime_device_count = lambda: 16\n"
     )
     return package.parent
+
+
+def test_three_hosts_divide_a_batch_and_one_is_killed(over_ssh: list[str], tmp_path: Path) -> None:
+    """The demo model on three hosts; a killed one ends the others and costs nothing but the lines it had not finished:
+    the next run's file is that of one process without an interruption.
+    """
+    lines = [{"custom_id": str(n), "prompt": "Once upon a time", "max_gen_len": 120 + n % 9} for n in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = [sys.executable, "-m", "llama.cli", "batch", "--input", str(tmp_path / "in.jsonl"), "--batch_invariant"]
+    batch += ["True", "--max_batch_size", "1", "--output", str(tmp_path / "out.jsonl")]
+    hosts = [*over_ssh, "--env", "PJRT_DEVICE=CPU", "--workdir", str(ROOT)]
+    first = Launcher(tmp_path, [*hosts, "--", *batch])
+    parts = tmp_path / "out.jsonl.parts"
+
+    def has_begun() -> bool:
+        """Whether every rank has answered a line."""
+        return sum(part.read_bytes().count(b"\n") > 1 for part in parts.glob("part-*.jsonl")) == 3
+
+    wait_until(has_begun, TIMEOUT_S, "a rank did not begin")
+    ranks = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[1:4] == batch[1:4]]
+    ours = [p for p in ranks if str(tmp_path / "in.jsonl") in p.cmdline()]
+    assert len(ours) == 3
+    killed = next(p for p in ours if p.environ()["RANK"] == "1")
+    killed.kill()
+    ended = first.end(20)
+    assert ended.code == 137
+    assert re.search(r"rank 1.*killed by SIGKILL|\(1\).*killed by SIGKILL", ended.err), ended.err
+    assert_gone([[p.pid for p in ours]])
+    done = sum(part.read_bytes().count(b"\n") - 1 for part in parts.glob("part-*.jsonl"))
+    assert 3 <= done < len(lines)
+    second = Launcher(tmp_path, [*hosts, "--", *batch]).end()
+    assert (second.code, second.out) == (0, b""), second.err
+    alone = subprocess.run([*batch[:-1], str(tmp_path / "one.jsonl")], cwd=ROOT, capture_output=True, timeout=TIMEOUT_S)
+    assert alone.returncode == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not parts.exists()
