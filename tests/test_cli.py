@@ -106,16 +106,6 @@ def test_an_unknown_flag_like_no_other_points_to_the_help(run: Run) -> None:
     assert "did you mean" not in outcome.err
 
 
-@pytest.mark.parametrize("value", [["--mp", "2"], ["--mp=2"]])
-def test_mp_is_refused_by_name(run: Run, value: list[str]) -> None:
-    """The original's flag for several devices is known and not supported, which is another message than a
-    misspelling's.
-    """
-    outcome = run("generate", *value)
-    refused_at_once(outcome, "--mp", "not supported")
-    assert "did you mean" not in outcome.err
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

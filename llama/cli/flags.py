@@ -25,7 +25,6 @@ ALIASES = {  # other systems' names, where a command has the flag that they stan
     "repeat_penalty": "repetition_penalty",
     "draft_len": "draft_lens",
 }
-NOT_YET = {"mp": "splitting a model over several devices is not supported yet; run without it, on one device"}
 
 
 def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
@@ -82,8 +81,6 @@ def _is_flag(argument: str, known: Mapping[str, str]) -> bool:
 
 
 def _unknown(written: str, name: str, known: dict[str, str]) -> str:
-    if name in NOT_YET:
-        return f"--{written}: {NOT_YET[name]}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
     return f"unknown flag --{written}; {hint}"
