@@ -172,8 +172,8 @@ class _Job:
         llm = loaded(self._loading, self._config, self._tokenizer, self.quiet)
         if llm.hosts > 1:
             raise FlagError(
-                f"--tensor_parallel: got devices of {llm.hosts} hosts, which run one program together, but the lines are "
-                "divided among the hosts; give each host its own devices, or run llama-xla generate"
+                f"--tensor_parallel: got devices of {llm.hosts} hosts, which run one program together, but the lines "
+                "are divided among the hosts; give each host its own devices, or run llama-xla generate"
             )
         self._defaults = llm.sampling(**self._given)
         progress_log.setLevel(log.level)
