@@ -53,7 +53,7 @@ USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorc
   llama-xla batch      answer every line of a file, over one or several processes
   llama-xla eval       run lm-evaluation-harness's tasks
   llama-xla score      choose between given answers, and count the right ones
-  llama-xla plan       show how a prompt is cut into chunks
+  llama-xla plan       show how a prompt is cut into chunks, or a model over devices
   llama-xla inspect    show what a checkpoint holds and needs
   llama-xla convert    write a checkpoint as safetensors
   llama-xla reshard    split or join a checkpoint in Meta's format
