@@ -99,10 +99,31 @@ def prefixes() -> Any:
 
 def widths() -> Any:
     """Requests of different lengths, so that steps become narrower and rows move."""
-    llm = LLaMA.build(random_weights=TIED, config=shapes(), seed=6)
+    llm = LLaMA.build(random_weights=TIED, config=shapes(fail_on_recompile=True), seed=6)
     llm.warm_up()
     params = [SamplingParams(limit, 0.0, logprobs=1, ignore_eos=True) for limit in (4, 60, 5, 3, 6, 50, 4)]
     return told(llm.generate([prompt(4 + n, n) for n in range(len(params))], params=params))
+
+
+def threads() -> Any:
+    """Two callers at once, one of which stops listening."""
+    llm = LLaMA.build(random_weights=ARGS, config=shapes(), seed=5)
+    wish = SamplingParams(30, 0.0, logprobs=1, ignore_eos=True)
+    found: dict[int, Any] = {}
+
+    def call(number: int) -> None:
+        found[number] = told(llm.generate([prompt(20 + n, n) for n in range(number, number + 3)], params=[wish] * 3))
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in (0, 10)]
+    dropped = llm.pieces([prompt(9, 50)], [wish])
+    next(dropped)
+    for caller in callers:
+        caller.start()
+    next(dropped)
+    dropped.close()
+    for caller in callers:
+        caller.join()
+    return [found[0], found[10]]
 
 
 def narrow() -> Any:
@@ -185,7 +206,7 @@ def loading() -> Any:
 
 CASES: dict[str, Callable[[], Any]] = {
     case.__name__: case
-    for case in (controls, details, scores, prefixes, widths, narrow, drafts, memory, files, loading)
+    for case in (controls, details, scores, prefixes, widths, threads, narrow, drafts, memory, files, loading)
 }
 if __name__ == "__main__":
     print(json.dumps({name: CASES[name]() for name in sys.argv[3:] or CASES}))

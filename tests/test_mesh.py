@@ -28,7 +28,7 @@ from llama.sharding import Mesh, collectives
 pytestmark = pytest.mark.slow
 
 CHILD = Path(__file__).with_name("mesh_child.py")
-EVERYTHING = ("controls", "details", "scores", "prefixes", "widths", "narrow", "memory")
+EVERYTHING = ("controls", "details", "scores", "prefixes", "widths", "threads", "narrow", "memory")
 # tensor_parallel and data_parallel: what is run there
 MESHES: dict[tuple[int, int], tuple[str, ...]] = {
     (2, 1): ("controls", "memory"),
@@ -300,5 +300,17 @@ for config in (EngineConfig(max_seq_len=64), EngineConfig(max_seq_len=64, max_ba
     except ConfigError as error:
         print(error)
 assert llm.generate(["Once"], 4, 0.0)[0].token_ids == before
+from llama.engine.programs import Program
+from llama.errors import EngineError
+from llama.xla import mesh
+import torch
+runner = llm.engine.runner
+args = [runner._example(name, Program("admit")) for name in Program("admit").takes]
+args[1] = mesh.from_parts([torch.zeros(1, args[1].shape[1] // 2, dtype=torch.int32)] * 2, (None, "tensor"))
+try:
+    runner._programs[Program("admit")](*args)
+except EngineError as error:
+    print(error)
 """)
     assert out.count("this process runs on 2 with 1 already, and a process has one mesh") == 2
+    assert out.endswith("is split over the devices as {devices=[1,2]0,1}, expected {replicated}\n")

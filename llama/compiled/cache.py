@@ -12,11 +12,11 @@ of positions of every head, and that order reads memory in a line.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
 
+from llama import planning
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError
 from llama.sharding import local_args
@@ -25,14 +25,9 @@ from llama.xla.control_flow import Tensors, switch
 from llama.xla.mesh import Split
 
 
-def cache_shape(args: ModelArgs, config: EngineConfig, rows: int) -> tuple[int, int, int, int, int]:
-    """The stacked cache's sizes: [2 x layers, rows, kv_heads, positions, head_dim]."""
-    return (2 * args.n_layers, rows, args.kv_heads, config.positions, args.head_dim)
-
-
 def row_bytes(args: ModelArgs, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Bytes of one row of the cache."""
-    return prod(cache_shape(args, config, 1)) * dtype.itemsize
+    """Bytes of one row of the cache, of all devices that hold the model together."""
+    return planning.row_bytes(args, config, str(dtype).removeprefix("torch."))
 
 
 def kept_rows(args: ModelArgs, config: EngineConfig, dtype: torch.dtype) -> int:
@@ -67,9 +62,9 @@ def allocate(
         parts: T, over how many devices the model is split.
     """
     rows = config.max_batch_size + kept_rows(args, config, dtype)
-    layers, _, _, positions, columns = cache_shape(args, config, rows)
-    heads = local_args(args, parts).kv_heads * parts
-    return transfers.zeros((layers, rows, heads, positions, columns), dtype, device, split(parts))
+    heads = local_args(args, parts).kv_heads * parts  # with more devices than key heads several hold the same
+    shape = (2 * args.n_layers, rows, heads, config.positions, args.head_dim)
+    return transfers.zeros(shape, dtype, device, split(parts))
 
 
 def up_to(positions: torch.Tensor, key_len: int) -> torch.Tensor:

@@ -142,12 +142,11 @@ def rows_to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _local_devices() -> tuple[int, ...]:
-    """The numbers of this host's devices in the mesh."""
-    import torch_xla.runtime
+    """The numbers of this host's devices in the mesh, in the order in which torch_xla takes their parts."""
+    import torch_xla
 
-    count = torch_xla.runtime.addressable_runtime_device_count()
-    first = torch_xla.runtime.process_index() * count
-    return tuple(range(first, first + count))
+    number_of = {name: number for number, name in enumerate(torch_xla._XLAC._xla_get_all_runtime_devices())}
+    return tuple(number_of[name] for name in torch_xla._XLAC._xla_get_runtime_devices())
 
 
 # --- within a program -------------------------------------------------------------------------------------------------
