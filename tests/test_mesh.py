@@ -91,10 +91,9 @@ def test_a_device_holds_its_part(mesh: tuple[int, int]) -> None:
     assert kv_cache == whole_cache / (heads * data)
 
 
-@pytest.mark.parametrize("mesh", [(4, 1), (2, 2)])
-def test_every_drafter_works(mesh: tuple[int, int]) -> None:
+def test_every_drafter_works() -> None:
     """On the demo model, with a draft model of its own shape: the same texts, and drafts that came true."""
-    found, expected = results(*mesh, "drafts")["drafts"], results(1, 1, "drafts")["drafts"]
+    found, expected = results(2, 2, "drafts")["drafts"], results(1, 1, "drafts")["drafts"]
     assert_alike(found, expected)
     assert sum(each["accepted"] > 0 for each in found.values()) >= 4
 

@@ -209,10 +209,11 @@ class Scheduler:
         """
         now, later = 0, 0
         leads = sequence.leader is not None and sequence.leader.is_live
+        groups = self._free_groups()
         for row, length in self.prefixes.matches(sequence.prompt_key, self._salt(sequence)):
             if min(length, sequence.most_cached) <= max(now, later):
                 break  # no row that comes after holds more
-            if row % self._groups not in self._free_groups():
+            if row % self._groups not in groups:
                 continue
             live = self._live_in(row)
             now = max(now, self._usable(sequence, row, min(length, live.start) if live else length))

@@ -196,11 +196,6 @@ def split_of(tensor: torch.Tensor) -> str:
     return str(torch_xla._XLAC._get_xla_sharding_spec(tensor))
 
 
-def words_of(split: Split, dims: int) -> str:
-    """What ``split_of`` says of a tensor of so many dimensions with this split."""
-    return split_of(from_parts([torch.zeros([1] * dims)], split))
-
-
 @contextmanager
 def parts_of(*owners: torch.nn.Module, tables: Iterable[dict[str, Any]] = ()) -> Iterator[None]:
     """Within: the device tensors that some objects hold are one device's parts of them. Nothing happens without a mesh.
