@@ -89,7 +89,8 @@ def prepare() -> ModuleType:
         set_malloc(MALLOC_AT_START)
         if CPU_FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):  # a parent process may have set them
             os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at every compile for a mesh of its next version
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # torch_xla's default, which a parent process may have set
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA warns at every compile for a mesh of its next version
     return import_torch_xla()
 
 
