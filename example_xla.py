@@ -1,8 +1,14 @@
-"""The classic entry: pytorch-tpu/llama's flags, text out. The same function is `llama-xla generate`."""
+"""The classic entry: pytorch-tpu/llama's flags, text out. The same function is `llama-xla generate`.
 
+Without a prompt it continues the demo prompt, at a terminal, too.
+"""
+
+import os
 import sys
 
 from llama.cli import main
 
 if __name__ == "__main__":
+    if sys.stdin is not None and sys.stdin.isatty():
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  # an empty stdin is no prompt
     main(["generate", *sys.argv[1:]])

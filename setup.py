@@ -34,6 +34,7 @@ setup(
         "tokenizers>=0.21,<1",
         "jinja2>=3.1.6,<4",
         "llguidance>=1.7,<2",
+        "gguf>=0.17,<1",
         "fire>=0.7,<0.8",
         "fairscale>=0.4.13,<0.5",
         "tqdm>=4.66,<5",
@@ -41,7 +42,7 @@ setup(
     ],
     extras_require={
         "tpu": ["torch_xla[tpu]==2.9.0"],
-        "bench": ["transformers>=4.56,<6", "llama-cpp-python>=0.3.16,<0.4", "gguf>=0.17,<1", "matplotlib>=3.9,<4"],
+        "bench": ["transformers>=4.56,<6", "llama-cpp-python>=0.3.16,<0.4", "matplotlib>=3.9,<4"],
         "eval": ["lm-eval>=0.4.13,<0.6"],
         "dev": [
             "transformers>=4.56,<6",

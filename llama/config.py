@@ -17,7 +17,7 @@ from llama.sampling_params import controls
 
 DType = Literal["auto", "float32", "bfloat16", "int8"]
 BucketPolicy = Literal["greedy", "pad"]
-RopeKind = Literal["llama3", "linear"]
+RopeKind = Literal["llama3", "linear", "yarn", "dynamic", "longrope"]
 
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "int8")
 Overflow = Literal["refuse", "drop"]
@@ -50,7 +50,10 @@ MAX_BAD_WORD_LEN = 16  # tokens
 DEMO_DIR = Path(__file__).parent / "demo"
 DEMO_HEADS = DEMO_DIR / "medusa"
 DEMO_CONTEXT = 512  # positions that the demo model was trained for
-ROPE_KINDS: tuple[RopeKind, ...] = ("llama3", "linear")
+ROPE_KINDS: tuple[RopeKind, ...] = ("llama3", "linear", "yarn", "dynamic", "longrope")
+# Fields that params.json holds only where they are not at their defaults: files without them stay as they were
+ADDED_TO_SCALING = ("attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor")
+ADDED_TO_ARGS = ("tie_word_embeddings", "qkv_bias", "qk_norm", "first_sliding_layer")
 LARGEST_SIZE = 2**31 - 1  # of any dimension: what a damaged params.json says beyond it must not reach arithmetic
 
 
@@ -60,11 +63,21 @@ class RopeScaling:
 
     ``linear`` divides all of them by ``factor``. ``llama3`` is Llama 3.1's (llama-models, ``apply_scaling``):
     wavelengths shorter than ``original_max_seq_len / high_freq_factor`` stay, those longer than ``original_max_seq_len
-    / low_freq_factor`` are divided by ``factor``, the ones between are blended; the other three fields are read by this
-    kind only.
+    / low_freq_factor`` are divided by ``factor``, the ones between are blended; no other kind reads ``low_freq_factor``
+    and ``high_freq_factor``.
+
+    ``yarn`` (Peng et al. 2023) blends by columns: pairs that turn more than ``beta_fast`` times within
+    ``original_max_seq_len`` stay, those that turn less than ``beta_slow`` times are divided by ``factor``; with
+    ``truncate`` the two borders are rounded outwards to whole pairs. ``longrope`` (Ding et al. 2024) divides each
+    frequency by its own entry of ``short_factor``. Both multiply queries and keys by ``attention_factor``.
+
+    ``dynamic`` changes nothing up to ``original_max_seq_len``. Beyond it ``dynamic`` and ``longrope`` take other
+    frequencies for a whole text, also for keys that are cached already: such positions are refused
+    (``ModelArgs.most_positions``).
 
     Raises:
-        ConfigError: a number is not positive and finite, or the two frequency factors are not in order.
+        ConfigError: a number is not positive and finite, two borders are not in order, or ``short_factor`` is given for
+            another kind than ``longrope``, or missing for it.
     """
 
     factor: float = 8.0
@@ -72,18 +85,36 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
     kind: RopeKind = "llama3"
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ConfigError(f"rope_scaling: got kind {_short(self.kind)}, expected one of {', '.join(ROPE_KINDS)}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_number(f"rope_scaling {name}", getattr(self, name))
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"):
+            check_number(f"rope_scaling {name}", getattr(self, name))
         _check_size("rope_scaling original_max_seq_len", self.original_max_seq_len)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ConfigError(
-                f"rope_scaling: got low_freq_factor {self.low_freq_factor} and high_freq_factor "
-                f"{self.high_freq_factor}, expected the first to be the smaller"
-            )
+        for lower, upper in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, lower) >= getattr(self, upper):
+                raise ConfigError(
+                    f"rope_scaling: got {lower} {getattr(self, lower)} and {upper} {getattr(self, upper)}, "
+                    "expected the first to be the smaller"
+                )
+        _check_bool("rope_scaling truncate", self.truncate)
+        self._check_short_factor()
+
+    def _check_short_factor(self) -> None:
+        """Check the factors of ``longrope``, which JSON holds as a list."""
+        given = self.short_factor
+        if not isinstance(given, (list, tuple)) or bool(given) != (self.kind == "longrope"):
+            wanted = "one number for each pair of a head's columns" if self.kind == "longrope" else "none"
+            raise ConfigError(f"rope_scaling short_factor: got {_short(given)} for kind {self.kind}, expected {wanted}")
+        for each in given:
+            check_number("rope_scaling short_factor", each)
+        object.__setattr__(self, "short_factor", tuple(given))
 
     @classmethod
     def from_params(cls, params: dict[str, Any]) -> RopeScaling | None:
@@ -113,7 +144,7 @@ class RopeScaling:
                 )
             return cls(**spelled_out)
         if factor is not None:
-            _check_number("rope_scaling_factor", factor)
+            check_number("rope_scaling_factor", factor)
         if not scaled:
             return None
         return cls() if factor is None else cls(factor=float(factor))
@@ -124,7 +155,8 @@ class RopeScaling:
         They are in Meta's spelling where there is one.
         """
         if self != RopeScaling(factor=self.factor):
-            return {"rope_scaling": asdict(self)}
+            usual = {name: getattr(RopeScaling, name) for name in ADDED_TO_SCALING}
+            return {"rope_scaling": {k: v for k, v in asdict(self).items() if k not in usual or v != usual[k]}}
         return {"use_scaled_rope": True} | (
             {} if self.factor == RopeScaling.factor else {"rope_scaling_factor": self.factor}
         )
@@ -137,7 +169,7 @@ class ModelArgs:
     Attributes:
         dim: width of the residual stream.
         n_layers: number of transformer blocks.
-        n_heads: query heads; ``dim / n_heads`` is the head's size, and must be even.
+        n_heads: query heads; ``dim / n_heads`` is the head's size, unless ``attn_head_dim`` says another one.
         n_kv_heads: key and value heads; None means as many as query heads.
         vocab_size: rows of the embedding. -1, as LLaMA 1 and 2 ship it, means: as many as the checkpoint's embedding
             has.
@@ -146,8 +178,14 @@ class ModelArgs:
         ffn_hidden_dim: the feed-forward width itself, where the rule above does not yield it; None means the rule.
         norm_eps: epsilon of RMSNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: Llama 3.1's scaling of them, or None.
+        rope_scaling: their scaling for longer texts, or None.
         tie_word_embeddings: the vocabulary head is the embedding (Llama 3.2's small models).
+        attn_head_dim: the head's size, which must be even, where it is not ``dim / n_heads`` (Mistral NeMo, Qwen3).
+        qkv_bias: the query, key and value projections have a bias (Qwen2).
+        qk_norm: each head's query and key go through an RMSNorm before they are turned (Qwen3).
+        rotary_dim: how many of a head's columns rotary embedding turns, the first ones; None means all (Phi-3).
+        sliding_window: how many positions a position attends to, itself and those before it; None means all (Mistral).
+        first_sliding_layer: the layers before this one have no sliding window (Qwen2).
 
     Raises:
         ConfigError: a number is not positive, or does not divide what it must divide.
@@ -165,32 +203,62 @@ class ModelArgs:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    attn_head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rotary_dim: int | None = None
+    sliding_window: int | None = None
+    first_sliding_layer: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_hidden_dim"):
-            value = getattr(self, name)
-            if value is not None or name in ("dim", "n_layers", "n_heads", "multiple_of"):
-                _check_size(name, value)
+        for name in ("dim", "n_layers", "n_heads", "multiple_of"):
+            _check_size(name, getattr(self, name))
+        for name in ("n_kv_heads", "ffn_hidden_dim", "attn_head_dim", "rotary_dim", "sliding_window"):
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
             value = getattr(self, name)
             if value is not None or name != "ffn_dim_multiplier":
-                _check_number(name, value)
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings: got {_short(self.tie_word_embeddings)}, expected true or false")
+                check_number(name, value)
+        for name in ("tie_word_embeddings", "qkv_bias", "qk_norm"):
+            _check_bool(name, getattr(self, name))
         if self.vocab_size != -1 or not isinstance(self.vocab_size, int):
             _check_size("vocab_size", self.vocab_size, "; or -1 for the embedding's own")
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise ConfigError(
-                f"dim: got {self.dim} for {self.n_heads} heads, "
-                "expected n_heads times an even number (rotary embedding turns pairs)"
-            )
-        if self.n_heads % self.kv_heads:
-            raise ConfigError(f"n_kv_heads: got {self.kv_heads}, expected a divisor of n_heads={self.n_heads}")
+        self._check_heads()
         if not 1 <= 8 * self.dim / 3 * (self.ffn_dim_multiplier or 1.0) <= LARGEST_SIZE:
             raise ConfigError(
                 f"ffn_dim_multiplier: got {self.ffn_dim_multiplier}, "
                 f"which makes the feed-forward width of dim={self.dim} absurd"
             )
+        if self.first_sliding_layer != 0:
+            _check_size("first_sliding_layer", self.first_sliding_layer, "; or 0")
+
+    def _check_heads(self) -> None:
+        """Check the head's size, what rotary embedding turns of it, and the number of key heads."""
+        if self.attn_head_dim is None and (self.dim % self.n_heads or self.head_dim % 2):
+            raise ConfigError(
+                f"dim: got {self.dim} for {self.n_heads} heads, "
+                "expected n_heads times an even number (rotary embedding turns pairs)"
+            )
+        if self.head_dim % 2 or self.n_heads * self.head_dim > LARGEST_SIZE:
+            raise ConfigError(
+                f"attn_head_dim: got {self.head_dim} for {self.n_heads} heads, "
+                "expected an even number (rotary embedding turns pairs), and no absurd one"
+            )
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise ConfigError(
+                f"rotary_dim: got {self.rotary_dim}, expected an even number up to the head's size, {self.head_dim}"
+            )
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.short_factor and 2 * len(scaling.short_factor) != self.turned:
+            raise ConfigError(
+                f"rope_scaling short_factor: got {len(scaling.short_factor)} numbers, "
+                f"expected {self.turned // 2}, one for each pair of columns that is turned"
+            )
+        if scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta: got {self.rope_theta}, expected more than 1 for the rope scaling yarn")
+        if self.n_heads % self.kv_heads:
+            raise ConfigError(f"n_kv_heads: got {self.kv_heads}, expected a divisor of n_heads={self.n_heads}")
 
     @property
     def kv_heads(self) -> int:
@@ -199,8 +267,36 @@ class ModelArgs:
 
     @property
     def head_dim(self) -> int:
-        """Size of one head."""
-        return self.dim // self.n_heads
+        """Size of one head, with the default filled in."""
+        return self.dim // self.n_heads if self.attn_head_dim is None else self.attn_head_dim
+
+    @property
+    def turned(self) -> int:
+        """How many of a head's columns rotary embedding turns, with the default filled in."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def most_positions(self) -> int | None:
+        """The longest text that is computed: a longer one has other rotary frequencies from its start. None: any."""
+        scaling = self.rope_scaling
+        return scaling.original_max_seq_len if scaling is not None and scaling.kind in ("dynamic", "longrope") else None
+
+    def check_positions(self, max_seq_len: int, where: Path | str) -> None:
+        """Check that a cache of so many positions is no longer than the model is computed for.
+
+        Args:
+            where: the checkpoint or its file, for the message.
+
+        Raises:
+            ConfigError: it is longer; the message names the number that works.
+        """
+        most = self.most_positions
+        if most is not None and self.rope_scaling is not None and max_seq_len > most:
+            raise ConfigError(
+                f"max_seq_len: got {max_seq_len}, but {where} has the rope scaling {self.rope_scaling.kind}, which "
+                f"changes all keys of a text of more than {most} positions; that is not computed: "
+                f"{setting('max_seq_len')} {most} at most"
+            )
 
     @property
     def hidden_dim(self) -> int:
@@ -240,13 +336,9 @@ class ModelArgs:
         Keys that Meta's code does not know are left out at their defaults. ``rope_theta`` is always written, because
         Meta's releases differ in its default.
         """
-        values = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope_scaling", "tie_word_embeddings")
-        }
-        values = {name: value for name, value in values.items() if value is not None}
-        if self.rope_scaling is not None:
-            values |= self.rope_scaling.to_params()
-        return values | ({"tie_word_embeddings": True} if self.tie_word_embeddings else {})
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rope_scaling"}
+        values = {k: v for k, v in values.items() if v is not None and (v or k not in ADDED_TO_ARGS)}
+        return values | ({} if self.rope_scaling is None else self.rope_scaling.to_params())
 
     def with_vocab_size(self, vocab_size: int) -> ModelArgs:
         """Return the same shape with another number of embedding rows."""
@@ -258,9 +350,19 @@ def _check_size(name: str, value: object, also: str = "") -> None:
         raise ConfigError(f"{name}: got {_short(value)}, expected a positive whole number{also}")
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Check a setting.
+
+    Raises:
+        ConfigError: it is not a positive finite number.
+    """
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{name}: got {_short(value)}, expected a positive finite number")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: got {_short(value)}, expected true or false")
 
 
 def _short(value: object) -> str:

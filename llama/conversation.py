@@ -106,7 +106,8 @@ class Conversation:
             dropped += 1
             ids = self._format.encode(dialog)
         if dropped:
-            log.warning("Dropped the oldest %d turns to make room", dropped)
+            turns = "turn" if dropped == 1 else f"{dropped} turns"
+            log.warning("Dropped the oldest %s to make room", turns)
         return dialog, ids
 
     def undo(self) -> bool:

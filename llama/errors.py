@@ -9,12 +9,14 @@
     │   ├── PromptError        a prompt that cannot be read or does not fit
     │   ├── ChatError          a dialog that cannot become a prompt, or a chat template that does not work
     │   ├── DatastoreError     a drafter's file (datastore or word bank) that cannot be read, used or written
+    │   ├── OutputError        stdout, where it is closed or cannot be written
     │   ├── TaskError          a task of an evaluation that is unknown, or that fails
     │   └── LibraryError       a library that only an extra of this package installs, and that is not there
     ├── ProblemsFoundError     exit code 2: `inspect` found problems, which have been printed
     ├── EngineError            exit code 1: the engine lost its state, and with it the requests that ran
     ├── QueueFullError         exit code 1: more requests wait than may
     ├── RecompileError         exit code 3: a program was compiled after warm-up
+    ├── GrammarCutError        exit code 4: under `--strict_grammar` a text ended before its grammar was satisfied
     └── InterruptedRunError    exit code 130: an interrupt while programs were compiled, or Ctrl-C on the command line
 
 A message says what happened, what was got, what was expected, and how to mend it. It names settings as Python does
@@ -96,6 +98,10 @@ class DatastoreError(UserError):
     """A datastore or word bank that is absent, damaged, or of another tokenizer; or text that cannot become one."""
 
 
+class OutputError(UserError):
+    """stdout is closed, or a result cannot be written to it."""
+
+
 class TaskError(UserError):
     """A task of lm-evaluation-harness that is unknown, damaged, or fails."""
 
@@ -120,6 +126,12 @@ class RecompileError(LLaMAError):
     """A program would be compiled after warm-up, which ``fail_on_recompile`` forbids."""
 
     exit_code = 3
+
+
+class GrammarCutError(LLaMAError):
+    """A generation, which has been printed, ended before its grammar was satisfied, under ``--strict_grammar``."""
+
+    exit_code = 4
 
 
 class InterruptedRunError(LLaMAError):

@@ -10,11 +10,11 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llama import checkpoint
+from llama import arguments, checkpoint
 from llama.chat import Dialog, choose_format
 from llama.config import (
     DEFAULT_DRAFT_LENS,
@@ -107,6 +107,7 @@ class LLaMA:
         random_weights: ModelArgs | None = None,
         seed: int = 1,
         allow_nan: bool = False,
+        check_sums: bool = False,
         progress: bool = False,
         startup: Startup | None = None,
         drafting: DraftConfig | Drafter | None = None,
@@ -114,8 +115,8 @@ class LLaMA:
         """Load a checkpoint and its tokenizer onto the device.
 
         Args:
-            ckpt_dir: directory in Meta's, Hugging Face's or our own format; None means the demo model that the package
-                ships.
+            ckpt_dir: directory in Meta's, Hugging Face's or our own format, or a GGUF file; None means the demo model
+                that the package ships.
             tokenizer_path: a SentencePiece model, a tiktoken ranks file or a tokenizer.json; None means the one beside
                 the checkpoint, or in its parent.
             tokenizer: instead of ``tokenizer_path``, where it has been loaded already.
@@ -125,6 +126,8 @@ class LLaMA:
             random_weights: this shape with seeded random weights instead of a checkpoint, for tests and timings.
             seed: of the random weights.
             allow_nan: go on where a weight holds NaN or infinity.
+            check_sums: first read all files of the checkpoint and compare them with the sums beside them; without
+                it, sizes and samples of the files are compared if a sizes.json gives them.
             progress: bars on stderr while loading and compiling.
             startup: the stopwatch of the process; None means a new one, which begins here.
             drafting: how tokens are drafted, or a drafter of your own, whose guesses are all checked by steps of
@@ -133,6 +136,7 @@ class LLaMA:
         Raises:
             CheckpointError, TokenizerError, ConfigError: see errors.py; nothing is loaded then.
         """
+        arguments.optional("startup", startup, Startup)
         startup = startup or Startup()
         startup.enter("load")
         log.info("Loading")
@@ -140,15 +144,31 @@ class LLaMA:
             raise ConfigError(
                 "random_weights and ckpt_dir: got both, expected one (random weights would replace the checkpoint's)"
             )
+        ckpt_dir = None if ckpt_dir is None else arguments.path_of("ckpt_dir", ckpt_dir)
+        tokenizer_path = None if tokenizer_path is None else arguments.path_of("tokenizer_path", tokenizer_path)
+        arguments.optional("tokenizer", tokenizer, Tokenizer)
+        arguments.optional("config", config, EngineConfig)
+        arguments.optional("random_weights", random_weights, ModelArgs)
+        arguments.optional("drafting", drafting, DraftConfig, Drafter)
+        for name, value in (("allow_nan", allow_nan), ("check_sums", check_sums), ("progress", progress)):
+            arguments.flag(name, value)
+        seed = arguments.whole_number("seed", seed)
         if config is None:
             default = DEMO_CONTEXT if ckpt_dir is None and random_weights is None else EngineConfig.max_seq_len
-            config = EngineConfig(max_batch_size=max_batch_size, max_seq_len=max_seq_len or default)
+            config = EngineConfig(
+                max_batch_size=arguments.whole_number("max_batch_size", max_batch_size),
+                max_seq_len=default if max_seq_len is None else arguments.whole_number("max_seq_len", max_seq_len),
+            )
         if isinstance(drafting, DraftConfig):
             config = drafting.settled(config)
         elif drafting is not None and not config.draft_lens:
             config = replace(config, draft_lens=DEFAULT_DRAFT_LENS)
-        directory = DEMO_DIR if ckpt_dir is None else Path(ckpt_dir)
+        directory = DEMO_DIR if ckpt_dir is None else ckpt_dir
         source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
+        if source is not None:
+            checkpoint.check_files(directory, source.files, whole=check_sums)
+        elif check_sums:
+            raise ConfigError("check_sums: random weights come from no files; leave it out")
         tokenizer = tokenizer or load_tokenizer(tokenizer_path or find_tokenizer(directory))
         args = matched(random_weights, source, tokenizer, config)
         is_demo = ckpt_dir is None and random_weights is None
@@ -159,7 +179,7 @@ class LLaMA:
             opened = open_drafting(drafting, args, tokenizer, config, is_demo)
         with startup.within("import"):
             backend.prepare()
-        with startup.within("device"):
+        with startup.within("device"), backend.starting():
             config = mesh_for(config, args)
             device = backend.init(Mesh(config.data_parallel, config.tensor_parallel))
         model = load_model(source, args, config, device, seed=seed, allow_nan=allow_nan, progress=progress)
@@ -221,7 +241,10 @@ class LLaMA:
                 chosen[name] = default
             elif chosen[name] != default:
                 log.info("%s %g, as asked; the checkpoint's generation_config.json has %g", name, chosen[name], default)
-        return replace(otherwise or SamplingParams(), **chosen)
+        if otherwise is None:
+            return arguments.sampling(chosen)
+        arguments.optional("otherwise", otherwise, SamplingParams)
+        return arguments.sampling({f.name: getattr(otherwise, f.name) for f in fields(otherwise)} | chosen)
 
     def interrupt(self) -> None:
         """End the running call after its current step, or the next call where none runs; what was generated is kept.
@@ -287,9 +310,13 @@ class LLaMA:
             RecompileError: under ``fail_on_recompile``, when something was left to compile after warm-up.
             InterruptedRunError: ``interrupt`` was called while programs were compiled.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        common = SamplingParams(max_gen_len, temperature, top_p, seed, **controls) if params is None else params
-        return _results(self.pieces(texts, [common] * len(texts) if isinstance(common, SamplingParams) else common))
+        texts = [prompts] if isinstance(prompts, str) else arguments.several("prompts", prompts)
+        if params is None:
+            named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, "seed": seed}
+            params = arguments.sampling({**named, **controls})
+        elif controls:
+            raise ConfigError(f"{next(iter(controls))}: got it beside params, expected one of them: params would win")
+        return _results(self.pieces(texts, arguments.params_of(params, len(texts))))
 
     def stream(
         self,
@@ -306,7 +333,8 @@ class LLaMA:
         Raises:
             ConfigError: more than one sample is requested; they would come interleaved. ``pieces`` keeps them apart.
         """
-        params = SamplingParams(max_gen_len, temperature, top_p, seed, **controls)
+        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, "seed": seed}
+        params = arguments.sampling({**named, **controls})
         if params.samples > 1:
             raise ConfigError(
                 f"n: got {params.samples} samples to stream as one text, expected 1; "
@@ -345,6 +373,7 @@ class LLaMA:
             ConfigError: an unknown ``too_long``.
             InterruptedRunError: ``interrupt`` was called.
         """
+        contexts = arguments.several("contexts", contexts)
         found: list[Score | None] = [None] * len(contexts)
         wish: dict[str, Any] = {"too_long": too_long, "prefix_cache": prefix_cache, "cache_salt": cache_salt}
         for each in self.score_each(contexts, continuations, **wish):
@@ -361,6 +390,15 @@ class LLaMA:
         cache_salt: str | None = None,
     ) -> Iterator[Score]:
         """Like ``score``, each result when it is known; those that are skipped are left out."""
+        arguments.flag("prefix_cache", prefix_cache)
+        arguments.optional("cache_salt", cache_salt, str)
+        contexts, continuations = (
+            [
+                arguments.prompt_of(name, index, value)
+                for index, value in enumerate(arguments.several(f"{name}s", values))
+            ]
+            for name, values in (("context", contexts), ("continuation", continuations))
+        )
         if len(contexts) != len(continuations):
             raise PromptError(
                 f"got {len(contexts)} contexts and {len(continuations)} continuations, expected one for each"
@@ -387,7 +425,8 @@ class LLaMA:
         owners: list[int] = []
         pairs: list[Pair] = []
         sizes: list[tuple[int, int]] = []  # of each text: tokens and windows
-        for index, text in enumerate(texts):
+        for index, value in enumerate(arguments.several("texts", texts)):
+            text = arguments.prompt_of("text", index, value)
             ids = encode_prompt(self.tokenizer, index, text, self.vocab_size) if text else ()
             ids = ids[1:] if isinstance(text, str) else ids
             windows = list(rolling_windows(ids, self.tokenizer.bos_id, self.longest_scored))
@@ -446,7 +485,10 @@ class LLaMA:
             echo: repeat the prompt before its generation, also among the tokens; the first one's log-probability is 0,
                 as in Meta's code.
         """
-        ids = [tuple(self.tokenizer.encode(p)) for p in prompts]
+        arguments.flag("logprobs", logprobs)
+        arguments.flag("echo", echo)
+        prompts = arguments.texts_of("prompts", prompts)
+        ids = [encode_prompt(self.tokenizer, i, prompt, self.vocab_size) for i, prompt in enumerate(prompts)]
         results = self._complete(ids, temperature, top_p, max_gen_len, logprobs, scored=logprobs and echo)
         return [
             {"generation": (prompt if echo else "") + result.generation, **self._token_list(result, prompt_ids[0])}
@@ -470,6 +512,8 @@ class LLaMA:
         Raises:
             ChatError: a dialog of another order, or a checkpoint that has no chat format.
         """
+        arguments.flag("logprobs", logprobs)
+        dialogs = arguments.dialogs_of(dialogs)
         chat_format = choose_format(self.tokenizer, self.directory)
         prompts = [tuple(chat_format.encode(dialog)) for dialog in dialogs]
         results = self._complete(prompts, temperature, top_p, max_gen_len, logprobs, stop_ids=chat_format.stop_ids)
@@ -508,9 +552,8 @@ class LLaMA:
         room = self.config.max_seq_len
         limits = [max(room - len(p), 1) if max_gen_len is None else max_gen_len for p in prompts]
         wanted = 0 if logprobs else None
-        params = [
-            SamplingParams(limit, temperature, top_p, logprobs=wanted, prompt_logprobs=scored) for limit in limits
-        ]
+        named = {"temperature": temperature, "top_p": top_p, "logprobs": wanted, "prompt_logprobs": scored}
+        params = [arguments.sampling({"max_gen_len": limit, **named}) for limit in limits]
         return _results(self.pieces(prompts, params, stop_ids=stop_ids))
 
     def pieces(
@@ -527,7 +570,10 @@ class LLaMA:
         Args:
             stop_ids: ids that end a row, besides the tokenizer's and the checkpoint's own.
         """
-        eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *stop_ids)))
+        prompts = [arguments.prompt_of("prompt", i, p) for i, p in enumerate(arguments.several("prompts", prompts))]
+        params = arguments.params_of(params, len(prompts))
+        own = arguments.sampling({"stop_token_ids": stop_ids}).stop_token_ids
+        eos_ids = tuple(dict.fromkeys((*self.tokenizer.stop_ids, *self.defaults.stop_ids, *own)))
         vocab_size, room = self.vocab_size, self.config.max_seq_len
         grammars, fresh_seed = self._grammars, self._fresh_seed
         sequences = make_sequences(prompts, params, self.tokenizer, eos_ids, vocab_size, room, grammars, fresh_seed)

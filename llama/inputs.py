@@ -5,6 +5,7 @@ No tensor here: the command line checks prompts before torch is imported.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Sequence as Sequences
 from dataclasses import replace
@@ -17,7 +18,11 @@ from llama.grammar import Grammars
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer
 
+log = logging.getLogger("llama")
+
 Prompt = str | Sequences[int]
+
+_told: set[str] = set()  # what has been logged once in this process
 
 
 def encode_prompt(tokenizer: Tokenizer, index: int, prompt: Prompt, vocab_size: int) -> tuple[int, ...]:
@@ -105,6 +110,9 @@ def make_sequences(
         check_ids(wanted, vocab_size)
         stop_ids = _stop_ids(wanted, eos_ids)
         bad_words = _bad_words(wanted, tokenizer)
+        _check_something_left(wanted, stop_ids, bad_words, tokenizer)
+        bad_words += _beyond(wanted, bad_words, tokenizer, vocab_size)
+        _tell_undecided(wanted)
         seed = fresh_seed() if wanted.seed is None else wanted.seed
         leader = None
         for number in range(wanted.samples):
@@ -147,14 +155,79 @@ def check_ids(params: SamplingParams, vocab_size: int) -> None:
             raise ConfigError(f"{name}: got id {foreign}, expected 0 to {vocab_size - 1}, the model's vocabulary")
 
 
+def _check_something_left(
+    params: SamplingParams, stop_ids: Sequences[int], bad_words: Sequences[tuple[int, ...]], tokenizer: Tokenizer
+) -> None:
+    """Refuse bans of single tokens that leave none to choose: the device would have to choose a banned one.
+
+    A grammar is left out: what it allows changes from token to token, and it has the last word.
+
+    Raises:
+        ConfigError: with the settings that contradict each other.
+    """
+    banned = {word[0] for word in bad_words if len(word) == 1}
+    is_free = params.allowed_token_ids is None and len(banned) + len(stop_ids) < tokenizer.n_words
+    if params.is_constrained or is_free:
+        return
+    allowed = range(tokenizer.n_words) if params.allowed_token_ids is None else params.allowed_token_ids
+    left = {i for i in allowed if i < tokenizer.n_words} - banned
+    if not left and params.allowed_token_ids is None:
+        raise ConfigError(
+            f"bad_words: got all {tokenizer.n_words} ids of the tokenizer, expected at least one that may be chosen"
+        )
+    if not left:
+        others = f" {setting('bad_words')} bans, or" if banned else ""
+        raise ConfigError(
+            f"allowed_token_ids: got only ids that{others} the tokenizer does not have (it has {tokenizer.n_words}), "
+            "expected at least one that may be chosen"
+        )
+    if params.min_tokens and left <= set(stop_ids):
+        if params.allowed_token_ids is not None and not banned:
+            raise ConfigError("allowed_token_ids: got stop tokens only, of which min_tokens allows none at first")
+        raise ConfigError(
+            f"bad_words: got every id but stop tokens, of which {setting('min_tokens')}={params.min_tokens} allows "
+            "none at first"
+        )
+
+
+def _beyond(
+    params: SamplingParams, bad_words: Sequences[tuple[int, ...]], tokenizer: Tokenizer, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Bans of the embedding's rows that are no tokens: the fewer tokens are left, the likelier those are chosen."""
+    if params.allowed_token_ids is not None or params.is_constrained or all(len(word) > 1 for word in bad_words):
+        return ()
+    return tuple((i,) for i in range(tokenizer.n_words, vocab_size))
+
+
+def _tell_undecided(params: SamplingParams) -> None:
+    """Log, once in a process, which of two settings has the last word where they may contradict each other."""
+    grammar = params.constraint_name if params.is_constrained else None
+    found = {
+        "bad_words with {}: where every token that the grammar allows is a bad word, one is written": bool(
+            grammar and params.bad_words
+        ),
+        "min_tokens with {}: a text ends where the grammar allows nothing more, also before so many tokens": bool(
+            grammar and params.min_tokens
+        ),
+        "stop or stop_token_ids with {}: a text that they end need not satisfy the grammar": bool(
+            grammar and (params.stop or params.stop_token_ids)
+        ),
+        "bad_words with allowed_token_ids: where every allowed token would complete a bad word, one is written": bool(
+            params.allowed_token_ids is not None and params.bad_words
+        ),
+    }
+    for message in (text.format(grammar) for text, holds in found.items() if holds):
+        if message not in _told:
+            _told.add(message)
+            log.warning("%s", message)
+
+
 def _stop_ids(params: SamplingParams, eos_ids: Sequences[int]) -> tuple[int, ...]:
     stop_ids = tuple(dict.fromkeys((*(() if params.ignore_eos else eos_ids), *params.stop_token_ids)))
     if len(stop_ids) > MAX_STOP_IDS:
         raise ConfigError(
             f"stop ids: got {len(stop_ids)} ({', '.join(map(str, stop_ids))}), expected at most {MAX_STOP_IDS}"
         )
-    if params.min_tokens and params.allowed_token_ids is not None and set(params.allowed_token_ids) <= set(stop_ids):
-        raise ConfigError("allowed_token_ids: got stop tokens only, of which min_tokens allows none at first")
     return stop_ids
 
 

@@ -1,7 +1,7 @@
 """Inspect a checkpoint directory without loading it: the content of ``llama-xla inspect``.
 
-Headers are read; weights and checksums only on request. Every problem is added to a list, and the rest is still
-reported.
+Headers are read, and the samples that sizes.json has sums of; weights and whole files only on request. Every problem is
+added to a list, and the rest is still reported.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
-from llama.checkpoint.checksums import differing_files, read_checksums
+from llama.checkpoint.checksums import differences, differing_samples, recorded_sums
 from llama.compiled.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.config import EngineConfig
-from llama.errors import CheckpointError, ConfigError, TokenizerError, UserError, setting
+from llama.errors import CheckpointError, TokenizerError, UserError
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama.xla import backend
 
@@ -53,8 +53,9 @@ def inspect_checkpoint(
         directory: of a checkpoint of any format.
         tokenizer_path: default: the one beside the weights.
         config: for the memory plan.
-        check_tensors: read every weight and look for NaN and infinity.
-        check_sums: read every file and compare it with checksums.json.
+        check_tensors: read every weight and look for NaN and infinity; also compare the files with their sums, where
+            there are any.
+        check_sums: read every file and compare it with its sum; it is a problem if there are none.
     """
     found = Inspection(directory)
     source = tokenizer = None
@@ -73,20 +74,29 @@ def inspect_checkpoint(
         if check_tensors:
             found.problems += bad_tensors(source)
             found.facts["tensors_checked"] = len(source.infos())
-    if check_sums and directory.is_dir():
-        _check_sums(found)
+    if directory.exists():
+        try:
+            _check_sums(found, source, check_sums, check_tensors)
+        except UserError as error:
+            found.problems.append(error)
     return found
 
 
-def _check_sums(found: Inspection) -> None:
-    """Compare the files with their sums, whether or not the weights could be opened."""
-    try:
-        sums = read_checksums(found.directory)
-    except UserError as error:
-        found.problems.append(error)
-        return
-    found.problems += map(CheckpointError, differing_files(found.directory, sums))
-    found.facts["files_checked"] = len(sums)
+def _check_sums(found: Inspection, source: Source | None, needed: bool, wanted: bool) -> None:
+    """Compare the files with their sums, whether or not the weights could be opened.
+
+    Args:
+        found: gets the problems.
+        source: the weights, whose sizes and samples are compared in any case.
+        needed: compare whole files; it is an error if there are no sums.
+        wanted: compare whole files if there are sums.
+    """
+    lists = recorded_sums(found.directory) if needed or wanted else {}
+    if needed or lists:
+        found.problems += map(CheckpointError, differences(found.directory))
+        found.facts["files_checked"] = len({name for sums in lists.values() for name in sums})
+    elif source is not None:
+        found.problems += map(CheckpointError, differing_samples(source.files))
 
 
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
@@ -109,13 +119,10 @@ def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | Non
                 f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows"
             )
         )
-    if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
-        found.problems.append(
-            ConfigError(
-                f"attention is limited to {source.sliding_window} positions, which is not computed: "
-                f"{setting('max_seq_len')} {source.sliding_window} at most"
-            )
-        )
+    try:
+        source.args.check_positions(config.max_seq_len, source.directory)
+    except UserError as error:
+        found.problems.append(error)
 
 
 def weight_facts(source: Source) -> dict[str, Any]:
@@ -131,6 +138,8 @@ def weight_facts(source: Source) -> dict[str, Any]:
         name: getattr(args, name)
         for name in ("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size")
     }
+    differing = ("qkv_bias", "qk_norm", "rotary_dim", "first_sliding_layer")  # from LLaMA, where they do
+    shape |= {name: getattr(args, name) for name in differing if getattr(args, name)}
     return {
         "format": source.format,
         "files": [path.name for path in source.files],

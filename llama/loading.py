@@ -96,18 +96,13 @@ def matched(
         source: the checkpoint.
 
     Raises:
-        ConfigError: the model attends to fewer positions than the cache has.
+        ConfigError: the model is computed for fewer positions than the cache has.
         TokenizerError: the tokenizer has more ids than the embedding has rows.
     """
     if source is not None:
         args = source.args
-        if source.sliding_window is not None and source.sliding_window < config.max_seq_len:
-            raise ConfigError(
-                f"max_seq_len: got {config.max_seq_len}, but {source.directory} limits attention to "
-                f"{source.sliding_window} positions, "
-                f"which is not computed; {setting('max_seq_len')} {source.sliding_window} at most"
-            )
     assert args is not None
+    args.check_positions(config.max_seq_len, "the model" if source is None else source.directory)
     if args.vocab_size == -1:
         args = args.with_vocab_size(tokenizer.n_words)
     if tokenizer.n_words > args.vocab_size:

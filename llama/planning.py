@@ -18,8 +18,6 @@ from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError, setting
 from llama.sharding import (
     EMBEDDING,
-    HEAD,
-    SHAPES,
     Collective,
     Mesh,
     collectives,
@@ -29,6 +27,7 @@ from llama.sharding import (
     local_args,
     local_shape,
     padded_vocab,
+    weights_of,
     whole_shape,
 )
 
@@ -171,9 +170,7 @@ def split_weights(args: ModelArgs, storage: str, tensor: int = 1) -> list[Weight
         tensor: T.
     """
     rows = []
-    for name in SHAPES:
-        if name == HEAD and args.tie_word_embeddings:
-            continue
+    for name in weights_of(args):
         count = args.n_layers if "{}" in name else 1
         local = local_shape(name, args, tensor)
         itemsize = ITEMSIZE["float32"] if storage == "int8" and not has_scale(name) else ITEMSIZE[storage]

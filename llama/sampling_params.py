@@ -7,10 +7,14 @@ no tensor and no device here: a value out of its range is refused before any fil
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
+import re
 import textwrap
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -20,6 +24,8 @@ from llama.errors import ConfigError, setting
 MAX_BIASED_IDS = 300
 MAX_LOGPROBS = 20
 LARGEST_BIAS = 100
+LARGEST_JSON_SPACE = 20  # bytes of white space before or after a value, or more
+LONGEST_KNOWN = 10_000  # characters of an expression or a match; longer ones count as without a limit
 LARGEST_REPETITION_PENALTY = 1e6  # the smallest is its inverse: float32 must be able to multiply a logit by it
 
 
@@ -426,6 +432,63 @@ class SamplingParams:
             raise ConfigError(
                 f"allowed_token_ids: the {self.constraint_name} says which tokens are allowed; leave one of them out"
             )
+        self._check_something_left()
+        if self.is_constrained:
+            self._check_length_of_constraint()
+            self._check_texts_of_constraint()
+
+    def _check_something_left(self) -> None:
+        """Refuse bans that leave no token at all, as far as ids show it; ``inputs`` knows those of texts."""
+        if self.allowed_token_ids is None:
+            return
+        left = set(self.allowed_token_ids) - self.banned_ids
+        if not left:
+            raise ConfigError(
+                f"allowed_token_ids: {setting('bad_words')} bans all of them ({_listed(self.allowed_token_ids)}), "
+                "expected at least one id that is left; allow another one, or ban fewer"
+            )
+        if self.min_tokens and left <= set(self.stop_token_ids):
+            raise ConfigError(
+                f"allowed_token_ids: got only {setting('stop_token_ids')} ({_listed(sorted(left))}), of which "
+                f"{setting('min_tokens')}={self.min_tokens} allows none at first; allow another id"
+            )
+
+    def _check_length_of_constraint(self) -> None:
+        """Refuse min_tokens where every text that the grammar allows is shorter, as far as that can be told."""
+        if not self.min_tokens:
+            return
+        longest = longest_match(self.regex) if isinstance(self.regex, str) else _longest_instance(str(self.json_schema))
+        if longest is not None and self.min_tokens > longest:
+            raise ConfigError(
+                f"min_tokens: got {self.min_tokens}, but the longest text that the {self.constraint_name} allows has "
+                f"{longest} bytes at most, and a token has one or more: expected {longest} at most"
+            )
+
+    def _check_texts_of_constraint(self) -> None:
+        """Refuse bad words and stop texts that are in every text that a regular expression of plain texts allows."""
+        texts = plain_texts(self.regex) if isinstance(self.regex, str) and (self.bad_words or self.stop) else None
+        if texts is None:
+            return
+        bad = [word for word in self.bad_words if isinstance(word, str)]
+        if all(any(word in text for word in bad) for text in texts):
+            raise ConfigError(
+                f"regex: {setting('bad_words')} is in every text that it allows ({_listed(map(repr, texts))}), "
+                "expected one that can be written; change one of them"
+            )
+        if not self.min_tokens and all(any(self._cuts(text, stop) for stop in self.stop) for text in texts):
+            raise ConfigError(
+                f"regex: {setting('stop')} cuts every text that it allows ({_listed(map(repr, texts))}), "
+                "expected one that can be completed; leave the stop text out"
+            )
+
+    def _cuts(self, text: str, stop: str) -> bool:
+        """Whether a stop text takes something from a text."""
+        return stop in (text[:-1] if self.include_stop and text.find(stop) == len(text) - len(stop) else text)
+
+    @property
+    def banned_ids(self) -> set[int]:
+        """The bad words of one token that are given as ids."""
+        return {word[0] for word in self.bad_words if not isinstance(word, str) and len(word) == 1}
 
     @property
     def samples(self) -> int:
@@ -476,6 +539,67 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids,
             "bad_words": tuple(i for word in words for i in word),
         }
+
+
+def _listed(values: Iterable[Any]) -> str:
+    first = [str(value) for value in itertools.islice(values, 11)]
+    return ", ".join(first[:10]) + (", ..." if len(first) > 10 else "")
+
+
+def plain_texts(regex: str) -> tuple[str, ...] | None:
+    r"""The texts that an expression of texts and ``|`` allows; None for one with any other operator.
+
+    An escaped mark stands for itself: ``yes|no\.`` allows "yes" and "no.".
+    """
+    if not re.fullmatch(r"(?:[^.^$*+?{}\[\]()\\]|\\[^\w\s<>])*", regex):
+        return None
+    texts = [""]
+    for part in re.findall(r"\\?.", regex, re.DOTALL):
+        if part == "|":
+            texts.append("")
+        else:
+            texts[-1] += part[-1]
+    return tuple(texts)
+
+
+def longest_match(regex: str) -> int | None:
+    """The most bytes that a match of a regular expression can have; None where that is not known, or has no limit.
+
+    Python's parser tells the width. What it does not read, or reads in another way than the grammar's library, is not
+    known.
+    """
+    texts = plain_texts(regex)
+    if texts is not None:
+        return max(len(text.encode(errors="replace")) for text in texts)
+    if len(regex) > LONGEST_KNOWN or "{," in regex:  # a range to Python, a text to others
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, characters = importlib.import_module("re._parser").parse(regex).getwidth()
+    except (ImportError, re.error, OverflowError, RecursionError, Warning):
+        return None
+    if characters > LONGEST_KNOWN:
+        return None
+    is_ascii = regex.isascii() and not re.search(r"[.\\]|\[\^|\(\?", regex)
+    return int(characters) * (1 if is_ascii else 4)
+
+
+def _longest_instance(json_schema: str) -> int | None:
+    """The most bytes of an instance of a schema that lists texts, booleans and null; None for any other schema."""
+    try:
+        schema = json.loads(json_schema)
+    except (ValueError, RecursionError):
+        return None  # grammar.py refuses it
+    if not isinstance(schema, dict):
+        return None
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not isinstance(values, list) or not values:
+        values = [True, False] if schema.get("type") == "boolean" else [None] if schema.get("type") == "null" else [0]
+    if not all(value is None or isinstance(value, str | bool) for value in values):
+        return None
+    space = 2 * LARGEST_JSON_SPACE
+    return space + max(2 + 12 * len(value) if isinstance(value, str) else 5 for value in values)  # each may be \\u....
 
 
 if SamplingParams.__doc__:  # absent under python -OO

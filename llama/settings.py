@@ -2,24 +2,69 @@
 
 No tensors here: a model's shape is known without torch.
 
-Of config.json, LlamaForCausalLM is supported, and MistralForCausalLM where it computes the same as LLaMA. Settings that
-would change the computation in an unsupported way are refused by name; settings that change nothing (dropout, caches,
-token ids) are ignored.
+Of config.json, the architectures in FAMILIES are supported, as transformers computes them. Settings that would change
+the computation in an unsupported way are refused by name; settings that change nothing (dropout, caches, token ids) are
+ignored.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, cast
 
-from llama.config import LARGEST_SIZE, ModelArgs, RopeScaling
+from llama.config import LARGEST_SIZE, ModelArgs, RopeKind, RopeScaling, check_number
 from llama.errors import CheckpointError, ConfigError
 
 PARAMS, CONFIG = "params.json", "config.json"
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+
+
+class Family(NamedTuple):
+    """In what an architecture of transformers differs from LLaMA, and transformers' defaults for settings it lacks.
+
+    Attributes:
+        qkv_bias, qk_norm: see ModelArgs.
+        head_dim: the head's size if config.json says none; None: ``hidden_size / num_attention_heads``.
+        slides: whether ``sliding_window`` is for ``all`` layers, for ``some`` (``use_sliding_window`` and
+            ``max_window_layers``), or for ``none``.
+        window: the sliding window if config.json has no such key.
+        is_fused: query, key and value are one weight, and so are the two inputs of the feed-forward layer.
+        allowed: settings that are refused elsewhere.
+        original_context: ``original_max_position_embeddings`` if config.json has no such key, where it goes before that
+            of the rotary scaling.
+        rope_kinds: other names of rotary scalings.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    slides: Literal["none", "all", "some"] = "none"
+    window: int | None = None
+    is_fused: bool = False
+    allowed: tuple[str, ...] = ()
+    original_context: int | None = None
+    rope_kinds: Mapping[str, str] = MappingProxyType({})
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(slides="all", window=4096),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, slides="some", window=4096),
+    "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, slides="some", window=4096),
+    "Phi3ForCausalLM": Family(
+        slides="all",
+        is_fused=True,
+        allowed=("partial_rotary_factor", "original_max_position_embeddings", "auto_map"),
+        original_context=4096,
+        rope_kinds=MappingProxyType({"su": "longrope", "yarn": "longrope"}),
+    ),
+}
+ARCHITECTURES = tuple(FAMILIES)
 NEEDED = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -30,7 +75,8 @@ NEEDED = {
 READ = {
     *NEEDED,
     *("architectures", "intermediate_size", "num_key_value_heads", "head_dim", "tie_word_embeddings", "sliding_window"),
-    *("rope_theta", "rope_scaling", "rope_parameters"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"),
+    *("use_sliding_window", "max_window_layers"),
 }
 # Settings that change the computation, and the values with which it is LLaMA's; None is always allowed
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -63,7 +109,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 HARMLESS = {
     *(
         "model_type",
-        "max_position_embeddings",
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
@@ -71,8 +116,10 @@ HARMLESS = {
         "torch_dtype",
         "dtype",
     ),
-    *("use_sliding_window", "max_window_layers", "is_decoder"),
+    "is_decoder",
 }
+DEFAULT_WINDOW_LAYERS = 28  # transformers' default of max_window_layers
+FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 ROPE_FIELDS: dict[str, dict[str, str]] = {  # of each kind, by transformers' names
     "default": {},
@@ -83,6 +130,14 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {  # of each kind, by transformers' nam
         "high_freq_factor": "high_freq_factor",
         "original_max_position_embeddings": "original_max_seq_len",
     },
+    "yarn": {"factor": "factor", "original_max_position_embeddings": "original_max_seq_len"},
+    "dynamic": {"factor": "factor"},
+    "longrope": {"short_factor": "short_factor", "original_max_position_embeddings": "original_max_seq_len"},
+}
+ROPE_OPTIONS = {  # of each kind, settings that may be missing
+    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "dynamic": {"original_max_position_embeddings"},  # which transformers does not read
+    "longrope": {"long_factor", "factor", "attention_factor"},  # long_factor is for texts that are refused
 }
 DEFAULT_THETA = 10000.0  # transformers' default
 LIKENESS = 0.8  # of an unknown key to one that is read: then it is a misspelling, or a flipped bit
@@ -94,14 +149,17 @@ class Settings(NamedTuple):
     Attributes:
         args: the shape; a vocabulary size of -1 is settled by the embedding.
         file: the file that holds the settings, for errors.
-        sliding_window: how many positions back attention was trained to see, or None.
+        sliding_window: ``args.sliding_window`` as a file beside params.json has it, which is how checkpoints were
+            written that a version without windows made; or None.
         embedding_axis: the axis that the embedding is, or was, split along; None if unknown.
+        is_fused: see Family.
     """
 
     args: ModelArgs
     file: Path
     sliding_window: int | None = None
     embedding_axis: int | None = None
+    is_fused: bool = False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -158,7 +216,7 @@ def read_config(path: Path) -> Settings:
         CheckpointError: damaged, of another architecture, without a required setting, or with an unsupported one.
     """
     config = read_json(path)
-    _check_settings(path, config)
+    family = _check_settings(path, config)
     missing = [key for key in (*NEEDED, "intermediate_size") if config.get(key) is None]
     if missing:
         raise CheckpointError(f"{path} has no {', '.join(missing)}")
@@ -167,39 +225,90 @@ def read_config(path: Path) -> Settings:
             **{ours: config[theirs] for theirs, ours in NEEDED.items()},
             n_kv_heads=config.get("num_key_value_heads"),
             tie_word_embeddings=config.get("tie_word_embeddings") or False,
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            **_head_dim(config, family),
             **_feed_forward(config["hidden_size"], config["intermediate_size"]),
-            **_rope(path, config),
         )
+        args = replace(args, **_windows(path, config, family), **_rope(path, config, family, args.head_dim))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error} (in Meta's names)") from error
-    if config.get("head_dim") not in (None, args.head_dim):
-        raise CheckpointError(
-            f"{path}: head_dim is {config['head_dim']}, expected hidden_size / num_attention_heads = {args.head_dim}"
-        )
-    window = config.get("sliding_window")
-    if window is not None and (type(window) is not int or window < 1):
-        raise CheckpointError(f"{path}: sliding_window is {str(window)[:40]}, expected a positive whole number or null")
-    return Settings(args, path, sliding_window=window)
+    return Settings(args, path, is_fused=family.is_fused)
 
 
-def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse settings that would compute something else, and keys that look misspelt."""
+def _check_settings(path: Path, config: Mapping[str, Any]) -> Family:
+    """Return the architecture; refuse settings that would compute something else, and keys that look misspelt."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
         raise CheckpointError(
             f"{path}: architectures is {str(architectures)[:100]}, expected one of {', '.join(ARCHITECTURES)}"
         )
+    (architecture,) = architectures
+    family = FAMILIES[architecture]
     mathematical = sorted(READ | NEUTRAL.keys())
     for key, value in config.items():
-        if key in NEUTRAL and value is not None and not _is_neutral(key, value):
+        refused = key in NEUTRAL and key not in family.allowed
+        if refused and value is not None and not _is_neutral(key, value):
             raise CheckpointError(f"{path}: {key} is {str(value)[:100]}, which is not computed here; {_allowed(key)}")
-        if key == "auto_map" and value:
+        if key == "auto_map" and value and not (key in family.allowed and _is_of_library(value, architecture)):
             raise CheckpointError(
                 f"{path}: auto_map names code of the checkpoint's own, which is never run; its mathematics is unknown"
             )
         known = key in mathematical or key in HARMLESS
         if not known and (near := difflib.get_close_matches(key, mathematical, n=1, cutoff=LIKENESS)):
             raise CheckpointError(f"{path}: unknown key {key!r}; if {near[0]} is meant, mend it, else remove the key")
+    return family
+
+
+def _is_of_library(auto_map: object, architecture: str) -> bool:
+    """Whether auto_map names a class that transformers has; checkpoints older than that class brought its code."""
+    named = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return isinstance(named, str) and named.rpartition(".")[2] == architecture
+
+
+def _head_dim(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the head's size, if it is not ``hidden_size / num_attention_heads``."""
+    given = config.get("head_dim")
+    size = family.head_dim if given is None else given
+    dim, heads = config["hidden_size"], config["num_attention_heads"]
+    is_usual = type(size) is int and isinstance(heads, int) and size * heads == dim
+    return {} if is_usual else {"attn_head_dim": size}
+
+
+def _windows(path: Path, config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the sliding window and the first layer that has it.
+
+    Raises:
+        CheckpointError: a wrong value, a window that the architecture has not, or layers that differ in another way
+            than full attention first, then sliding windows.
+    """
+    window = config.get("sliding_window", family.window)
+    if window is not None and (type(window) is not int or window < 1):
+        raise CheckpointError(f"{path}: sliding_window is {str(window)[:40]}, expected a positive whole number or null")
+    if window is not None and family.slides == "none":
+        raise CheckpointError(
+            f"{path}: sliding_window is {window}, which {config['architectures'][0]} does not have; remove the key if "
+            "the model was trained without it"
+        )
+    types, layers, first = config.get("layer_types"), config["num_hidden_layers"], 0
+    if family.slides == "some":
+        if config.get("use_sliding_window") not in (None, True, False):
+            raise CheckpointError(
+                f"{path}: use_sliding_window is {str(config['use_sliding_window'])[:40]}, expected true or false"
+            )
+        window = window if config.get("use_sliding_window") else None
+        first = config.get("max_window_layers", DEFAULT_WINDOW_LAYERS)
+        if window is not None and types is not None:  # which transformers prefers
+            first = types.index(SLIDING) if SLIDING in types else layers
+        if type(first) is not int or first < 0:
+            raise CheckpointError(f"{path}: max_window_layers is {str(first)[:40]}, expected a whole number")
+    full = layers if window is None else first
+    if types is not None and (len(types) != layers or types != [FULL] * full + [SLIDING] * (layers - full)):
+        raise CheckpointError(
+            f"{path}: layer_types is {str(types)[:100]}, which is not computed here; expected none, or {FULL} for the "
+            f"first layers and {SLIDING} for the others, where the architecture has a sliding window"
+        )
+    return {} if window is None or full >= layers else {"sliding_window": window, "first_sliding_layer": full}
 
 
 def _is_neutral(key: str, value: object) -> bool:
@@ -228,8 +337,8 @@ def _feed_forward(dim: object, width: object) -> dict[str, Any]:
     )
 
 
-def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_theta and rope_scaling from either spelling.
+def _rope(path: Path, config: Mapping[str, Any], family: Family, head_dim: int) -> dict[str, Any]:
+    """Return rope_theta, rope_scaling and rotary_dim from either spelling.
 
     The spellings are rope_theta with rope_scaling, and transformers 5's rope_parameters.
     """
@@ -239,9 +348,10 @@ def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: rope_scaling and rope_parameters, got {str(spelled)[:200]}, "
             "expected one object, or two equal ones"
         )
-    rope = spelled[0] if spelled else {}
+    rope = {key: value for key, value in (spelled[0] if spelled else {}).items() if value is not None}
     thetas = [theta for theta in (rope.get("rope_theta"), config.get("rope_theta")) if theta is not None]
-    kinds = {str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None} or {"default"}
+    named = [str(rope[key]) for key in ("rope_type", "type") if key in rope] or ["default"]
+    kinds = {family.rope_kinds.get(kind, kind) for kind in named}
     kind = kinds.pop()
     if kinds or any(theta != thetas[0] for theta in thetas):
         raise CheckpointError(f"{path}: two different values of rope_theta or of the rope type, expected one")
@@ -249,17 +359,92 @@ def _rope(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: rope type {kind[:40]!r} is not computed here, expected one of {', '.join(ROPE_FIELDS)}"
         )
-    fields = ROPE_FIELDS[kind]
-    wrong = sorted((rope.keys() - ROPE_KEYS) ^ fields.keys())
-    if wrong or rope.get("partial_rotary_factor") not in (None, 1.0):
-        named = ", ".join(wrong) or "partial_rotary_factor"
+    factors = [f for f in (rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")) if f is not None]
+    if any(factor != factors[0] for factor in factors) or (
+        "partial_rotary_factor" not in family.allowed and factors and factors[0] != 1.0
+    ):
+        raise CheckpointError(f"{path}: partial_rotary_factor is {str(factors)[:100]}, expected 1.0, or none")
+    is_scaled = kind != "default" or rope.keys() - ROPE_KEYS
+    scaling = _scaling(path, config, family, rope, kind) if is_scaled else None
+    turned = {} if not factors else _rotary_dim(path, factors[0], head_dim)
+    return {"rope_theta": thetas[0] if thetas else DEFAULT_THETA, "rope_scaling": scaling, **turned}
+
+
+def _rotary_dim(path: Path, factor: object, head_dim: int) -> dict[str, Any]:
+    """Return how many of a head's columns are turned, if not all are."""
+    turned = int(head_dim * factor) if isinstance(factor, (int, float)) and 0 < factor <= 1 else 0
+    if turned < 2 or turned % 2:
+        raise CheckpointError(
+            f"{path}: partial_rotary_factor is {str(factor)[:40]}, expected a number up to 1 that makes an even number "
+            f"of columns of a head's {head_dim}"
+        )
+    return {} if turned == head_dim else {"rotary_dim": turned}
+
+
+def _scaling(path: Path, config: Mapping[str, Any], family: Family, rope: Mapping[str, Any], kind: str) -> RopeScaling:
+    """Return a rotary scaling, with transformers' defaults for what is left out.
+
+    Raises:
+        CheckpointError: a setting is missing, or is none of the scaling's.
+        ConfigError: a value is out of its range.
+    """
+    given, fields = dict(rope), ROPE_FIELDS[kind]
+    longest, original = config.get("max_position_embeddings"), "original_max_position_embeddings"
+    if original in fields and kind != "llama3":
+        ordered = (config.get(original), family.original_context, rope.get(original), longest)
+        known = [each for each in ordered if each is not None]
+        given |= {original: known[0]} if known else {}
+    wrong = sorted((given.keys() - ROPE_KEYS - ROPE_OPTIONS.get(kind, set())) ^ fields.keys())
+    if wrong:
         raise CheckpointError(
             f"{path}: rope type {kind} expects exactly {', '.join(fields) or 'no settings'}; "
-            f"too many or missing: {named}"
+            f"too many or missing: {', '.join(wrong)}"
         )
-    values = {ours: rope[theirs] for theirs, ours in fields.items()}
-    scaling = None if kind == "default" else RopeScaling(**values, kind="linear" if kind == "linear" else "llama3")
-    return {"rope_theta": thetas[0] if thetas else DEFAULT_THETA, "rope_scaling": scaling}
+    values = {ours: given[theirs] for theirs, ours in fields.items()}
+    if kind == "dynamic":
+        values["original_max_seq_len"] = longest
+    elif kind == "yarn":
+        optional = ("beta_fast", "beta_slow", "truncate")
+        values |= {name: given[name] for name in optional if name in given}
+        values["attention_factor"] = _yarn_attention(given)
+    elif kind == "longrope":
+        values["factor"] = _longrope_factor(given, longest)
+        values["attention_factor"] = _longrope_attention(given, values["factor"])
+    return RopeScaling(**values, kind=cast(RopeKind, kind))
+
+
+def _yarn_attention(rope: Mapping[str, Any]) -> object:
+    """The factor of queries and keys under yarn: given, or by the scaling's logarithm."""
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+    for name in ("factor", "mscale", "mscale_all_dim"):
+        check_number(f"rope_scaling {name}", rope.get(name, 1.0))
+
+    def by(weight: float) -> float:
+        return 1.0 if rope["factor"] <= 1 else 0.1 * weight * math.log(rope["factor"]) + 1.0
+
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        return by(rope["mscale"]) / by(rope["mscale_all_dim"])
+    return by(1.0)
+
+
+def _longrope_factor(rope: Mapping[str, Any], longest: object) -> float:
+    """How much longer than at first a text may become under longrope."""
+    original, factor = rope["original_max_position_embeddings"], rope.get("factor")
+    check_number("rope_scaling original_max_position_embeddings", original)
+    if factor is None:
+        check_number("max_position_embeddings", longest)
+        factor = cast(float, longest) / original
+    check_number("rope_scaling factor", factor)
+    return cast(float, factor)
+
+
+def _longrope_attention(rope: Mapping[str, Any], factor: float) -> object:
+    """The factor of queries and keys under longrope: given, or by ``factor``."""
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+    original = rope["original_max_position_embeddings"]
+    return 1.0 if factor <= 1.0 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 class Planned(NamedTuple):

@@ -1,6 +1,6 @@
 """How a model is split over files and over devices: axes, shapes and communication; no tensors here.
 
-    0      the output features of a linear layer (column parallel), or the rows of the vocabulary
+    0      the output features of a linear layer (column parallel) and of its bias, or the rows of the vocabulary
     1      the input features of a linear layer (row parallel), or the columns of the embedding
     None   not split: every rank holds the whole weight
 
@@ -30,6 +30,11 @@ AXES: dict[str, int | None] = {
     "layers.{}.attention.wq.weight": 0,
     "layers.{}.attention.wk.weight": 0,
     "layers.{}.attention.wv.weight": 0,
+    "layers.{}.attention.wq.bias": 0,
+    "layers.{}.attention.wk.bias": 0,
+    "layers.{}.attention.wv.bias": 0,
+    "layers.{}.attention.q_norm.weight": None,
+    "layers.{}.attention.k_norm.weight": None,
     "layers.{}.attention.wo.weight": 1,
     "layers.{}.feed_forward.w1.weight": 0,
     "layers.{}.feed_forward.w2.weight": 1,
@@ -43,10 +48,15 @@ SHAPES: dict[
     str, tuple[str, ...]
 ] = {  # of whole weights, in the order of computation; sizes by the names in whole_shape
     "tok_embeddings.weight": ("vocab", "dim"),
-    "layers.{}.attention.wq.weight": ("dim", "dim"),
+    "layers.{}.attention.wq.weight": ("heads", "dim"),
     "layers.{}.attention.wk.weight": ("kv", "dim"),
     "layers.{}.attention.wv.weight": ("kv", "dim"),
-    "layers.{}.attention.wo.weight": ("dim", "dim"),
+    "layers.{}.attention.wq.bias": ("heads",),
+    "layers.{}.attention.wk.bias": ("kv",),
+    "layers.{}.attention.wv.bias": ("kv",),
+    "layers.{}.attention.q_norm.weight": ("head",),
+    "layers.{}.attention.k_norm.weight": ("head",),
+    "layers.{}.attention.wo.weight": ("dim", "heads"),
     "layers.{}.feed_forward.w1.weight": ("hidden", "dim"),
     "layers.{}.feed_forward.w2.weight": ("dim", "hidden"),
     "layers.{}.feed_forward.w3.weight": ("hidden", "dim"),
@@ -56,7 +66,7 @@ SHAPES: dict[
     "output.weight": ("vocab", "dim"),
 }
 EMBEDDING = "tok_embeddings.weight"
-HEAD = "output.weight"
+OPTIONAL = re.compile(r"(?P<qkv_bias>.*\.bias)|(?P<qk_norm>.*\.[qk]_norm\.weight)|(?P<head>output\.weight)")
 LAYER = re.compile(r"\blayers\.(0|[1-9][0-9]*)\.")
 FLOAT32_BYTES = 4
 
@@ -67,6 +77,13 @@ Where = Literal["embedding", "attention", "feed_forward", "head"]
 def numberless(name: str) -> str:
     """A weight's name with ``{}`` in place of the layer's number."""
     return LAYER.sub(r"layers.{}.", name, count=1)
+
+
+def weights_of(args: ModelArgs) -> list[str]:
+    """The weights that a model of this shape has, by numberless names, in the order of computation."""
+    has = {"qkv_bias": args.qkv_bias, "qk_norm": args.qk_norm, "head": not args.tie_word_embeddings}
+    optional = {name: OPTIONAL.fullmatch(name) for name in SHAPES}
+    return [name for name, found in optional.items() if found is None or has[str(found.lastgroup)]]
 
 
 def axis_of(name: str) -> int | None:
@@ -267,7 +284,7 @@ def span(name: str, args: ModelArgs, tensor: int, rank: int) -> tuple[int, int]:
     size, whole = local_shape(weight, args, tensor)[axis], whole_shape(weight, args)[axis]
     kind, end = SHAPES[numberless(weight)][axis], whole
     first = rank * size
-    if kind in ("dim", "kv") and tensor > args.kv_heads:
+    if kind in ("heads", "kv") and tensor > args.kv_heads:
         head = head_of(rank, args.kv_heads, tensor)
         of_head = whole // args.kv_heads  # rows of one key/value head
         shared = 0 if kind == "kv" else rank % (tensor // args.kv_heads)
@@ -286,7 +303,14 @@ def whole_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
     Raises:
         KeyError: ``name`` is no weight of the model.
     """
-    sizes = {"dim": args.dim, "kv": args.kv_heads * args.head_dim, "hidden": args.hidden_dim, "vocab": args.vocab_size}
+    sizes = {
+        "dim": args.dim,
+        "heads": args.n_heads * args.head_dim,
+        "kv": args.kv_heads * args.head_dim,
+        "head": args.head_dim,
+        "hidden": args.hidden_dim,
+        "vocab": args.vocab_size,
+    }
     return tuple(sizes[size] for size in SHAPES[numberless(name)])
 
 
@@ -307,7 +331,7 @@ def local_shape(name: str, args: ModelArgs, tensor: int) -> tuple[int, ...]:
     weight = weight_of_scales(name)
     local = local_args(args, tensor)
     split = {
-        "dim": local.n_heads * args.head_dim,
+        "heads": local.n_heads * args.head_dim,
         "kv": local.kv_heads * args.head_dim,
         "hidden": local.hidden_dim,
         "vocab": local.vocab,
@@ -329,7 +353,7 @@ def weight_of_scales(name: str) -> str:
 
 
 def has_scale(name: str) -> bool:
-    """Whether a weight has scales as int8: those of linear layers have, embedding and norms have not.
+    """Whether a weight has scales as int8: those of linear layers have, embedding, biases and norms have not.
 
     Raises:
         KeyError: ``name`` is no weight of the model.

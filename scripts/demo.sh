@@ -11,4 +11,7 @@ if (($#)) && [[ "$1" != --* ]]; then
   prompt=("--prompt=$1")
   shift
 fi
+if [[ -t 0 ]]; then
+  exec </dev/null  # without a prompt it continues the demo prompt, also at a terminal
+fi
 PJRT_DEVICE="${PJRT_DEVICE:-CPU}" exec "$here/../.venv/bin/llama-xla" generate ${prompt[@]+"${prompt[@]}"} --echo --stream "$@"

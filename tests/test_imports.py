@@ -15,7 +15,18 @@ import llama
 ROOT = Path(llama.__file__).parent
 # Lower rooms know nothing of higher ones. Rooms on one line may know each other.
 LADDER = [
-    {"config", "errors", "planning", "ranks", "sampling_params", "settings", "sharding", "startup"},
+    {
+        "config",
+        "errors",
+        "gguf_header",
+        "gguf_settings",
+        "planning",
+        "ranks",
+        "sampling_params",
+        "settings",
+        "sharding",
+        "startup",
+    },
     {"xla"},
     {"compiled"},
     {"checkpoint", "tokenizer"},
@@ -23,7 +34,7 @@ LADDER = [
     {"loading"},
     {"drafting"},
     {"detokenizer", "inspection"},
-    {"inputs", "outputs"},
+    {"arguments", "inputs", "outputs"},
     {"scoring"},
     {"generation"},
     {"batch", "conversation", "bench", "multiple_choice"},
@@ -32,8 +43,11 @@ LADDER = [
 ]
 KNOWS_TORCH_XLA = {"xla"}
 HOLDS_NO_TENSORS = {
+    "arguments",
     "config",
     "errors",
+    "gguf_header",
+    "gguf_settings",
     "ranks",
     "sampling_params",
     "settings",

@@ -180,8 +180,8 @@ def test_inspect_says_what_would_fit(run: Run, made: Path) -> None:
     assert re.search(r"the model does not fit: .*; it takes --max_seq_len \d+ at most", found["problems"][0])
 
 
-def test_inspect_refuses_a_window_smaller_than_the_cache(run: Run, made: Path, tmp_path: Path) -> None:
-    """A Mistral checkpoint is described whole; the problem names the flag that cures it."""
+def test_inspect_refuses_positions_that_are_not_computed(run: Run, made: Path, tmp_path: Path) -> None:
+    """A Mistral checkpoint is described whole, its window, too; the problem names the flag that cures it."""
     from transformers import MistralConfig, MistralForCausalLM
 
     sizes = {
@@ -191,10 +191,13 @@ def test_inspect_refuses_a_window_smaller_than_the_cache(run: Run, made: Path, t
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    MistralForCausalLM(MistralConfig(**sizes, vocab_size=768, sliding_window=512)).save_pretrained(tmp_path / "mistral")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    limits = {"sliding_window": 256, "max_position_embeddings": 512, "rope_parameters": rope}
+    MistralForCausalLM(MistralConfig(**sizes, **limits, vocab_size=768)).save_pretrained(tmp_path / "mistral")
     write_json(byte_level(), tmp_path / "mistral")
     found = facts(run, str(tmp_path / "mistral"), code=2)
-    assert found["sliding_window"] == 512
+    assert found["sliding_window"] == 256
+    assert found["rope"]["scaling"] == "dynamic"
     assert "--max_seq_len 512 at most" in found["problems"][0]
     assert facts(run, str(tmp_path / "mistral"), "--max_seq_len", "512")["problems"] == []
 

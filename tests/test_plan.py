@@ -402,7 +402,7 @@ def test_int8_weights_are_seen_in_the_header(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_config_json_is_planned(run: Run, tmp_path: Path) -> None:
-    """Hugging Face's settings, without weights; a sliding window limits the positions."""
+    """Hugging Face's settings, without weights; a rotary scaling that ends somewhere limits the positions."""
     config = {
         "architectures": ["MistralForCausalLM"],
         "hidden_size": 64,
@@ -412,11 +412,13 @@ def test_a_config_json_is_planned(run: Run, tmp_path: Path) -> None:
         "vocab_size": 321,
         "rms_norm_eps": 1e-5,
         "intermediate_size": 192,
-        "sliding_window": 1024,
+        "sliding_window": 512,
+        "max_position_embeddings": 1024,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     flags = ["--tensor_parallel", "4", "--ckpt_dir", str(tmp_path)]
-    refused_at_once(run("plan", *flags), "--max_seq_len: got 2048", "1024 positions")
+    refused_at_once(run("plan", *flags), "--max_seq_len: got 2048", "more than 1024 positions")
     found = planned(run, *flags, "--max_seq_len", "1024")
     args = ModelArgs(dim=64, n_layers=3, n_heads=8, n_kv_heads=4, vocab_size=321, ffn_hidden_dim=192)
     assert found["parameters"] == planning.parameter_count(args)

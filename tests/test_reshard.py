@@ -184,6 +184,7 @@ def test_companions_travel_along(tmp_path: Path) -> None:
         "chat_template.jinja",
         "params.json",
         "checksums.json",
+        "sizes.json",
     }
     assert set(contents(tmp_path / "native")) == kept | {"model.safetensors"}
     assert set(contents(tmp_path / "meta")) == kept | {"consolidated.00.pth"}
@@ -466,6 +467,7 @@ def test_what_stands_in_the_way_is_found_before_writing(tmp_path: Path) -> None:
     shard = torch.load(tmp_path / "two" / "consolidated.01.pth", weights_only=True)
     shard["norm.weight"][0] += 1
     torch.save(shard, tmp_path / "two" / "consolidated.01.pth")
+    (tmp_path / "two" / "sizes.json").unlink()  # or the file would be refused before it is read
     for run in (
         lambda: convert(tmp_path / "two", tmp_path / "out"),
         lambda: reshard(tmp_path / "two", tmp_path / "out", 1),

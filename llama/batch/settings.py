@@ -15,7 +15,7 @@ from typing import Any
 from llama.batch.lines import shown
 from llama.errors import CheckpointError
 
-MODEL_FILES = (".json", ".jinja", ".model", ".pth", ".safetensors", ".bin")
+MODEL_FILES = (".json", ".jinja", ".model", ".pth", ".safetensors", ".bin", ".gguf")
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # of a large file, evenly spread: another model differs in most of them
 
 
@@ -60,7 +60,8 @@ def model_digest(directory: Path, tokenizer_path: str | None) -> str:
     """
     digest = hashlib.sha256()
     try:
-        found = [path for path in directory.iterdir() if path.suffix in MODEL_FILES and path.is_file()]
+        files = [directory] if directory.is_file() else directory.iterdir()
+        found = [path for path in files if path.suffix in MODEL_FILES and path.is_file()]
         found += [directory.parent / "tokenizer.model"] if (directory.parent / "tokenizer.model").is_file() else []
         found += [] if tokenizer_path is None or not Path(tokenizer_path).is_file() else [Path(tokenizer_path)]
         for path in sorted(found):

@@ -37,7 +37,7 @@ def compile_template(text: str) -> Template:
     Raises:
         jinja2.TemplateSyntaxError: it is not valid.
     """
-    from jinja2 import TemplateError, nodes
+    from jinja2 import FunctionLoader, TemplateError, TemplateRuntimeError, Undefined, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -51,8 +51,14 @@ def compile_template(text: str) -> Template:
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    def raise_exception(message: str) -> None:
+    def raise_exception(message: str = "no reason given") -> None:
         raise TemplateError(message)
+
+    def only_values(value: Any) -> Any:
+        """Refuse to write a generator or a function: the text would hold where in memory it is."""
+        if value is None or isinstance(value, str | int | float | list | tuple | dict | Undefined):
+            return value
+        raise TemplateRuntimeError(f"it writes a {type(value).__name__}, expected a text")
 
     def to_json(
         value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
@@ -60,7 +66,11 @@ def compile_template(text: str) -> Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, "jinja2.ext.loopcontrols"],
+        finalize=only_values,
+        loader=FunctionLoader(lambda name: None),
     )
     environment.filters["tojson"] = to_json  # jinja2's own writes < and > as escapes, for HTML
     environment.globals["raise_exception"] = raise_exception
@@ -70,13 +80,17 @@ def compile_template(text: str) -> Template:
 
 def describe(error: BaseException) -> str:
     """Describe an error for the user."""
-    from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
+    from jinja2 import TemplateError, TemplateNotFound, TemplateRuntimeError, TemplateSyntaxError
     from jinja2.exceptions import SecurityError
 
     if isinstance(error, TemplateSyntaxError):
         return f"the chat template is not valid, line {error.lineno}: {error.message}"
     if isinstance(error, SecurityError):
         return f"the chat template tries what its sandbox forbids: {error}"
+    if isinstance(error, TemplateNotFound):
+        return f"the chat template reads another template, {error}, for which there is no loader"
+    if isinstance(error, RecursionError):
+        return "the chat template fails: RecursionError: it is nested, or calls itself, too deeply"
     if isinstance(error, TemplateError) and not isinstance(error, TemplateRuntimeError):
         return f"the chat template refuses this dialog: {error}"
     if isinstance(error, MemoryError):

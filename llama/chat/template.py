@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama.chat.formats import ChatFormat, Dialog, Message, begun_answer, check_dialog
-from llama.chat.renderer import Limits, Renderer
+from llama.chat.renderer import Limits, Rendered, Renderer
 from llama.errors import ChatError, TokenizerError, setting
+from llama.gguf_header import gguf_in
 from llama.tokenizer import Part, Tokenizer
 from llama.tokenizer.files import read_object
+from llama.tokenizer.gguf_kind import chat_template_of
 
 DEFAULT_LIMITS = Limits()
 
@@ -37,11 +39,14 @@ class Found(NamedTuple):
 def find_template(directory: Path) -> Found | None:
     """Return a checkpoint's chat template, if it has one.
 
-    It is in chat_template.jinja, or in tokenizer_config.json (of several, ``default``).
+    It is in chat_template.jinja, or in tokenizer_config.json (of several, ``default``), or in a GGUF file's metadata.
 
     Raises:
         ChatError: a file that is not readable, or several templates without a default.
     """
+    gguf = gguf_in(directory)
+    if gguf is not None:
+        return _in_metadata(gguf)
     path = directory / "chat_template.jinja"
     try:
         return Found(path.read_text(encoding="utf-8"), path)
@@ -66,6 +71,15 @@ def find_template(directory: Path) -> Found | None:
             f"{path}: chat_template: got a JSON {type(value).__name__}, expected a text, or a list of named ones"
         )
     return None if value is None else Found(value, path)
+
+
+def _in_metadata(path: Path) -> Found | None:
+    """Return the template in a GGUF file's metadata, if it has one."""
+    try:
+        text = chat_template_of(path)
+    except TokenizerError as error:
+        raise ChatError(str(error)) from error
+    return None if text is None else Found(text, path)
 
 
 class TemplateFormat(ChatFormat):
@@ -121,12 +135,11 @@ class TemplateFormat(ChatFormat):
         dialogs = [dialog, self._marked(dialog, mark)]
         with closing(self._renderer()) as renderer:
             plain, marked = renderer.render(dialogs, add_generation_prompt=add_generation_prompt)
-        if plain.text is None:
-            raise ChatError(f"{self._source}: {plain.problem}")
+        text = self._checked(plain)
         pieces = (marked.text or "").split(mark)
-        if "".join(pieces) != plain.text:
+        if "".join(pieces) != text:
             self._refuse_control_tokens(dialog)
-            pieces = [plain.text]
+            pieces = [text]
         return self.tokenizer.encode_parts([Part(piece, True) for piece in pieces])
 
     def text(self, dialog: Dialog, add_generation_prompt: bool = True) -> str:
@@ -136,14 +149,35 @@ class TemplateFormat(ChatFormat):
         last: list[Message] = [] if begun is None else [{"role": "assistant", "content": begun + mark}]
         messages = [*(dialog if begun is None else dialog[:-1]), *last]
         (rendered,) = self._kept.render([messages], add_generation_prompt=add_generation_prompt)
-        if rendered.text is None:
-            raise ChatError(f"{self._source}: {rendered.problem}")
+        text = self._checked(rendered)
         if begun is None:
-            return rendered.text
-        written, found, rest = rendered.text.rpartition(mark.rstrip())
+            return text
+        written, found, rest = text.rpartition(mark.rstrip())
         if not found:
             raise ChatError(f"{self._source}: the chat template leaves out the last message, an answer that has begun")
         return written if rest.startswith(" ") else written.rstrip()
+
+    def _checked(self, rendered: Rendered) -> str:
+        """The text of a rendered dialog.
+
+        Raises:
+            ChatError: the template fails, or writes what cannot be a prompt.
+        """
+        if rendered.text is None:
+            raise ChatError(f"{self._source}: {rendered.problem}")
+        if not rendered.text.strip():
+            written = "white space only" if rendered.text else "nothing"
+            raise ChatError(
+                f"{self._source}: the chat template writes {written} for this dialog, expected its messages: a name "
+                "that it does not define is empty"
+            )
+        try:
+            rendered.text.encode()
+        except UnicodeEncodeError as error:
+            raise ChatError(
+                f"{self._source}: the chat template writes what is not valid Unicode: character {error.start}"
+            ) from error
+        return rendered.text
 
     @cached_property
     def _kept(self) -> Renderer:

@@ -7,7 +7,7 @@
     files.py       one file: JSON or mapped tensors   names.py       one table: names and shapes of the weights
     partition.py   cutting weights for several ranks  quantize.py    int8 weights
     reshard.py     writing whole checkpoints          writing.py     writing files
-    checksums.py   comparing files with their sha256
+    checksums.py   comparing files with their sums   duplicates.py  a shard that is there twice
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from llama.checkpoint.checksums import check_files
 from llama.checkpoint.names import is_scale
 from llama.checkpoint.partition import device_parts
 from llama.checkpoint.quantize import quantize
@@ -31,6 +32,7 @@ from llama.xla.stacks import StackInTheMaking, spans_layers
 __all__ = [
     "Source",
     "TensorInfo",
+    "check_files",
     "checked",
     "is_finite",
     "is_scale",

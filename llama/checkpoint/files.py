@@ -11,7 +11,7 @@ after each thirty-second part of it; a view keeps its mapping alive.
 from __future__ import annotations
 
 import json
-import re
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llama.checkpoint.pickles import check_names, would_run
 from llama.errors import CheckpointError
 from llama.settings import first_line
 
@@ -33,6 +34,7 @@ FLOATING = {
     "BF16": torch.bfloat16,
 }  # by safetensors' names
 KNOWN = {**FLOATING, "I8": torch.int8}
+LONGEST_REASON = 120  # characters of what torch says about a pickle
 GIT_LFS = b"version https://git-lfs"
 
 
@@ -149,15 +151,16 @@ class PickleFile(TensorFile):
                 start = file.read(16)
             raise CheckpointError(
                 f"{self.path} is not a checkpoint: got {self.path.stat().st_size} bytes that begin with {start!r}, "
-                f"expected the zip archive that torch.save writes since 1.6; it may be cut short{_hint(self.path)}"
+                f"expected the zip archive that torch.save writes since 1.6; it may be cut short"
+                f"{_hint(self.path)}{_warning(self.path)}"
             )
         try:
-            loaded: Any = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            check_names(self.path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a protocol that torch.save does not write: it fails below
+                loaded: Any = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # the restricted unpickler fails in many ways on damaged input, all of them harmless
-            found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)", str(error))
-            reason = (
-                f"it holds more than tensors ({found.group(1)}), which is never loaded" if found else first_line(error)
-            )
+            reason = _warning(self.path).removeprefix("; ") or _unpickling_failed(error)
             raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {reason}") from error
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{self.path}: got a {type(loaded).__name__}, expected a dict of tensors by name")
@@ -197,6 +200,27 @@ class PickleFile(TensorFile):
                 f"{short.total()} tensors have no record of their size in it, for instance one of {min(short)} bytes"
             )
             raise CheckpointError(f"{self.path} is not a checkpoint, or a damaged one: {missing}")
+
+
+def _warning(path: Path) -> str:
+    """Return what a file's pickle would run, as the end of a message; empty if that is nothing."""
+    names = would_run(path)
+    return (
+        f"; it holds more than tensors: pickle would run {names}, which is never done here; do not load it "
+        "elsewhere, ask its author for safetensors"
+        if names
+        else ""
+    )
+
+
+def _unpickling_failed(error: Exception) -> str:
+    """Return torch's reason without its advice to load the file nevertheless."""
+    _, is_unpickling, reason = str(error).rpartition("WeightsUnpickler error:")
+    line = (reason.strip().partition("\n")[0] if is_unpickling else first_line(error))[:LONGEST_REASON]
+    if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "weights_only" not in line):
+        return line  # of the file, or the archive
+    line = "no reason given" if not line or "weights_only" in line else line
+    return f"its pickle is damaged, or none that torch.save writes ({type(error).__name__}: {line})"
 
 
 def _hint(path: Path) -> str:

@@ -1,11 +1,10 @@
 """Hugging Face's format: config.json with model.safetensors, in one file or several with an index.
 
-Supported are LlamaForCausalLM, and MistralForCausalLM where it computes the same as LLaMA. Settings that would change
-the computation in an unsupported way are refused by name; settings that change nothing (dropout, caches, token ids) are
-ignored. Older checkpoints in pytorch_model.bin are read with a warning.
+Which architectures are supported, and which settings refused, is in llama/settings.py. Older checkpoints in
+pytorch_model.bin are read with a warning.
 
 transformers rotates the two halves of a head's columns where Meta rotates neighbouring pairs, and stores the rows of wq
-and wk in that order; ``read`` restores Meta's order.
+and wk in that order, their biases and norms, too; ``read`` restores Meta's order. Phi-3's fused weights are cut.
 """
 
 from __future__ import annotations
@@ -13,16 +12,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from llama.checkpoint import names
 from llama.checkpoint.files import PickleFile, SafetensorsFile, TensorFile
 from llama.checkpoint.source import Found, Source
+from llama.config import ModelArgs
 from llama.errors import CheckpointError
 from llama.settings import read_config, read_json
+from llama.sharding import whole_shape
 
 log = logging.getLogger("llama")
+
+IN_HALVES = (".wq.weight", ".wk.weight", ".wq.bias", ".wk.bias", ".q_norm.weight", ".k_norm.weight")
+
+
+class Home(NamedTuple):
+    """Where a weight is.
+
+    Attributes:
+        file: that holds it.
+        name: in the file.
+        first, rows: which of that tensor's rows it is; ``rows`` None: all.
+    """
+
+    file: TensorFile
+    name: str
+    first: int = 0
+    rows: int | None = None
 
 
 class HFSource(Source):
@@ -41,35 +60,69 @@ class HFSource(Source):
     def __init__(self, directory: Path) -> None:
         settings = read_config(directory / "config.json")
         self._files = open_weights(directory)
-        self._home: dict[str, TensorFile] = {}
-        found = {}
+        self._home: dict[str, Home] = {}
+        found: dict[str, Found] = {}
         for file in self._files:
             for theirs, header in file.headers.items():
-                if not names.DERIVED.fullmatch(theirs):
-                    name = names.to_meta(theirs) or f"{theirs} (no weight of LLaMA's)"
-                    self._home[name] = file
-                    found[name] = Found(header.shape, header.dtype, file.path)
+                if names.DERIVED.fullmatch(theirs):
+                    continue
+                fused = names.fused_in(theirs) if settings.is_fused else []
+                if fused:
+                    found |= self._cut(file, theirs, fused, settings.args)
+                    continue
+                name = names.to_meta(theirs) or f"{theirs} (no weight of LLaMA's)"
+                self._home[name] = Home(file, theirs)
+                found[name] = Found(header.shape, header.dtype, file.path)
         super().__init__(directory, settings, found, tuple(file.path for file in self._files))
+
+    def _cut(self, file: TensorFile, theirs: str, fused: Sequence[str], args: ModelArgs) -> dict[str, Found]:
+        """The weights that are the rows of a fused one.
+
+        Raises:
+            CheckpointError: it has not as many rows as they have together.
+        """
+        header, first = file.headers[theirs], 0
+        found = {}
+        for name in fused:
+            rows = whole_shape(name, args)[0]
+            self._home[name] = Home(file, theirs, first, rows)
+            found[name] = Found((rows, *header.shape[1:]), header.dtype, file.path)
+            first += rows
+        if header.shape[:1] != (first,):
+            raise CheckpointError(
+                f"{file.path}: tensor {theirs} is {list(header.shape)}, expected {first} rows: "
+                f"those of {', '.join(fused)}"
+            )
+        return found
 
     def label(self, name: str) -> str:
         """A weight's name in Meta's and in this checkpoint's files."""
-        theirs = names.to_hugging_face(name)
-        return f"{name} ({theirs})" if theirs else name
+        theirs = self._home[name].name if name in self._home else names.to_hugging_face(name)
+        return f"{name} ({theirs})" if theirs and names.weight_of(name) else name
 
     def _let_go(self, name: str) -> None:
-        self._home[name].let_go()
+        self._home[name].file.let_go()
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self._home[name].read(names.to_hugging_face(name) or name).contiguous()
-        if name.endswith((".wq.weight", ".wk.weight")):
-            return to_pairs(tensor, self.args.head_dim)
-        return tensor
+        home = self._home[name]
+        tensor = home.file.read(home.name)
+        if home.rows is not None:
+            tensor = tensor[home.first : home.first + home.rows]
+        if name.endswith(IN_HALVES):
+            return to_pairs(tensor, self.args.head_dim, self.args.turned)
+        return tensor.contiguous()
 
 
-def to_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of wq or wk [heads x head_dim, dim] from halves (transformers) to neighbouring pairs (Meta)."""
-    halves = weight.view(-1, 2, head_dim // 2, weight.shape[1])  # [heads, half, pair, dim]
-    return halves.transpose(1, 2).reshape(weight.shape)
+def to_pairs(weight: torch.Tensor, head_dim: int, turned: int) -> torch.Tensor:
+    """Rows of wq or wk [heads x head_dim, dim], or a vector's numbers, from halves (transformers) to neighbouring pairs
+    (Meta).
+
+    Args:
+        turned: how many of each head's rows are in halves, the first ones; the others stay.
+    """
+    heads = weight.reshape(-1, head_dim, *weight.shape[1:])
+    halves = heads[:, :turned].reshape(-1, 2, turned // 2, *weight.shape[1:])  # [heads, half, pair, ...]
+    return torch.cat((halves.transpose(1, 2).flatten(1, 2), heads[:, turned:]), dim=1).reshape(weight.shape)
 
 
 def open_weights(directory: Path) -> list[TensorFile]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint import names, partition
+from llama.checkpoint.duplicates import check_distinct
 from llama.checkpoint.files import PickleFile
 from llama.checkpoint.source import Found, Source, same_bits
 from llama.config import ModelArgs
@@ -50,6 +51,8 @@ class MetaSource(Source):
         axis = noted_axis if len(self._shards) == 1 else self._axes.get(names.EMBEDDING)
         settings = Settings(args, directory / "params.json", sliding_window, axis)
         super().__init__(directory, settings, self._found, tuple(shard.path for shard in self._shards))
+        split = [name for name, axis in self._axes.items() if axis is not None and not name.endswith(".bias")]
+        check_distinct(self._shards, [name for name in split if not self._replicated(name, self.args)])
 
     def _info(self, name: str, args: ModelArgs) -> Found:
         header, axis, count = self._shards[0].headers[name], self._axes.get(name), len(self._shards)
@@ -146,15 +149,16 @@ def _check_count(shards: Sequence[PickleFile], args: ModelArgs) -> None:
     """Check the number of shards against the first layer's query weight."""
     name = names.IN_LAYER[0].meta.format(0)
     shape = shards[0].headers[name].shape if name in shards[0].headers else ()
-    if len(shape) != 2 or shape[1] != args.dim or shape[0] < 1 or args.dim % shape[0]:
+    rows = args.n_heads * args.head_dim
+    if len(shape) != 2 or shape[1] != args.dim or shape[0] < 1 or rows % shape[0]:
         return  # not a part of this weight: Source reports how it differs from the model
-    count = args.dim // shape[0]
+    count = rows // shape[0]
     if count == len(shards):
         return
     expected = f"consolidated.00.pth to consolidated.{count - 1:02}.pth" if count > 1 else "one file"
     raise CheckpointError(
         f"{shards[0].path.parent} has {len(shards)} shards, but {name} in {shards[0].path.name} is one of "
-        f"{count} parts of {args.dim}: expected {expected}"
+        f"{count} parts of {rows}: expected {expected}"
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from llama.config import ModelArgs
-from llama.sharding import LAYER, SHAPES, numberless, whole_shape
+from llama.sharding import LAYER, SHAPES, numberless, weights_of, whole_shape
 
 
 class Weight(NamedTuple):
@@ -32,6 +32,11 @@ IN_LAYER = (
     _row("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
     _row("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight"),
     _row("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight"),
+    _row("layers.{}.attention.wq.bias", "model.layers.{}.self_attn.q_proj.bias"),
+    _row("layers.{}.attention.wk.bias", "model.layers.{}.self_attn.k_proj.bias"),
+    _row("layers.{}.attention.wv.bias", "model.layers.{}.self_attn.v_proj.bias"),
+    _row("layers.{}.attention.q_norm.weight", "model.layers.{}.self_attn.q_norm.weight"),
+    _row("layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight"),
     _row("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight"),
     _row("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight"),
     _row("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight"),
@@ -45,6 +50,12 @@ AFTER_LAYERS = (
 )
 TABLE = {weight.meta: weight for weight in (*BEFORE_LAYERS, *IN_LAYER, *AFTER_LAYERS)}
 FROM_HUGGING_FACE = {weight.hugging_face: weight for weight in TABLE.values()}
+
+# Phi-3's fused weights, by Hugging Face's name, and the weights that their rows are, in this order
+FUSED = {
+    "model.layers.{}.self_attn.qkv_proj.weight": tuple(weight.meta for weight in IN_LAYER[:3]),
+    "model.layers.{}.mlp.gate_up_proj.weight": ("layers.{}.feed_forward.w1.weight", "layers.{}.feed_forward.w3.weight"),
+}
 
 # Tables of rotary frequencies, which are computed from the settings and not read
 DERIVED = re.compile(
@@ -69,6 +80,12 @@ def to_meta(name: str) -> str | None:
     return weight and weight.meta.format(layer and layer.group(1))
 
 
+def fused_in(name: str) -> list[str]:
+    """Meta's names of the weights that one of Hugging Face's fused weights holds, row after row; else none."""
+    layer = LAYER.search(name)
+    return [meta.format(layer and layer.group(1)) for meta in FUSED.get(numberless(name), ())]
+
+
 def is_key_or_value(weight: Weight) -> bool:
     """Whether a weight has one block of rows for each key/value head.
 
@@ -79,18 +96,20 @@ def is_key_or_value(weight: Weight) -> bool:
 
 def expected_weights(args: ModelArgs) -> Iterator[tuple[str, Weight]]:
     """Yield (Meta's name, row of the table) for every weight of a model, in the order of computation."""
+    has = set(weights_of(args))
+    in_layer = [weight for weight in IN_LAYER if weight.meta in has]
     for weight in BEFORE_LAYERS:
         yield weight.meta, weight
     for layer in range(args.n_layers):
-        for weight in IN_LAYER:
+        for weight in in_layer:
             yield weight.meta.format(layer), weight
     for weight in AFTER_LAYERS:
-        if weight.meta != HEAD or not args.tie_word_embeddings:
+        if weight.meta in has:
             yield weight.meta, weight
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a weight can be int8: those of linear layers can, embedding and norms cannot."""
+    """Whether a weight can be int8: those of linear layers can, embedding, biases and norms cannot."""
     weight = weight_of(name)
     return weight is not None and len(weight.shape) == 2 and name != EMBEDDING
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama.checkpoint.files import SafetensorsFile
+from llama.checkpoint.gguf_file import GGUFSource
 from llama.checkpoint.hf_safetensors import HFSource
 from llama.checkpoint.meta_pth import SHARD, MetaSource
 from llama.checkpoint.native import NativeSource, is_native
 from llama.checkpoint.source import Source
 from llama.errors import CheckpointError
+from llama.gguf_header import SUFFIX, gguf_in
 
-SOURCES: dict[str, type[MetaSource | HFSource | NativeSource]] = {
-    each.format: each for each in (MetaSource, HFSource, NativeSource)
+SOURCES: dict[str, type[MetaSource | HFSource | NativeSource | GGUFSource]] = {
+    each.format: each for each in (MetaSource, HFSource, NativeSource, GGUFSource)
 }
 EXPECTED = (
     "params.json with consolidated.00.pth (Meta), config.json with model.safetensors (Hugging Face), "
-    "or params.json with model.safetensors (llama-xla convert)"
+    "params.json with model.safetensors (llama-xla convert), or one .gguf file"
 )
 LISTED_AT_MOST = 12
 
@@ -28,6 +30,9 @@ def open_checkpoint(directory: Path) -> Source:
         CheckpointError: no checkpoint, several formats at once, or a damaged one; see the formats' classes.
     """
     found = recognise(directory)
+    if len(found.get(GGUFSource.format, ())) > 1:
+        listed = ", ".join(found[GGUFSource.format][:LISTED_AT_MOST])
+        raise CheckpointError(f"{directory} holds several .gguf files ({listed}), expected one: give the path of one")
     if len(found) == 1:
         return SOURCES[next(iter(found))](directory)
     if found:
@@ -46,6 +51,10 @@ def recognise(directory: Path) -> dict[str, list[str]]:
     Raises:
         CheckpointError: it is not a directory, or the header of a safetensors file is damaged.
     """
+    if directory.is_file() and gguf_in(directory) is not None:
+        return {GGUFSource.format: [directory.name]}
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file, not a directory (expected one with {EXPECTED})")
     if not directory.is_dir():
         raise CheckpointError(f"no such directory: {directory} (expected one with {EXPECTED})")
     names = sorted(path.name for path in directory.iterdir())
@@ -57,6 +66,8 @@ def recognise(directory: Path) -> dict[str, list[str]]:
     if not found and "config.json" in names and any(name.endswith(".index.json") for name in names):
         # opening it reports which files are missing
         found[HFSource.format] = [name for name in names if name.endswith(".index.json")]
+    if len(found) > 1:  # a .gguf file that was made from the weights beside it
+        found.pop(GGUFSource.format, None)
     return found
 
 
@@ -72,4 +83,6 @@ def _format_of(path: Path, beside_params: bool) -> str | None:
         return NativeSource.format if is_native(SafetensorsFile(path)) else HFSource.format
     if path.name.startswith("pytorch_model") and path.suffix == ".bin":
         return HFSource.format
+    if path.suffix.lower() == SUFFIX:
+        return GGUFSource.format
     return None

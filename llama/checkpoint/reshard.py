@@ -2,7 +2,7 @@
 
 The source may have any format. Weights are read one at a time and freed before the next one; writing.py describes what
 an interrupted run leaves behind. The source's params.json, tokenizer files and generation_config.json are copied, and
-checksums.json gets the sha256 of every file.
+checksums.json gets the sha256 of every file, sizes.json the size and a sample of every file of weights.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import torch
 from tqdm import tqdm
 
 from llama.checkpoint import names, native, partition, writing
-from llama.checkpoint.checksums import CHECKSUMS
+from llama.checkpoint.checksums import CHECKSUMS, SIZES, check_files, sample_of
+from llama.checkpoint.gguf_file import GGUFSource
 from llama.checkpoint.meta_pth import NOTES
 from llama.checkpoint.quantize import quantize
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, is_finite
 from llama.errors import CheckpointError, ConfigError
 from llama.sharding import axis_of, head_of
+from llama.tokenizer import gguf_kind
 
 log = logging.getLogger("llama")
 
@@ -66,7 +68,8 @@ def reshard(
         The shards.
 
     Raises:
-        CheckpointError: see open_checkpoint; sizes that cannot be divided; ``dst`` exists; too little disk space.
+        CheckpointError: see open_checkpoint and check_files; sizes that cannot be divided; ``dst`` exists; too little
+            disk space.
         ConfigError: model_parallel or embedding_axis is out of range.
     """
     if model_parallel < 1 or embedding_axis not in (None, 0, 1):
@@ -74,6 +77,7 @@ def reshard(
             f"got model_parallel {model_parallel} and embedding_axis {embedding_axis}, expected 1 or more, and 0 or 1"
         )
     source, target = open_checkpoint(Path(src)), Path(dst)
+    check_files(source.directory, source.files)
     if source.is_int8:
         raise CheckpointError(
             f"{source.directory} holds int8 weights, for which Meta's format has no place; reshard the original"
@@ -86,6 +90,7 @@ def reshard(
         _check_room(directory, size + -(-size // model_parallel))
         sums = _write_shards(source, directory, model_parallel, axis, progress)
         shards = tuple(target / name for name in sums)
+        _write_sizes(directory, sums)
         notes = _notes(source, known_axis if model_parallel == 1 else None)
         if notes:
             sums[NOTES] = writing.write_bytes(directory / NOTES, writing.json_bytes(notes))
@@ -94,7 +99,8 @@ def reshard(
             (source.directory / "params.json").read_bytes() if is_meta else writing.json_bytes(source.args.to_params())
         )
         _write_companions(source, directory, sums, params)
-    log.info("Wrote %s: %d shards, %d bytes of weights", target, model_parallel, size)
+    noun = "shard" if model_parallel == 1 else "shards"
+    log.info("Wrote %s: %d %s, %d bytes of weights", target, model_parallel, noun, size)
     return shards
 
 
@@ -121,14 +127,15 @@ def convert(
         The files with weights.
 
     Raises:
-        CheckpointError: see open_checkpoint; a number that the dtype cannot hold; ``dst`` exists; too little disk
-            space.
+        CheckpointError: see open_checkpoint and check_files; a number that the dtype cannot hold; ``dst`` exists; too
+            little disk space.
         ConfigError: an unknown dtype, or an invalid size.
     """
     if dtype is not None and dtype not in CONVERTED_DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(CONVERTED_DTYPES)}")
     most = None if max_shard_size is None else parse_size(max_shard_size)
     source, target = open_checkpoint(Path(src)), Path(dst)
+    check_files(source.directory, source.files)
     infos = _converted_infos(source, dtype)
     sizes = {name: _bytes(info) for name, info in infos.items()}
     with writing.new_directory(target) as directory:
@@ -136,11 +143,13 @@ def convert(
         groups = native.shards_of(sizes, most)
         sums = _write_native(source, infos, groups, directory, progress)
         files = tuple(target / name for name in sums)
+        index = native.index_of(dict(zip(sums, groups, strict=True)), sum(sizes.values()))
+        _write_sizes(directory, sums)
         if len(groups) > 1:
-            index = native.index_of(dict(zip(sums, groups, strict=True)), sum(sizes.values()))
             sums[native.INDEX] = writing.write_bytes(directory / native.INDEX, writing.json_bytes(index))
         _write_companions(source, directory, sums, writing.json_bytes(source.args.to_params()))
-    log.info("Wrote %s: %d files, %d bytes of weights", target, len(files), sum(sizes.values()))
+    noun = "file" if len(files) == 1 else "files"
+    log.info("Wrote %s: %d %s, %d bytes of weights", target, len(files), noun, sum(sizes.values()))
     return files
 
 
@@ -240,13 +249,23 @@ def _cast(source: Source, name: str, dtype: torch.dtype, bar: tqdm[None]) -> tor
     return made
 
 
+def _write_sizes(directory: Path, sums: dict[str, str]) -> None:
+    """Write sizes.json, for the files of weights in ``sums``."""
+    samples = {name: sample_of(directory / name) for name in sums}
+    sums[SIZES] = writing.write_bytes(directory / SIZES, writing.json_bytes(samples))
+
+
 def _write_companions(source: Source, directory: Path, sums: dict[str, str], params: bytes) -> None:
-    """Copy the tokenizer and generation defaults; write the checksums and params.json.
+    """Copy the tokenizer and generation defaults, or write those of a GGUF file; write the checksums and params.json.
 
     params.json is written last, because nothing loads without it.
     """
-    for path in companions(source.directory):
-        sums[path.name] = writing.write_bytes(directory / path.name, path.read_bytes())
+    if source.format == GGUFSource.format:
+        files = list(gguf_kind.companions(source.files[0]))
+    else:
+        files = [(path.name, path.read_bytes()) for path in companions(source.directory)]
+    for name, content in files:
+        sums[name] = writing.write_bytes(directory / name, content)
     sums["params.json"] = hashlib.sha256(params).hexdigest()
     writing.write_bytes(directory / CHECKSUMS, writing.json_bytes(sums))
     writing.write_bytes(directory / "params.json", params)

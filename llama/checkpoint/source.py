@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,7 +64,7 @@ class Source(ABC):
     Attributes:
         format: ``meta``, ``huggingface`` or ``llama-xla``.
         args: the shape, with the vocabulary size settled.
-        sliding_window: the most positions that the model may be used with, or None; the caller compares.
+        sliding_window: how many positions a position attends to, or None.
         embedding_axis: see Settings.
         defaults: the sampling defaults of generation_config.json.
 
@@ -80,7 +81,9 @@ class Source(ABC):
         self.directory = directory
         self.files = files
         self.args = settle_vocab_size(settings, found)
-        self.sliding_window = settings.sliding_window
+        if self.args.sliding_window is None and settings.sliding_window is not None:
+            self.args = replace(self.args, sliding_window=settings.sliding_window)
+        self.sliding_window = self.args.sliding_window
         self.embedding_axis = settings.embedding_axis
         self.defaults = read_defaults(directory)
         weights = dict(found)

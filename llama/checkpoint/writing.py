@@ -1,6 +1,7 @@
 """Write checkpoint files safely: complete or absent, verified, and without holding tensors in memory.
 
-A directory is written under a temporary name beside its own and renamed at the end. Every file's bytes are hashed on
+A directory is written under a temporary name beside its own and renamed at the end. It is locked meanwhile, which shows
+the next run what a killed one has left. Every file's bytes are hashed on
 their way to the disk, then read back from it and hashed again. Of the tensors, only those that are being moved are in
 memory: torch.save, which takes all of a file's tensors at once, gets them as a mapped scratch file whose pages are
 released as they are written.
@@ -8,10 +9,13 @@ released as they are written.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import mmap
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -29,6 +33,9 @@ from llama.checkpoint.files import KNOWN
 from llama.errors import CheckpointError
 from llama.xla.transfers import ALIGNMENT
 
+log = logging.getLogger("llama")
+
+PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 RELEASE_AFTER = 16 * 2**20  # bytes
 DTYPE_NAMES = {dtype: name for name, dtype in KNOWN.items()}
 TERMINATED = 128 + signal.SIGTERM
@@ -38,10 +45,12 @@ TERMINATED = 128 + signal.SIGTERM
 def new_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary directory beside ``target``; rename it to ``target`` if the block succeeds.
 
-    If the block fails (an error, Ctrl-C, SIGTERM), the temporary directory is removed.
+    If the block fails (an error, Ctrl-C, SIGTERM), the temporary directory is removed. SIGKILL leaves it
+    there; the next run for the same target removes it, and the log names those of other targets.
 
     Raises:
-        CheckpointError: ``target`` exists, its parent does not, or the file system reports an error.
+        CheckpointError: ``target`` exists, its parent does not, another process is writing it, or the file system
+            reports an error.
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} is there already and is not overwritten; remove it, or choose another name")
@@ -49,14 +58,72 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise CheckpointError(f"{target.absolute().parent} is not a directory; make it first")
     temporary = target.absolute().parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
+        _clear_leftovers(target.absolute())
         temporary.mkdir()
-        with _sigterm_raises():
+        with _sigterm_raises(), _locked(temporary):
             yield temporary
             temporary.rename(target)
     except OSError as error:
         raise CheckpointError(f"{target} could not be written: {error}; nothing of it was kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed runs for ``target`` have left beside it, and log what those for other targets have.
+
+    Raises:
+        CheckpointError: another process is writing ``target``.
+    """
+    for path in sorted(target.parent.iterdir()):
+        found = PARTIAL.fullmatch(path.name)
+        if found is None or not path.is_dir():
+            continue
+        abandoned, is_own = _is_abandoned(path), found[1] == target.name
+        if is_own and abandoned:
+            log.warning("Removing %s, which a run that was killed has left", path)
+            shutil.rmtree(path, ignore_errors=True)
+        elif is_own and abandoned is False:
+            raise CheckpointError(
+                f"{target} is being written by another process, into {path}; wait for it, or choose another name"
+            )
+        elif abandoned is not False:
+            log.warning(
+                "%s is there, which a run that was killed has left%s; remove it",
+                path,
+                "" if abandoned else ", unless one on another machine is writing it",
+            )
+
+
+def _is_abandoned(path: Path) -> bool | None:
+    """Whether no process is writing a temporary directory; None where the file system cannot tell."""
+    try:
+        with _locked(path, must=True):
+            return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+@contextmanager
+def _locked(path: Path, must: bool = False) -> Iterator[None]:
+    """Hold a lock on a directory, which ends with the process at the latest.
+
+    Args:
+        path: of the directory.
+        must: raise OSError where that fails; without it, a file system that has no such locks is written all the same.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

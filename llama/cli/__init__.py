@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from llama import __version__
+from llama.cli import streams
 from llama.cli.batch import batch
 from llama.cli.bench import bench, kernels
 from llama.cli.chat import chat
@@ -26,7 +27,7 @@ from llama.cli.generate import generate
 from llama.cli.output import write
 from llama.cli.plan import plan
 from llama.cli.score import score
-from llama.errors import FlagError, InterruptedRunError, LLaMAError
+from llama.errors import FlagError, InterruptedRunError, LLaMAError, OutputError
 from llama.ranks import current_ranks
 
 __all__ = ["COMMANDS", "main", "run"]
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Command] = {
 }
 USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorch/XLA
 
+  llama-xla TEXT       continue a text: short for llama-xla generate TEXT
   llama-xla generate   continue prompts
   llama-xla chat       talk with a chat model
   llama-xla batch      answer every line of a file, over one or several processes
@@ -62,8 +64,10 @@ USAGE = f"""llama-xla {__version__}: text generation with LLaMA models on PyTorc
   llama-xla kernels    time the ways to compute a linear layer
   llama-xla --version
 
-llama-xla COMMAND --help lists a command's flags.
+llama-xla help COMMAND lists a command's flags, and so does llama-xla COMMAND --help.
 """
+VERSION = ("-V", "--version", "version")
+HELP = ("-h", "--help", "help")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -90,6 +94,11 @@ def run(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script ``llama-xla``: run a command, show errors without a traceback, exit with their code."""
+    try:
+        streams.mend()
+    except OutputError as error:
+        print(f"llama-xla: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     sys.exit(_exit_code(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -97,38 +106,83 @@ def _exit_code(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the run
+    if arguments and _begins_with_text(arguments):
+        arguments = ["generate", *arguments]
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is expected
+        write("")  # flushes what a library has printed, here, where a closed pipe is expected
         return code
     except LLaMAError as error:
         command = COMMANDS.get(arguments[0]) if arguments else None
         print(f"llama-xla: {error if command is None else shown(error, command)}", file=sys.stderr)
+        if isinstance(error, OutputError):
+            streams.discard(sys.stdout)
         return error.exit_code
     except KeyboardInterrupt:
         print("llama-xla: interrupted", file=sys.stderr)
         return InterruptedRunError.exit_code
     except BrokenPipeError:
-        # the interpreter flushes stdout once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard(sys.stdout)
         return EXIT_CLOSED_PIPE
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
-    if arguments in (["--version"], ["version"]):
-        write(f"llama-xla {__version__}\n")
-    elif not arguments:
+    if not arguments:
         print(USAGE, file=sys.stderr)
         return FlagError.exit_code
-    elif arguments[0] in ("-h", "--help", "help"):
-        write(f"{USAGE}\n")
-    elif arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        raise FlagError(f"unknown command {arguments[0]!r}; {hint}")
-    elif {"-h", "--help"} & set(arguments):
-        write(f"{help_text(arguments[0], COMMANDS[arguments[0]])}\n")
+    name, *rest = arguments
+    if name in VERSION:
+        if rest:
+            raise FlagError(f"unexpected argument {rest[0]!r} after {name}, expected none")
+        write(f"llama-xla {__version__}\n")
+    elif name in HELP:
+        write(f"{_help(rest)}\n")
+    elif name not in COMMANDS:
+        raise _unknown(name)
+    elif {"-h", "--help"} & set(rest):
+        write(f"{help_text(name, COMMANDS[name])}\n")
     else:
+        _check_directory()
         current_ranks()  # before anything is loaded
         run(arguments)
     return 0
+
+
+def _help(arguments: Sequence[str]) -> str:
+    """Return the help of the command that the arguments name, or of all commands."""
+    named = [argument for argument in arguments if not argument.startswith("-")]
+    if not named:
+        return USAGE
+    if named[0] not in COMMANDS:
+        raise _unknown(named[0])
+    return help_text(named[0], COMMANDS[named[0]])
+
+
+def _begins_with_text(arguments: Sequence[str]) -> bool:
+    """Whether the first argument is a text to continue: several words, or one that is like no command."""
+    first, *rest = arguments
+    if first in (*VERSION, *HELP) or first.startswith("-") or not first.strip():
+        return False
+    if len(first.split()) > 1:
+        return True
+    has_prompt = any(argument.startswith("--prompt") for argument in rest)
+    return not has_prompt and not difflib.get_close_matches(first, COMMANDS, n=1)
+
+
+def _unknown(argument: str) -> FlagError:
+    near = difflib.get_close_matches(argument, (*COMMANDS, *VERSION, *HELP), n=1)
+    if near and near[0] != argument:
+        hint = f"did you mean {near[0]}?"
+    elif argument.startswith("-"):
+        hint = f"flags come after a command, for instance llama-xla generate {argument}"
+    else:
+        hint = f"expected one of {', '.join(COMMANDS)}"
+    return FlagError(f"unknown command {argument!r}; {hint}")
+
+
+def _check_directory() -> None:
+    """Refuse to run in a directory that has been deleted: some libraries end the process there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise FlagError(f"the current directory: {error.strerror}; change to another one") from error

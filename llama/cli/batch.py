@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.loading import config_of, loaded, readable_tokenizer, takes_loading
-from llama.cli.output import interruptible, json_line, log_to_stderr, write
+from llama.cli.output import counted, interruptible, json_line, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
 from llama.config import DEMO_DIR, EngineConfig
 from llama.errors import FlagError, InterruptedRunError, PromptError
@@ -118,7 +118,7 @@ def _merge_only(input: str | None, output: str, restart: bool) -> None:
         )
     with nullcontext() if input is None else InputLines(Path(input)) as lines:
         found = merge_parts(Path(output), lines)
-    log.info("Merged %d lines into %s", found.lines, output)
+    log.info("Merged %s into %s", counted(found.lines, "line"), output)
     _refuse_failures(found.failed, found.lines, output)
 
 
@@ -230,7 +230,7 @@ def _write_all(job: _Job, lines: InputLines, output: Path, ranks: Ranks, restart
             _run(job, lines, own, parts, settings.digest)
         merged = parts.merge()
     if merged is not None:
-        progress_log.info("Wrote %s: %d lines", output, merged.lines)
+        progress_log.info("Wrote %s: %s", output, counted(merged.lines, "line"))
         _refuse_failures(merged.failed, merged.lines, str(output))
 
 

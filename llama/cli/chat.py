@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from llama.cli.flags import one_of, shown
 from llama.cli.loading import announce_imports, readable_tokenizer
 from llama.cli.output import ending_at_once, interruptible, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
+from llama.cli.streams import decoded, is_terminal, read_stdin
 from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
 from llama.errors import FlagError, InterruptedRunError, PromptError, UserError
 from llama.ranks import current_ranks
@@ -57,6 +59,7 @@ def chat(
     on_overflow: str = "refuse",
     max_seq_len: int = 2048,
     dtype: str = "auto",
+    check_sums: bool = False,
     quiet: bool = False,
     verbose: bool = False,
 ) -> None:
@@ -66,11 +69,12 @@ def chat(
     echo "Why is the sky blue?" | llama-xla chat --ckpt_dir path/to/Llama-3.2-1B-Instruct --quiet
 
     Model:
-        ckpt_dir: A chat model's directory, in Meta's, Hugging Face's or llama-xla's own format.
+        ckpt_dir: A chat model's directory, in Meta's, Hugging Face's or llama-xla's own format, or its GGUF file.
         tokenizer_path: Its tokenizer. Default: the one beside the weights.
         chat_format: llama2, llama3 or template (the checkpoint's own). Default: the checkpoint's template, else the
             format of its tokenizer.
         dtype: Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16.
+        check_sums: Read all files of the checkpoint first and compare them with the sums beside them; see inspect.
 
     Dialog:
         system_prompt: Instructions that open the dialog.
@@ -100,12 +104,12 @@ def chat(
     if drafted is not None:
         config = drafted.settled(config)
     ranks = current_ranks()
-    if sys.stdin.isatty() and not ranks.is_alone:
+    if is_terminal() and not ranks.is_alone:
         raise FlagError(
             f"stdin: got a terminal in one of {ranks.world_size} processes, expected a question from a pipe or a file; "
             "for a conversation run llama-xla chat in one process"
         )
-    question = None if sys.stdin.isatty() else sys.stdin.read().strip()
+    question = None if is_terminal() else decoded(read_stdin(), "stdin").replace("\r\n", "\n").strip()
     if question == "":
         raise PromptError(
             "stdin: got nothing, expected a question; for a conversation run llama-xla chat at a terminal"
@@ -115,7 +119,7 @@ def chat(
     tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
     chosen = (
         choose_format(tokenizer, Path(ckpt_dir), chat_format)
-        if tokenizer is not None and Path(ckpt_dir).is_dir()
+        if tokenizer is not None and Path(ckpt_dir).exists()
         else None
     )
     announce_imports()
@@ -128,6 +132,7 @@ def chat(
             tokenizer_path,
             tokenizer=tokenizer,
             config=config,
+            check_sums=check_sums,
             progress=not quiet and sys.stderr.isatty(),
             drafting=drafted,
         )
@@ -170,7 +175,9 @@ def _talk(llm: LLaMA, conversation: Conversation) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines that the user types; one that ends in a backslash goes on in the next."""
+    """Yield the lines that the user types until the end of stdin; one that ends in a backslash goes on in the next."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 must not end the conversation
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history at the prompt, where the platform has it
     while True:
@@ -181,8 +188,9 @@ def _lines() -> Iterator[str]:
             yield line
         except KeyboardInterrupt:
             write("\n")
-        except EOFError:
-            write("\n")
+        except (EOFError, OSError):  # Ctrl-D, or a terminal that is gone
+            with suppress(KeyboardInterrupt):  # a Ctrl-C before it that readline had not noticed
+                write("\n")
             return
 
 

@@ -32,8 +32,10 @@ def inspect(
         max_seq_len: Positions in the memory plan.
         max_batch_size: Prompts in the memory plan.
         dtype: How weights would be stored: float32, bfloat16, int8, or auto.
-        check_tensors: Read all weights and look for NaN and infinity.
-        check_sums: Read all files and compare them with the checksums.json that convert and reshard wrote.
+        check_tensors: Read all weights, look for NaN and infinity, and compare the files with their sums if there are
+            any.
+        check_sums: Read all files and compare them with their sums: the checksums.json that convert and reshard wrote,
+            checklist.chk, *.sha256 or SHA256SUMS.
         json: Print one JSON object.
     """
     from llama.inspection import inspect_checkpoint, report

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.flags import one_of
-from llama.cli.output import json_line, log, log_to_stderr, write
+from llama.cli.output import counted, json_line, log, log_to_stderr, write
 from llama.config import DEMO_DIR
 from llama.errors import DatastoreError, FlagError, PromptError
 
@@ -81,10 +81,10 @@ def _build(corpus: Path, output: str | None, tokenizer_path: str | None) -> Cont
     start = time.perf_counter()
     found = build(_documents(corpus, tokenizer), fingerprint(tokenizer), Path(output))
     log.info(
-        "%s: %d tokens, %d documents, %d bytes, made in %.1f seconds",
+        "%s: %d tokens, %s, %d bytes, made in %.1f seconds",
         output,
         found.tokens - found.documents,
-        found.documents,
+        counted(found.documents, "document"),
         found.file_bytes,
         time.perf_counter() - start,
     )

@@ -10,11 +10,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
+from llama.cli.hub import is_hub_name, locate
 from llama.errors import FlagError, LLaMAError
 
 Command = Callable[..., None]
@@ -31,7 +34,8 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
     """Check raw arguments against a command's signature and write each as ``--name=value``.
 
     Args:
-        command: its attribute ``short``, if any, names one-letter forms of flags.
+        command: its attribute ``short``, if any, names one-letter forms of flags; ``nameless`` the repeatable flag of
+            text whose values may come without its name.
         arguments: those after the command's name. A flag is ``--name value``, ``--name=value``, or ``--name`` for a
             boolean; dashes and underscores within a name are the same. Parameters that are not keyword-only may come
             without their names, in order.
@@ -47,6 +51,7 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
     kinds = {name: str(p.annotation) for name, p in parameters.items()}
     short = {f"-{letter}": f"--{name}" for letter, name in getattr(command, "short", {}).items()}
     places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    texts: list[str] | None = [] if hasattr(command, "nameless") else None
     values: dict[str, list[str]] = {}
     queue = list(arguments)
     while queue:
@@ -55,10 +60,12 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
         if places and not argument.startswith("-"):
             values.setdefault(places.pop(0), []).append(argument)
             continue
+        if texts is not None and not argument.startswith("-"):
+            texts.append(argument)
+            continue
         if not argument.startswith("--") or argument == "--":
-            raise FlagError(
-                f"unexpected argument {argument!r}: every value belongs to a flag, for instance --prompt {argument!r}"
-            )
+            hint = f"for instance --prompt {argument!r}" if "prompt" in kinds else "--help lists the flags"
+            raise FlagError(f"unexpected argument {argument!r}: every value belongs to a flag; {hint}")
         written, has_value, value = argument[2:].partition("=")
         name = written.replace("-", "_")
         name = ALIASES[name] if name not in kinds and ALIASES.get(name) in kinds else name
@@ -73,7 +80,45 @@ def normalise(command: Command, arguments: Sequence[str]) -> list[str]:
                 raise FlagError(f"--{name}: got no value, expected one after it{hint}")
             value = queue.pop(0)
         values.setdefault(name, []).append(value)
+    if texts:
+        values[command.nameless] = [_nameless(command.nameless, texts, values)]  # type: ignore[attr-defined]
     return [f"--{name}={_joined(name, kinds[name], found)}" for name, found in values.items()]
+
+
+def _nameless(flag: str, texts: Sequence[str], values: Mapping[str, Sequence[str]]) -> str:
+    """Return the texts that came without their flag's name, as a JSON list; what may be something else is refused."""
+    if flag in values:
+        raise FlagError(
+            f"unexpected argument {texts[0]!r} beside --{flag}: put a text of several words in quotes, and --{flag} "
+            "before each text"
+        )
+    words = [text for text in texts if text == "".join(text.split())]
+    if words and len(texts) > 1:
+        raise FlagError(
+            f"unexpected argument {texts[1]!r} after {texts[0]!r}: put a text of several words in quotes, or --{flag} "
+            "before each text"
+        )
+    for word in words:
+        if (found := _looks_like(word)) is not None:
+            what, cure = found
+            raise FlagError(
+                f"unexpected argument {word!r}: that is {what}, expected a text; write {cure}, or --{flag} {word} "
+                "if it is the text"
+            )
+    return json.dumps(list(texts))
+
+
+def _looks_like(word: str) -> tuple[str, str] | None:
+    """Return what a word is that hardly is a prompt, and the flag to write instead."""
+    if os.path.isdir(word):
+        return "a directory", f"--ckpt_dir {word}"
+    if word.endswith(WEIGHTS) and os.path.isfile(word):
+        return "a file of weights", f"--ckpt_dir {word if word.endswith('.gguf') else Path(word).parent}"
+    if os.path.isfile(word):
+        return "a file", f"--prompts_file {word}"
+    if is_hub_name(word):
+        return "like the name of a model", f"--ckpt_dir {word}"
+    return None
 
 
 def _is_flag(argument: str, known: Mapping[str, str]) -> bool:
@@ -108,12 +153,20 @@ def parser_for(name: str, kind: str) -> Callable[[str], Any]:
     """Return the function that turns the text after a flag into its value."""
 
     def parse(text: str) -> Any:
+        if name in CHECKPOINTS:
+            if not text:
+                raise FlagError(f"--{name}: got an empty text, expected the directory of a checkpoint")
+            return locate(text)
         try:
             return PARSERS[kind.removesuffix(" | None")](text)
         except (ValueError, KeyError, TypeError):
             raise FlagError(f"--{name}: got {text!r}, expected {EXPECTED[kind.removesuffix(' | None')]}") from None
 
     return parse
+
+
+CHECKPOINTS = ("ckpt_dir", "draft_ckpt_dir", "directory", "src")  # flags that name a checkpoint
+WEIGHTS = (".gguf", ".safetensors", ".pth", ".bin")
 
 
 def with_flags(

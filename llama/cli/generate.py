@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import codecs
 import logging
+import select
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.devices import devices_of, takes_devices
 from llama.cli.drafting import drafting_of, takes_drafting
-from llama.cli.flags import one_of
+from llama.cli.flags import help_text, one_of
 from llama.cli.loading import announce_imports, readable_tokenizer
 from llama.cli.output import Printer, ending_at_once, interruptible, log_to_stderr
 from llama.cli.sampling import checked, takes_controls
+from llama.cli.streams import decoded, is_terminal, read_stdin
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, SCHEDULES, EngineConfig, ModelArgs
-from llama.errors import FlagError, InterruptedRunError, PromptError
+from llama.errors import FlagError, GrammarCutError, InterruptedRunError, PromptError
+from llama.ranks import current_ranks
 from llama.sampling_params import SamplingParams
 from llama.startup import Startup, process_start
 
@@ -32,7 +34,9 @@ log = logging.getLogger("llama")
 DEMO_PROMPT = "Once upon a time"
 SYNTHETIC_PROMPT_LEN = 6
 LARGEST_DEFAULT_BATCH = 32
+MOST_SAMPLES = 65536  # of a prompt; each takes memory on the host while it waits
 TRACED_TOKENS = 8
+SILENCE_S = 2  # of stdin, until the log says what is waited for
 
 
 @takes_devices
@@ -50,6 +54,8 @@ def generate(
     tokenizer_path: str | None = None,
     dtype: str = "auto",
     allow_nan: bool = False,
+    check_sums: bool = False,
+    strict_grammar: bool = False,
     hidden_states: str | None = None,
     logits: str | None = None,
     max_seq_len: int | None = None,
@@ -79,19 +85,22 @@ def generate(
 ) -> None:
     """Continue prompts with the demo model, or with a checkpoint.
 
-    llama-xla generate --prompt "Once upon a time" --stream
+    llama-xla generate "Once upon a time" --stream
     llama-xla generate --ckpt_dir llama-2-7b --prompts_file prompts.txt --temperature 0 --json > out.jsonl
 
     Prompts:
-        prompt: Text to continue.
+        prompt: Text to continue; the name of the flag may be left out. Default: all of stdin, if it is no terminal;
+            if nothing comes, the demo model continues "Once upon a time", and other models a synthetic prompt.
         prompts_file: A UTF-8 file with one prompt per line; blank lines are skipped, - is stdin.
         prompt_len: Run a synthetic prompt of this many tokens after BOS instead of a text, for timings.
 
     Model:
-        ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format. Default: the demo model.
+        ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format, or a GGUF file. Default: the demo
+            model.
         tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Default: the one in ckpt_dir or its
             parent.
         allow_nan: Load weights that hold NaN or infinity.
+        check_sums: Read all files of the checkpoint first and compare them with the sums beside them; see inspect.
         dtype: Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16.
 
     {sampling}
@@ -126,6 +135,8 @@ def generate(
             prompt's tokens there.
         stream: Print text as it is generated.
         json: Print one JSON object per generation and line.
+        strict_grammar: A generation that ends before its grammar is satisfied is an error with exit code 4; it is
+            printed all the same.
         hidden_states: Write the last layer's hidden states to this directory, one .npy file per generation.
         logits: Write the raw logits to this directory, one .npy file per generation.
         quiet: Log nothing to stderr.
@@ -151,15 +162,29 @@ def generate(
         prompt_logprobs=echo and has_details,
     )
     request = SamplingParams(**given)
+    if request.samples > MOST_SAMPLES:
+        which = "best_of" if request.is_ranked else "n"
+        raise FlagError(
+            f"--{which}: got {request.samples}, expected at most {MOST_SAMPLES}; run the command several times"
+        )
     if stream and request.is_ranked:
         raise FlagError(
             f"--stream with --best_of {request.best_of}: the best are known only at the end; leave one of them out"
         )
+    if strict_grammar and not request.is_constrained:
+        raise FlagError("--strict_grammar: there is no grammar to satisfy; give --json_schema or --regex")
     drafted = drafting_of(drafting)
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
     random_args = _random_shape(random_weights, ckpt_dir, shape)
     is_demo = ckpt_dir is None and random_args is None
-    texts = _texts(prompt, prompts_file, prompt_len, is_demo)
+    texts = _texts(prompt, prompts_file, prompt_len)
+    takes_stdin = not texts and prompt_len is None and random_args is None and current_ranks().is_alone
+    if takes_stdin and is_terminal():
+        print(_first_help(), file=sys.stderr)
+        raise FlagError(
+            "--prompt: got none, and stdin is a terminal, expected a text in quotes; llama-xla generate --help lists "
+            "all flags"
+        )
     found = devices_of(devices)
     several = min(max(len(texts), 1) * request.samples, LARGEST_DEFAULT_BATCH)
     groups = max(found.data_parallel, 1)
@@ -178,6 +203,10 @@ def generate(
     )
     if drafted is not None:
         config = drafted.settled(config)  # refuses what the cache is too short for
+    if takes_stdin:
+        texts = _piped_prompt()
+    if is_demo and not texts and prompt_len is None:
+        texts = [DEMO_PROMPT]
     from llama.inputs import check_fit, encode_prompt
 
     with startup.within("load"):
@@ -204,6 +233,7 @@ def generate(
             config=config,
             random_weights=random_args,
             allow_nan=allow_nan,
+            check_sums=check_sums,
             progress=not quiet and sys.stderr.isatty(),
             startup=startup,
             drafting=drafted,
@@ -219,6 +249,7 @@ def generate(
         echo=echo,
         startup=startup if timings else None,
     )
+    cut = 0
     with closing(llm), interruptible(llm):
         for number in range(1, repeat + 1):
             if repeat > 1:
@@ -226,7 +257,7 @@ def generate(
             results = printer.print_pieces(llm.pieces(prompts, [params] * len(prompts)))
             _save(results, hidden_states, logits)
             if params.is_constrained:
-                _warn_of_cuts(results, params.constraint_name)
+                cut += _warn_of_cuts(results, params)
             if timings and not json and number == 1:
                 log.info("Process start to first token:\n%s", "\n".join(startup.table()))
             _log_summary(results, startup)
@@ -239,13 +270,29 @@ def generate(
 
         (Path(dump_hlo) / "summary.txt").write_text("\n".join(hlo.report(Path(dump_hlo))) + "\n", encoding="utf-8")
         log.info("Wrote the programs to %s, with a summary in summary.txt", dump_hlo)
+    if strict_grammar and cut:
+        raise GrammarCutError(
+            f"{cut} generation{'s' * (cut > 1)} ended before the {params.constraint_name} was satisfied; what had been "
+            f"generated is printed; give --max_gen_len more than {params.max_gen_len}, or leave --stop out"
+        )
 
 
-def _warn_of_cuts(results: Sequence[Generation], grammar: str) -> None:
-    """Log which generations were cut before their grammar was satisfied."""
+def _warn_of_cuts(results: Sequence[Generation], params: SamplingParams) -> int:
+    """Log which generations ended before their grammar was satisfied; return how many."""
+    from llama.grammar import satisfies
+
+    cut = 0
     for result in results:
-        if result.finish_reason == "length":
-            log.warning("prompt %d: cut at --max_gen_len before the %s was satisfied", result.index, grammar)
+        reason = result.stop_reason
+        by_model = (
+            isinstance(reason, int) and reason not in params.stop_token_ids
+        )  # only where the grammar is satisfied
+        if by_model or result.finish_reason == "interrupted" or satisfies(result.generation, params):
+            continue
+        cut += 1
+        ended = "cut at --max_gen_len" if result.finish_reason == "length" else f"ended by {reason!r}"
+        log.warning("prompt %d: %s before the %s was satisfied", result.index, ended, params.constraint_name)
+    return cut
 
 
 def _save(results: Sequence[Generation], hidden_states: str | None, logits: str | None) -> None:
@@ -309,7 +356,15 @@ def _random_shape(random_weights: bool, ckpt_dir: str | None, shape: dict[str, i
     return ModelArgs(**given)  # type: ignore[arg-type]  # the five are whole numbers
 
 
-def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int | None, is_demo: bool) -> list[str]:
+generate.nameless = "prompt"  # type: ignore[attr-defined]  # see flags.normalise
+
+
+def _first_help() -> str:
+    """The help's first lines: what the command does, and how prompts are given."""
+    return help_text("generate", generate).partition("\n\nModel:")[0] + "\n"
+
+
+def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int | None) -> list[str]:
     """Return all prompts that the flags give as text, in order; none for a synthetic prompt."""
     texts = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
     if texts and prompt_len is not None:
@@ -318,28 +373,33 @@ def _texts(prompt: list[str] | None, prompts_file: str | None, prompt_len: int |
         )
     if prompt_len is not None and prompt_len < 1:
         raise FlagError(f"--prompt_len: got {prompt_len}, expected at least 1")
-    return [DEMO_PROMPT] if not texts and prompt_len is None and is_demo else texts
+    return texts
+
+
+def _piped_prompt() -> list[str]:
+    """Return the text of stdin without its last line break, or nothing where nothing comes or can be read."""
+    with suppress(OSError, ValueError):  # not a stream of the system: a test's, for instance
+        if not select.select([sys.stdin], [], [], SILENCE_S)[0]:
+            log.info("Reading the prompt from stdin; a prompt in quotes after the command would not wait for it")
+    try:
+        data = read_stdin()
+    except PromptError:
+        return []  # nobody has given one: a service's stdin, for instance
+    text = decoded(data, "stdin")
+    return [text.removesuffix("\n").removesuffix("\r")] if text.strip() else []
 
 
 def _read_prompts(name: str) -> list[str]:
     """Return the prompts in a file or in stdin, one per line."""
-    where = "stdin" if name == "-" else name
+    where = "--prompts_file " + ("stdin" if name == "-" else name)
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = read_stdin() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise PromptError(f"--prompts_file {name}: {error.strerror or error}") from error
-    mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    try:
-        text = data[mark:].decode()
-    except UnicodeDecodeError as error:
-        place = mark + error.start
-        line = data[:place].count(b"\n") + 1
-        raise PromptError(
-            f"--prompts_file {where} is not UTF-8: byte {place} in line {line}; convert it, for instance with iconv"
-        ) from error
+    text = decoded(data, where)
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise PromptError(f"--prompts_file {where}: got no prompts, expected one a line")
+        raise PromptError(f"{where}: got no prompts, expected one a line")
     return prompts
 
 

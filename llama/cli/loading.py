@@ -28,7 +28,7 @@ SECTIONS: dict[str, dict[str, tuple[str, Any, str]]] = {  # section: name: (kind
         "ckpt_dir": (
             "str | None",
             None,
-            "Directory in Meta's, Hugging Face's or llama-xla's own format. Default: the demo model.",
+            "Directory in Meta's, Hugging Face's or llama-xla's own format, or a GGUF file. Default: the demo model.",
         ),
         "tokenizer_path": (
             "str | None",
@@ -36,6 +36,11 @@ SECTIONS: dict[str, dict[str, tuple[str, Any, str]]] = {  # section: name: (kind
             "SentencePiece model, tiktoken ranks or tokenizer.json. Default: the one in ckpt_dir or its parent.",
         ),
         "allow_nan": ("bool", False, "Load weights that hold NaN or infinity."),
+        "check_sums": (
+            "bool",
+            False,
+            "Read all files of the checkpoint first and compare them with the sums beside them; see inspect.",
+        ),
         "dtype": ("str", "auto", "Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16."),
     },
     "Shapes, fixed when the programs are compiled": {
@@ -115,6 +120,7 @@ def loaded(loading: Mapping[str, Any], config: EngineConfig, tokenizer: Tokenize
             tokenizer=tokenizer,
             config=config,
             allow_nan=loading["allow_nan"],
+            check_sums=loading["check_sums"],
             progress=not quiet and sys.stderr.isatty(),
         )
 

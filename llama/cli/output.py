@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from llama.errors import InterruptedRunError
+from llama.errors import InterruptedRunError, OutputError
 from llama.ranks import current_ranks
 
 if TYPE_CHECKING:
@@ -111,10 +111,25 @@ def write(text: str) -> None:
 
     Raises:
         ConfigError: the environment gives no rank that makes sense.
+        OutputError: stdout cannot be written, for instance because its disk is full.
+        BrokenPipeError: nobody reads it any more.
     """
     if current_ranks().is_first:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(
+                f"cannot write to stdout: {reason}; the result is incomplete, send it elsewhere"
+            ) from error
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, such as ``1 file`` or ``2 files``."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def json_line(value: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama.cli import device_plan
 from llama.cli.flags import one_of
-from llama.cli.output import write
+from llama.cli.output import counted, write
 from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_DIR, DTYPES, EngineConfig, ModelArgs
 from llama.engine import chunks as bucket_plan
 from llama.errors import ConfigError, FlagError, TokenizerError, setting
@@ -50,7 +50,8 @@ def plan(
     A model over devices:
         tensor_parallel: Devices that hold one copy of the model together. Default: 1.
         data_parallel: Copies of the model, each with its part of the slots. Default: 1.
-        ckpt_dir: Directory with params.json or config.json; weights need not be there. Default: the demo model.
+        ckpt_dir: Directory with params.json or config.json, weights need not be there; or a GGUF file. Default: the
+            demo model.
         vocab_size: Of a params.json that says -1 and has no tokenizer beside it.
         dtype: Weights: float32, bfloat16, int8; auto: int8 where they are, else bfloat16, or float32 for cpu.
         max_batch_size: Slots on all devices together. Default: one on each copy of the model.
@@ -121,7 +122,8 @@ def _show_chunks(prompt_len: int, config: EngineConfig, json: bool) -> None:
         # tokens of the tail run in decode steps, which choose the first new token, too; after a longer chunk a program
         # of its own does; and one program puts the request into its slot
         programs = len({(c.length, c.key_len) for c in chunks}) + (chunks[-1].length > 1) + 1
-        write(f"{len(chunks)} sections, {programs} programs, {prompt_len} of {config.max_seq_len} positions\n")
+        sections = f"{counted(len(chunks), 'section')}, {counted(programs, 'program')}"
+        write(f"{sections}, {prompt_len} of {config.max_seq_len} positions\n")
 
 
 def _show_devices(values: dict[str, Any], config: EngineConfig, json: bool) -> None:
@@ -172,15 +174,14 @@ def _shape(directory: Path, vocab_size: int | None, config: EngineConfig) -> tup
         ConfigError: a vocabulary that contradicts the settings, or is not known; or more positions than the model
             attends to.
     """
-    from llama.settings import read_planned
+    from llama.gguf_header import gguf_in
+    from llama.gguf_settings import read_gguf
+    from llama.settings import Planned, read_planned
 
-    settings, is_int8 = read_planned(directory)
-    args, window = settings.args, settings.sliding_window
-    if window is not None and window < config.max_seq_len:
-        raise ConfigError(
-            f"max_seq_len: got {config.max_seq_len}, but {settings.file} limits attention to {window} positions, "
-            f"which is not computed; {setting('max_seq_len')} {window} at most"
-        )
+    gguf = gguf_in(directory)
+    settings, is_int8 = read_planned(directory) if gguf is None else Planned(read_gguf(gguf), is_int8=False)
+    args = settings.args
+    args.check_positions(config.max_seq_len, settings.file)
     if vocab_size is not None and args.vocab_size not in (-1, vocab_size):
         raise ConfigError(f"vocab_size: got {vocab_size}, but {directory} has {args.vocab_size}; leave it out")
     if vocab_size is not None:

@@ -12,7 +12,7 @@ of positions of every head, and that order reads memory in a line.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,6 +73,47 @@ def up_to(positions: torch.Tensor, key_len: int) -> torch.Tensor:
     return key_positions.view(1, 1, -1) <= positions.unsqueeze(-1)
 
 
+class SlidingWindow(NamedTuple):
+    """How far back attention reaches. The cache keeps all positions: only the mask differs.
+
+    Attributes:
+        size: how many positions a position attends to, its own included.
+        first_layer: the layers before it attend to all.
+    """
+
+    size: int
+    first_layer: int
+
+    @classmethod
+    def of(cls, args: ModelArgs) -> SlidingWindow | None:
+        """The window of a model of this shape; None where no layer has one."""
+        if args.sliding_window is None or args.first_sliding_layer >= args.n_layers:
+            return None
+        return cls(args.sliding_window, args.first_sliding_layer)
+
+    def limit(
+        self, seen: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor, layer: int | torch.Tensor
+    ) -> torch.Tensor:
+        """What is left of ``seen`` [B, T, S] bool.
+
+        A row that does not count may stand behind all keys: it keeps the last ones, because a softmax over none is NaN,
+        which it would write into the cache.
+
+        Args:
+            positions: [B, T] of the tokens.
+            key_positions: [B or 1, T or 1, S] of the keys.
+            layer: its number; a scalar tensor in a loop over layers.
+        """
+        key_len = seen.shape[-1]
+        if key_len <= self.size or (isinstance(layer, int) and layer < self.first_layer):
+            return seen
+        last = positions.clamp(max=key_len - 1).unsqueeze(-1)
+        within = key_positions > last - self.size
+        if isinstance(layer, torch.Tensor) and self.first_layer:
+            within = within | (layer < self.first_layer)
+        return seen & within
+
+
 class CacheView:
     """One program's access to the cache while its layers run: each writes its chunk and attends to a prefix.
 
@@ -112,6 +153,15 @@ class CacheView:
         """
         return up_to(positions, key_len)
 
+    def key_positions(self, starts: torch.Tensor, count: int, key_len: int) -> torch.Tensor:
+        """The positions of the first keys in their rows, [B or 1, 1, key_len] int32.
+
+        Args:
+            starts: [B] int32.
+            count: T, the chunk's tokens.
+        """
+        return torch.arange(key_len, dtype=torch.int32, device=starts.device).view(1, 1, -1)
+
     @property
     def tensors(self) -> Tensors:
         """What it reads beside the cache."""
@@ -129,9 +179,13 @@ class CacheView:
         attention: Callable[..., torch.Tensor],
         queries: torch.Tensor,
         positions: torch.Tensor,
+        window: SlidingWindow | None = None,
     ) -> torch.Tensor:
         """``attention(queries, keys, values, seen)`` with a layer's first keys and values, [B, K, key_len, D] each in
         the queries' dtype.
+
+        Args:
+            window: limits what is seen; None where the model has none.
         """
         in_loop = (layer,) if isinstance(layer, torch.Tensor) else ()
 
@@ -146,7 +200,11 @@ class CacheView:
             ) -> Tensors:
                 read = ops.read_cache(kv_cache, first, *(at or (layer,)), rows=len(queries), key_len=key_len)
                 keys, values = (each.to(queries.dtype) for each in read)
-                return (attention(queries, keys, values, self.seen(positions, starts, key_len)),)
+                seen = self.seen(positions, starts, key_len)
+                if window is not None:
+                    key_positions = self.key_positions(starts, positions.shape[1], key_len)
+                    seen = window.limit(seen, positions, key_positions, at[0] if at else layer)
+                return (attention(queries, keys, values, seen),)
 
             return attended
 
@@ -188,3 +246,10 @@ class LookaheadView(CacheView):
         on_the_way = (key_level == 0) & (key_column <= column)
         above = (key_column == column) & (key_level <= level)
         return (place <= 0) | (inside & (on_the_way | above))
+
+    def key_positions(self, starts: torch.Tensor, count: int, key_len: int) -> torch.Tensor:
+        """The positions of the first keys, [B, 1, key_len] int32; those of the window follow from level and column."""
+        place = torch.arange(key_len, dtype=torch.int32, device=starts.device).view(1, 1, -1) - starts.view(-1, 1, 1)
+        order = place.clamp(min=1) - 1
+        behind = torch.where(place > 0, 1 + order // self.width + order % self.width, place)
+        return behind + starts.view(-1, 1, 1)

@@ -19,24 +19,12 @@ from torch import nn
 from llama.compiled.model import Linear
 
 
-class BiasedLinear(Linear):
-    """A linear layer with a bias [out], which stays floating point beside an int8 weight."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``W x + b`` in the dtype of x."""
-        return super().forward(x) + self.bias.to(x.dtype)
-
-
 class ResidualBlock(nn.Module):
     """``x + silu(W x + b)``: of zeros the identity."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear = BiasedLinear(dim, dim)
+        self.linear = Linear(dim, dim, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., dim] in, [..., dim] out."""

@@ -1,4 +1,5 @@
-"""LLaMA's Transformer in Meta's names, for the whole family and every device: this file is never forked.
+"""LLaMA's Transformer in Meta's names, for the whole family and every device: this file is never forked. In what its
+relatives differ (Mistral, Qwen2, Qwen3, Phi-3) is told by ModelArgs.
 
 Patched from meta-llama's ``model.py`` for static shapes: positions come as a tensor, a chunk's keys and values go
 through a cache view that writes in place, and nothing reads a tensor's value on the host. It knows no checkpoint
@@ -8,7 +9,8 @@ Shapes: B batch rows, T chunk length, S keys read, H query heads, K key/value he
 head size.
 
 Sources: LLaMA (Touvron et al. 2023), grouped-query attention (Ainslie et al. 2023), RMSNorm (Zhang and Sennrich 2019),
-rotary embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary scaling (llama-models).
+rotary embedding (Su et al. 2021), SwiGLU (Shazeer 2020), Llama 3.1's rotary scaling (llama-models), YaRN (Peng et al.
+2023), LongRoPE (Ding et al. 2024), sliding windows (Mistral 7B, Jiang et al. 2023).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.compiled.cache import CacheView, up_to
+from llama.compiled.cache import CacheView, SlidingWindow, up_to
 from llama.config import ModelArgs, RopeScaling
 from llama.sharding import local_args
 from llama.xla import mesh, transfers
@@ -31,12 +33,20 @@ from llama.xla.stacks import LayerWeight, StackedWeight
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
-    """The angle per position of each pair of a head's columns: [D / 2] float32."""
+    """The angle per position of each pair of the columns that are turned: [D / 2] float32.
+
+    Args:
+        head_dim: D, the number of these columns.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     freqs = 1.0 / (theta**exponents)
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return freqs
-    return freqs / scaling.factor if scaling.kind == "linear" else scale_frequencies(freqs, scaling)
+    if scaling.kind == "linear":
+        return freqs / scaling.factor
+    if scaling.kind == "longrope":
+        return freqs / torch.tensor(scaling.short_factor, dtype=torch.float32)
+    return yarn_frequencies(freqs, theta, scaling) if scaling.kind == "yarn" else scale_frequencies(freqs, scaling)
 
 
 def scale_frequencies(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -51,11 +61,38 @@ def scale_frequencies(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor
     return keep * freqs + (1.0 - keep) * freqs / scaling.factor
 
 
+def yarn_frequencies(freqs: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tensor:
+    """YaRN's scaling: keep the pairs that turn fast, divide those that turn slowly, blend by columns between them.
+
+    Args:
+        freqs: [D / 2] float32, angles per position.
+    """
+    width = 2 * len(freqs)
+
+    def column(turns: float) -> float:
+        """The column, of ``width``, that turns so many times within the original context."""
+        wavelength = math.log(scaling.original_max_seq_len) - math.log(turns)
+        return width * (wavelength - math.log(2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = column(scaling.beta_fast), column(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = float(math.floor(first)), float(math.ceil(last))
+    first, last = max(first, 0.0), min(last, width - 1.0)
+    pairs = torch.arange(len(freqs), dtype=torch.float32)
+    divided = ((pairs - first) / (last - first if last != first else 1e-3)).clamp(0.0, 1.0)
+    return divided * freqs / scaling.factor + (1.0 - divided) * freqs
+
+
 def rotary_table(args: ModelArgs, max_seq_len: int) -> torch.Tensor:
-    """Cosine and sine of every position and pair: [max_seq_len, D] float32, cosines first."""
-    freqs = rotary_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
+    """Cosine and sine of every position and pair: [max_seq_len, D] float32, cosines first.
+
+    Pairs behind ``rotary_dim`` columns have the angle 0, which leaves them as they are.
+    """
+    freqs = rotary_frequencies(args.turned, args.rope_theta, args.rope_scaling)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), freqs)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    scale = 1.0 if args.rope_scaling is None else args.rope_scaling.attention_factor
+    still = angles.new_zeros(max_seq_len, (args.head_dim - args.turned) // 2)
+    return torch.cat((angles.cos() * scale, still + 1.0, angles.sin() * scale, still), dim=-1)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -71,20 +108,23 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 class Linear(nn.Module):
-    """A linear layer without bias.
+    """A linear layer.
 
     Attributes:
         weight: [out, in] as checkpoints keep it, in the storage dtype.
         scale: [out] float32 beside an int8 weight, else None.
+        bias: [out], or None.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.scale: nn.Parameter | None = None
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.scale)
+        product = linear(x, self.weight, self.scale)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 class RowParallelLinear(Linear):
@@ -146,9 +186,12 @@ class Attention(nn.Module):
         super().__init__()
         local = local_args(args, parts)
         self.n_heads, self.kv_heads, self.head_dim = local.n_heads, local.kv_heads, args.head_dim
-        self.wq = Linear(args.dim, self.n_heads * self.head_dim)
-        self.wk = Linear(args.dim, self.kv_heads * self.head_dim)
-        self.wv = Linear(args.dim, self.kv_heads * self.head_dim)
+        self.window = SlidingWindow.of(args)
+        self.wq = Linear(args.dim, self.n_heads * self.head_dim, args.qkv_bias)
+        self.wk = Linear(args.dim, self.kv_heads * self.head_dim, args.qkv_bias)
+        self.wv = Linear(args.dim, self.kv_heads * self.head_dim, args.qkv_bias)
+        self.q_norm = RMSNorm(self.head_dim, args.norm_eps) if args.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, args.norm_eps) if args.qk_norm else None
         self.wo = RowParallelLinear(self.n_heads * self.head_dim, args.dim, parts)
 
     def forward(
@@ -159,20 +202,25 @@ class Attention(nn.Module):
         layer: int | torch.Tensor,
         cache: CacheView | None,
     ) -> torch.Tensor:
-        """Attend from each position of ``x`` [B, T, dim] to all positions up to its own; ``positions`` [B, T],
-        ``rotary`` [B, T, D].
+        """Attend from each position of ``x`` [B, T, dim] to all positions up to its own, or to those of them within the
+        sliding window; ``positions`` [B, T], ``rotary`` [B, T, D].
         """
         bsz, seqlen, _ = x.shape
         cos, sin = rotary.unsqueeze(2).chunk(2, dim=-1)  # [B, T, 1, D / 2]
-        xq = apply_rotary(self.wq(x).view(bsz, seqlen, self.n_heads, self.head_dim), cos, sin)
-        xk = apply_rotary(self.wk(x).view(bsz, seqlen, self.kv_heads, self.head_dim), cos, sin)
+        xq = self.wq(x).view(bsz, seqlen, self.n_heads, self.head_dim)
+        xq = apply_rotary(xq if self.q_norm is None else self.q_norm(xq), cos, sin)
+        xk = self.wk(x).view(bsz, seqlen, self.kv_heads, self.head_dim)
+        xk = apply_rotary(xk if self.k_norm is None else self.k_norm(xk), cos, sin)
         xv = self.wv(x).view(bsz, seqlen, self.kv_heads, self.head_dim)
         keys, values = xk.transpose(1, 2), xv.transpose(1, 2)  # [B, K, T, D]
         if cache is not None:
             cache.write(layer, keys, values)
-            attended = cache.attend(layer, self._attend, xq, positions)
+            attended = cache.attend(layer, self._attend, xq, positions, self.window)
         else:
-            attended = self._attend(xq, keys, values, up_to(positions, seqlen))
+            seen = up_to(positions, seqlen)
+            if self.window is not None:
+                seen = self.window.limit(seen, positions, torch.arange(seqlen, device=x.device).view(1, 1, -1), layer)
+            attended = self._attend(xq, keys, values, seen)
         out: torch.Tensor = self.wo(attended)
         return out
 

@@ -115,6 +115,7 @@ def open_drafting(
         assert settings.draft_ckpt_dir is not None
         directory = Path(settings.draft_ckpt_dir)
         source = checkpoint.open_checkpoint(directory)
+        checkpoint.check_files(directory, source.files)
         draft_tokenizer = load_tokenizer(find_tokenizer(directory))
         check_same_vocabulary(tokenizer, draft_tokenizer)
         draft_args = matched(None, source, draft_tokenizer, _draft_engine(config, source))

@@ -6,6 +6,7 @@ generate, or one that generates while it holds an open stream, share the slots; 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections import deque
@@ -16,7 +17,7 @@ from types import FrameType
 
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence, Update
-from llama.errors import InterruptedRunError
+from llama.errors import EngineError, InterruptedRunError
 
 
 @dataclass(eq=False)
@@ -50,6 +51,7 @@ class Callers:
         self._interrupted = False
         self._stepping = False
         self._changed = threading.Condition()
+        self._pid = os.getpid()
 
     # --- interrupts: safe from a signal handler and from any thread ---------------------------------------------------
 
@@ -68,9 +70,29 @@ class Callers:
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
+    def check_process(self) -> None:
+        """Refuse to work in a forked process.
+
+        The device's threads are not copied by a fork, so a program that is started there never ends.
+
+        Raises:
+            EngineError: this is not the process in which the engine was made.
+        """
+        if os.getpid() != self._pid:
+            raise EngineError(
+                f"the model was loaded in process {self._pid} and cannot run in process {os.getpid()}, which was "
+                "forked from it: a fork has none of the device's threads. Start processes with "
+                'multiprocessing.get_context("spawn"), and call LLaMA.build in each'
+            )
+
     @contextmanager
     def exclusive(self) -> Iterator[Engine]:
-        """Within: the engine, while no round runs."""
+        """Within: the engine, while no round runs.
+
+        Raises:
+            EngineError: see ``check_process``.
+        """
+        self.check_process()
         took = False
         try:
             with self._changed:
@@ -90,9 +112,11 @@ class Callers:
         Closing the iterator before its end cancels what is left.
 
         Raises:
+            EngineError: see ``check_process``.
             LLaMAError: what ended one of the sequences; the others of the call are cancelled.
             InterruptedRunError: an interrupt came while the call's programs were compiled.
         """
+        self.check_process()
         call.interrupted = self.take_interrupt()
         self._open.append(call)
         left = {s.id: s for s in call.sequences}
@@ -132,6 +156,7 @@ class Callers:
     def _next(self, call: Call) -> Update:
         """The next update of a call; runs rounds, or waits while another caller runs one."""
         while True:
+            self.check_process()  # a call that was begun before the fork
             if call.interrupted and not call._cancelled:
                 call._cancelled = True
                 for sequence in call.sequences:

@@ -6,14 +6,18 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
-from llama.errors import PromptError
+from llama.errors import LLaMAError, PromptError, TokenizerError
 
 TokenizerKind = Literal["sentencepiece", "tiktoken", "tokenizers"]
 
 REPLACEMENT = "\ufffd".encode()
+
+
+LONGEST_REASON = 200  # characters of what a library says about a file
 
 
 class Part(NamedTuple):
@@ -121,6 +125,26 @@ class Tokenizer(ABC):
     @abstractmethod
     def _bytes_of(self, token_id: int) -> bytes:
         """``token_bytes`` of an id within the vocabulary."""
+
+
+@contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """Within: whatever a tokenizer's library raises becomes one error.
+
+    The libraries raise plain Exceptions, and panics, which are not even that.
+
+    Args:
+        problem: begins the message, the library's reason follows.
+
+    Raises:
+        TokenizerError: in place of them.
+    """
+    try:
+        yield
+    except (LLaMAError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{problem}: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
 
 
 class PlainTextTokenizer(Tokenizer):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from llama.errors import TokenizerError, setting
+from llama.gguf_header import MAGIC, gguf_in
 from llama.tokenizer.base import Tokenizer
+from llama.tokenizer.gguf_kind import load_gguf_tokenizer
 from llama.tokenizer.sentencepiece_kind import SentencePieceTokenizer
 from llama.tokenizer.tiktoken_kind import TiktokenTokenizer
 from llama.tokenizer.tokenizers_kind import JSONTokenizer
@@ -20,16 +23,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer file of any kind; the kind is recognised by content.
 
     Args:
-        path: a SentencePiece model, a tiktoken ranks file, or a tokenizer.json.
+        path: a SentencePiece model, a tiktoken ranks file, a tokenizer.json, or a GGUF file.
 
     Raises:
         TokenizerError: the file is absent or damaged, has no BOS or EOS, or needs a library that is not installed.
     """
-    return _class_for(Path(path))(path)
+    return _loader_for(Path(path))(Path(path))
 
 
-def _class_for(path: Path) -> type[SentencePieceTokenizer | TiktokenTokenizer | JSONTokenizer]:
-    """Return the class that reads a file, judging by the file's first bytes."""
+def _loader_for(path: Path) -> Callable[[Path], Tokenizer]:
+    """Return what reads a file, judging by the file's first bytes."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -42,6 +45,8 @@ def _class_for(path: Path) -> type[SentencePieceTokenizer | TiktokenTokenizer | 
         raise TokenizerError(
             f"{path} is a Git LFS pointer, expected the file that it stands for; run git lfs pull in its repository"
         )
+    if head.startswith(MAGIC):
+        return load_gguf_tokenizer
     if head.lstrip().startswith(b"{"):
         return JSONTokenizer
     if _RANKS_LINE.fullmatch(head.partition(b"\n")[0]):
@@ -53,11 +58,14 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
     """Return a checkpoint's tokenizer file, from its directory or else its parent (LLaMA 1).
 
     tokenizer.json is preferred, because it also has the tokens that were added to a model later; otherwise it is the
-    only ``*.model`` file.
+    only ``*.model`` file. A GGUF file has its own.
 
     Raises:
         TokenizerError: there is none, or there are several.
     """
+    gguf = gguf_in(ckpt_dir)
+    if gguf is not None:
+        return gguf
     for directory in (ckpt_dir, ckpt_dir.resolve().parent):
         if (directory / "tokenizer.json").is_file():
             return directory / "tokenizer.json"

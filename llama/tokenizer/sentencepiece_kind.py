@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.errors import TokenizerError
-from llama.tokenizer.base import PlainTextTokenizer
+from llama.tokenizer.base import PlainTextTokenizer, library_errors
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -15,28 +15,30 @@ _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
 class SentencePieceTokenizer(PlainTextTokenizer):
-    """A SentencePiece model; see Tokenizer."""
+    """A SentencePiece model; see Tokenizer.
+
+    Args:
+        model_path: its file, or the file that ``content`` was made from.
+        content: the model itself; None means what the file holds.
+    """
 
     kind = "sentencepiece"
 
-    def __init__(self, model_path: str | Path) -> None:
+    def __init__(self, model_path: str | Path, content: bytes | None = None) -> None:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise TokenizerError(f"{model_path} needs the library sentencepiece: pip install sentencepiece") from error
-        try:
-            self._sp: SentencePieceProcessor = SentencePieceProcessor(model_file=str(model_path))
+        self._path = Path(model_path)
+        self._sp: SentencePieceProcessor
+        with library_errors(
+            f"{model_path} is not a SentencePiece model (nor a tiktoken ranks file or a tokenizer.json)"
+        ):
+            source = {"model_file": str(model_path)} if content is None else {"model_proto": content}
+            self._sp = SentencePieceProcessor(**source)
             self.n_words: int = self._sp.vocab_size()
             self._pieces: list[str] = [self._sp.id_to_piece(i) for i in range(self.n_words)]
             self._table = [self._read_bytes(i, piece) for i, piece in enumerate(self._pieces)]
-        except (
-            RuntimeError,
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: a piece, or the library's own message, is not UTF-8
-            raise TokenizerError(
-                f"{model_path} is not a SentencePiece model (nor a tiktoken ranks file or a tokenizer.json): {error}"
-            ) from error
         self.bos_id: int = self._sp.bos_id()
         self.eos_id: int = self._sp.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -47,7 +49,8 @@ class SentencePieceTokenizer(PlainTextTokenizer):
         self.special_ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.is_control(i)}
 
     def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._sp.encode(text)
+        with library_errors(f"{self._path} cannot encode a text, so it is damaged"):
+            ids: list[int] = self._sp.encode(text)
         return ids
 
     def first_bytes(self, token_id: int) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama.errors import TokenizerError
-from llama.tokenizer.base import PlainTextTokenizer
+from llama.tokenizer.base import PlainTextTokenizer, library_errors
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -62,12 +62,15 @@ class TiktokenTokenizer(PlainTextTokenizer):
         self.special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
         self.bos_id, self.eos_id = self.special_ids[BOS], self.special_ids[EOS]
         self.stop_ids = tuple(self.special_ids[name] for name in (EOS, EOM, EOT))
-        self._encoding = tiktoken.Encoding(
-            "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
-        )
+        self._path = Path(model_path)
+        with library_errors(f"{model_path} is not a ranks file that the library tiktoken reads"):
+            self._encoding = tiktoken.Encoding(
+                "llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
+            )
 
     def _encode_text(self, text: str) -> list[int]:
-        return [i for piece in _digestible(text) for i in self._encoding.encode_ordinary(piece)]
+        with library_errors(f"{self._path} cannot encode a text, so it is damaged"):
+            return [i for piece in _digestible(text) for i in self._encoding.encode_ordinary(piece)]
 
     def _bytes_of(self, token_id: int) -> bytes:
         return b"" if token_id >= self._first_special else self._encoding.decode_single_token_bytes(token_id)

@@ -18,12 +18,13 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import PromptError, TokenizerError, setting
-from llama.tokenizer.base import REPLACEMENT, Part, Tokenizer
+from llama.tokenizer.base import REPLACEMENT, Part, Tokenizer, library_errors
 from llama.tokenizer.files import generation_ids, read_object, special_names
 
 if TYPE_CHECKING:
     import tokenizers
 
+MOST_WORDS = 2**24  # far above any model's: tables of all ids are made
 _SPACE = "\u2581"
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _SENTENCEPIECE_LIKE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
@@ -45,7 +46,13 @@ class JSONTokenizer(Tokenizer):
         self._bytes = _PieceBytes(self._library, content.get("decoder"), self._path)
         self._added = self._library.get_added_tokens_decoder()
         self._vocabulary = self._library.get_vocab(with_added_tokens=True)
+        if not self._library.get_vocab_size(with_added_tokens=False):
+            raise TokenizerError(f"{self._path}: its model has no tokens, so that it encodes no text")
         self.n_words = max(self._vocabulary.values(), default=-1) + 1
+        if self.n_words > MOST_WORDS:
+            raise TokenizerError(
+                f"{self._path}: got the token id {self.n_words - 1}, expected at most {MOST_WORDS - 1}"
+            )
         self.special_ids = {token.content: i for i, token in self._added.items() if token.special}
         self.bos_id, self.eos_id = self._end_id("bos"), self._end_id("eos")
         self.stop_ids = self._stops()
@@ -178,7 +185,9 @@ class _PieceBytes:
         if self._byte_level:
             return
         # how many of three leading spaces are kept: Strip removes one, Metaspace all of the first piece, others none
-        first = library.decoder.decode([f"{_SPACE * 3}a", f"{_SPACE}b{_SPACE}", f"{_SPACE}b{_SPACE}"]) if names else ""
+        pieces = [f"{_SPACE * 3}a", f"{_SPACE}b{_SPACE}", f"{_SPACE}b{_SPACE}"]
+        with library_errors(f"{path}: its decoder fails"):
+            first = library.decoder.decode(pieces) if names else ""
         self._first_spaces = len(first) - len(first.lstrip(" "))
         self._byte_fallback = "ByteFallback" in names
         if (
@@ -236,23 +245,17 @@ def _load(content: str, path: Path) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Library
     except ImportError as error:
         raise TokenizerError(f"{path} needs the library tokenizers: pip install tokenizers") from error
-    try:
+    with library_errors(f"{path} is not a tokenizer.json that the library tokenizers reads"):
         library = Library.from_str(content)
         library.no_truncation()
         library.no_padding()
-        return library
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # plain Exceptions, and the library's panics, which are not even that
-        raise TokenizerError(f"{path} is not a tokenizer.json that the library tokenizers reads: {error}") from error
+    return library
 
 
 def _encode(library: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
     """Ids of a text, without the tokens that the file's post-processor would add."""
-    try:
+    with library_errors(f"{path} cannot encode a text, so it is damaged"):
         return library.encode(text, add_special_tokens=False).ids
-    except Exception as error:  # the library raises plain ones
-        raise TokenizerError(f"{path} cannot encode a text, so it is damaged: {error}") from error
 
 
 def _byte_level_table() -> dict[str, int]:

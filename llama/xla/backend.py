@@ -9,16 +9,19 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from llama.errors import ConfigError
+from llama.errors import ConfigError, EngineError
 from llama.sharding import Mesh
 from llama.xla import mesh
 from llama.xla.imports import import_torch_xla
@@ -48,6 +51,13 @@ MALLOC_AT_START = {"M_ARENA_MAX": 1}
 MALLOC_FOR_MESH = {"M_MMAP_THRESHOLD": 2**18}
 MALLOC_FOR_RUNS = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": 2**31 - 1}
 
+LIBRARIES = {"TPU": "libtpu", "NEURON": "libneuronxla"}  # that torch_xla finds by itself, by their PJRT device
+LIBTPU_PATHS = ("TPU_LIBRARY_PATH", "PTXLA_TPU_LIBRARY_PATH")  # environment variables, read before the library
+BRINGS_NO_LIBRARY = {"XPU"}  # an entry point of torch_xla itself; whether there is a library shows at the start
+PLUGINS = "torch_xla.plugins"  # the group of entry points that add further devices
+
+_started_in: int | None = None  # the process that started the PJRT client
+
 
 def init(devices: Mesh = Mesh()) -> torch.device:  # noqa: B008  (it is frozen)
     """Start the PJRT client, once, and return its device. PJRT_DEVICE chooses it; without it a TPU is taken where
@@ -59,15 +69,35 @@ def init(devices: Mesh = Mesh()) -> torch.device:  # noqa: B008  (it is frozen)
         devices: the mesh of all devices, which torch_xla then calls one device; or the first device alone.
 
     Raises:
-        ConfigError: see ``mesh.start``.
+        ConfigError: see ``prepare``, ``starting`` and ``mesh.start``.
     """
+    global _started_in
     torch_xla = prepare()
-    mesh.start(devices)
-    if not devices.is_single and device_kind() == "CPU":
-        set_malloc(MALLOC_FOR_MESH)
-    device: torch.device = torch_xla.device()
+    with starting():
+        mesh.start(devices)
+        if not devices.is_single and device_kind() == "CPU":
+            set_malloc(MALLOC_FOR_MESH)
+        device: torch.device = torch_xla.device()
+    _started_in = os.getpid()
     _wait_at_exit()
     return device
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Within: the PJRT client may be started.
+
+    Raises:
+        ConfigError: it cannot be; the error that torch_xla raises is a C++ stack trace of many lines.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"PJRT_DEVICE: {os.environ.get('PJRT_DEVICE', 'no value')} cannot be started: {reason[:300]}; "
+            "another process may hold the device; PJRT_DEVICE=CPU needs none"
+        ) from error
 
 
 @cache
@@ -82,7 +112,18 @@ def _wait_at_exit() -> None:
 
 
 def prepare() -> ModuleType:
-    """Import torch_xla after its environment variables and the allocator have been set; start no client yet."""
+    """Import torch_xla after its environment variables and the allocator have been set; start no client yet.
+
+    Raises:
+        ConfigError: see ``check_environment``; torch_xla is not imported then.
+        EngineError: the client was started by the process from which this one was forked.
+    """
+    if _started_in not in (None, os.getpid()):
+        raise EngineError(
+            f"the device was started in process {_started_in} and does not run in process {os.getpid()}, which was "
+            'forked from it; start processes with multiprocessing.get_context("spawn"), or fork before LLaMA.build'
+        )
+    check_environment(os.environ)
     if "PJRT_DEVICE" not in os.environ and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
         os.environ["PJRT_DEVICE"] = "CPU"
     if os.environ.get("PJRT_DEVICE") == "CPU":
@@ -92,6 +133,53 @@ def prepare() -> ModuleType:
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # torch_xla's default, which a parent process may have set
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA warns at every compile for a mesh of its next version
     return import_torch_xla()
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Check the variables that choose the device: torch_xla answers wrong ones with a stack trace or a crash.
+
+    Args:
+        environment: the process's variables.
+
+    Raises:
+        ConfigError: PJRT_DEVICE names no device whose library is installed, or CPU_NUM_DEVICES is no count.
+    """
+    device = environment.get("PJRT_DEVICE")
+    count = environment.get("CPU_NUM_DEVICES")
+    if device not in (None, "CPU"):
+        _check_library(device, environment)
+    elif count is not None and not re.fullmatch(r"0*[1-9][0-9]{0,3}", count.strip(), re.ASCII):
+        raise ConfigError(
+            f"CPU_NUM_DEVICES: got {count!r:.60}, expected how many devices the CPU is, 1 to 9999; unset it to have one"
+        )
+
+
+def _check_library(device: str, environment: Mapping[str, str]) -> None:
+    """Check that the library of a device other than the CPU is installed.
+
+    Raises:
+        ConfigError: it is not, or the device is unknown.
+    """
+    path = next((environment[name] for name in LIBTPU_PATHS if environment.get(name)), None)
+    if device == "TPU" and path is not None:
+        if not os.path.isfile(path):
+            raise ConfigError(f"TPU_LIBRARY_PATH: got {path!r:.200}, expected the file libtpu.so; unset it")
+        return
+    libraries = [name for name, library in LIBRARIES.items() if find_spec(library) is not None]
+    plugins = {point.name.upper() for point in entry_points(group=PLUGINS)} - LIBRARIES.keys()
+    if device in (*libraries, *plugins):
+        return
+    if device == "TPU":
+        reason = "but its library libtpu is not installed; on a TPU VM install it with pip install -e .[tpu]"
+    elif device in LIBRARIES:
+        reason = f"but its library {LIBRARIES[device]} is not installed"
+    else:
+        reason = "which torch_xla does not know"
+    known = ", ".join(["CPU", *libraries, *sorted(plugins - BRINGS_NO_LIBRARY)])
+    raise ConfigError(
+        f"PJRT_DEVICE: got {device!r:.60}, {reason}; expected what is installed here ({known}, in capitals), "
+        "or no such variable, to have the device found"
+    )
 
 
 def set_malloc(options: Mapping[str, int]) -> None:
