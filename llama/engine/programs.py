@@ -219,7 +219,7 @@ def programs_for(
         if any(counts):
             found += _programs_of_a_rest(sequence, config, width)
     shares = config.prefix_cache or any(s.leader is not None for s in sequences)
-    if (several and shares) or config.prefix_cache_bytes:
+    if config.copies_rows and ((several and shares) or config.prefix_cache_bytes):
         longest = max(s.limit for s in sequences)
         enough = next(k for k in config.copy_lens if k >= min(longest, config.max_seq_len))
         found += [Program("copy", key_len=k) for k in config.copy_lens if k <= enough]
