@@ -19,6 +19,7 @@ import torch
 
 from llama.bench.workload import WEIGHTS_SEED, Times, Workload
 from llama.checkpoint import open_checkpoint, random_tensors
+from llama.checkpoint.gguf_file import to_gguf
 from llama.checkpoint.names import to_hugging_face
 from llama.config import ModelArgs
 from llama.errors import ConfigError, setting
@@ -164,22 +165,6 @@ class LlamaCppRunner:
         return Times(first - began, time.perf_counter() - first)
 
 
-GGUF_NAMES = {
-    "tok_embeddings.weight": "token_embd.weight",
-    "output.weight": "output.weight",
-    "norm.weight": "output_norm.weight",
-    "attention.wq.weight": "attn_q.weight",
-    "attention.wk.weight": "attn_k.weight",
-    "attention.wv.weight": "attn_v.weight",
-    "attention.wo.weight": "attn_output.weight",
-    "feed_forward.w1.weight": "ffn_gate.weight",
-    "feed_forward.w2.weight": "ffn_down.weight",
-    "feed_forward.w3.weight": "ffn_up.weight",
-    "attention_norm.weight": "attn_norm.weight",
-    "ffn_norm.weight": "ffn_norm.weight",
-}
-
-
 def write_gguf(work: Workload, path: Path) -> int:
     """Write a workload's weights for llama.cpp, with a vocabulary of placeholders; returns its size. int8 becomes
     Q8_0.
@@ -218,10 +203,7 @@ def write_gguf(work: Workload, path: Path) -> int:
     writer.add_eos_token_id(2)
     for name, tensor in tensors:
         kind = kinds[work.dtype] if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        _, dot, rest = name.partition("layers.")
-        layer, _, leaf = rest.partition(".")
-        full = f"blk.{layer}.{GGUF_NAMES[leaf]}" if dot else GGUF_NAMES[name]
-        writer.add_tensor(full, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+        writer.add_tensor(to_gguf(name), gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

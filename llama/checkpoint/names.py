@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from llama import sharding
 from llama.config import ModelArgs
-from llama.sharding import LAYER, SHAPES, numberless, weights_of, whole_shape
+from llama.sharding import LAYER, SHAPES, has_scale, numberless, weights_of, whole_shape
 
 
 class Weight(NamedTuple):
@@ -25,7 +26,7 @@ def _row(meta: str, hugging_face: str) -> Weight:
     return Weight(meta, hugging_face, SHAPES[meta])
 
 
-EMBEDDING = "tok_embeddings.weight"
+EMBEDDING = sharding.EMBEDDING
 HEAD = "output.weight"
 BEFORE_LAYERS = (_row(EMBEDDING, "model.embed_tokens.weight"),)
 IN_LAYER = (
@@ -110,8 +111,7 @@ def expected_weights(args: ModelArgs) -> Iterator[tuple[str, Weight]]:
 
 def is_quantised(name: str) -> bool:
     """Whether a weight can be int8: those of linear layers can, embedding, biases and norms cannot."""
-    weight = weight_of(name)
-    return weight is not None and len(weight.shape) == 2 and name != EMBEDDING
+    return weight_of(name) is not None and has_scale(name)
 
 
 def scale_of(name: str) -> str:

@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 
 from llama.errors import CheckpointError
+from llama.gguf_header import gguf_in
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 MODEL = "models--"
-GGUF = b"GGUF"
 LISTED_AT_MOST = 8
 
 
@@ -55,11 +55,7 @@ def is_hub_name(name: str) -> bool:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is a GGUF file, by its name or its first bytes."""
-    try:
-        with path.open("rb") as file:
-            return path.suffix.lower() == ".gguf" or file.read(len(GGUF)) == GGUF
-    except OSError:
-        return False
+    return path.is_file() and gguf_in(path) is not None
 
 
 def hub_cache() -> Path:

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from llama.tokenizer.tokenizers_kind import (
     _PieceBytes,
     _RenamedTokenizer,
 )
+from llama.wire_format import float32, nested, number
 
 log = logging.getLogger("llama")
 
@@ -244,8 +244,8 @@ class GGUFSentencePiece(_Prefixed, SentencePieceTokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
-        for number, part in enumerate(self._pattern.split(text)):
-            if number % 2:
+        for place, part in enumerate(self._pattern.split(text)):
+            if place % 2:
                 ids.append(self._user_defined[part])
             elif part:
                 ids += super()._encode_text(part)
@@ -353,9 +353,9 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
     (unknown,) = vocabulary.of_type(UNKNOWN)
     trainer = b"".join(
         [
-            _number(3, 2),  # model_type BPE
-            _number(4, len(vocabulary.tokens)),  # vocab_size
-            _number(35, has_bytes),  # byte_fallback
+            number(3, 2),  # model_type BPE
+            number(4, len(vocabulary.tokens)),  # vocab_size
+            number(35, has_bytes),  # byte_fallback
             _text(45, unknown),  # unk_piece, then bos_piece and eos_piece
             _text(46, vocabulary.tokens[vocabulary.bos_id]),
             _text(47, vocabulary.tokens[vocabulary.eos_id]),
@@ -364,35 +364,14 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
     normalizer = b"".join(
         [
             _text(1, "identity"),
-            _number(3, vocabulary.adds_space),  # add_dummy_prefix
-            _number(4, False),  # remove_extra_whitespaces
-            _number(5, True),  # escape_whitespaces
+            number(3, vocabulary.adds_space),  # add_dummy_prefix
+            number(4, False),  # remove_extra_whitespaces
+            number(5, True),  # escape_whitespaces
         ]
     )
-    written = [_field(1, _text(1, piece) + _float(2, score) + _number(3, kind)) for piece, score, kind in pieces]
-    return b"".join([*written, _field(2, trainer), _field(3, normalizer)])
-
-
-def _varint(value: int) -> bytes:
-    """A whole number as protobuf writes it: seven bits a byte, the lowest first."""
-    written = bytearray()
-    while value > 127:
-        written.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*written, value])
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(int(value))
-
-
-def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
-
-
-def _field(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
+    written = [nested(1, _text(1, piece) + float32(2, score) + number(3, kind)) for piece, score, kind in pieces]
+    return b"".join([*written, nested(2, trainer), nested(3, normalizer)])
 
 
 def _text(field: int, text: str) -> bytes:
-    return _field(field, text.encode())
+    return nested(field, text.encode())

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
+from llama.wire_format import nested, number, packed
+
 FLOAT32, INT32, TUPLE = 11, 4, 13  # xla_data.proto's PrimitiveType
 ProductKind = Literal["loop", "onednn"]
 ONEDNN = '{"fusion_config":{"kind":"__onednn_fusion"}}'  # how XLA:CPU's own rewriter marks what oneDNN shall run
@@ -163,27 +165,3 @@ def shape(sizes: Sequence[int], kind: int = FLOAT32) -> bytes:
 def tuple_shape(shapes: Sequence[bytes]) -> bytes:
     """``ShapeProto`` of a tuple."""
     return number(2, TUPLE) + b"".join(nested(4, each) for each in shapes)
-
-
-def varint(value: int) -> bytes:
-    """A whole number in groups of seven bits, lowest first."""
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def number(field: int, value: int) -> bytes:
-    """A field that holds a whole number."""
-    return varint(field << 3) + varint(value)
-
-
-def nested(field: int, content: bytes) -> bytes:
-    """A field that holds a message, a string or bytes."""
-    return varint(field << 3 | 2) + varint(len(content)) + content
-
-
-def packed(field: int, values: Sequence[int]) -> bytes:
-    """A repeated field of whole numbers."""
-    return nested(field, b"".join(map(varint, values)))
