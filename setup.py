@@ -38,6 +38,7 @@ setup(
         "fire>=0.7,<0.8",
         "fairscale>=0.4.13,<0.5",
         "tqdm>=4.66,<5",
+        "prompt_toolkit>=3.0.48,<4",
         "psutil>=5.9,<8",
     ],
     extras_require={

@@ -8,22 +8,17 @@ import io
 import json
 import logging
 import os
-import pty
 import re
-import select
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoint_files import TINY, random_weights, write_meta
-from commands import ROOT, Outcome, Run, refused, refused_at_once
+from commands import Outcome, Run, refused, refused_at_once
 from tokenizer_files import byte_level, write_ranks
 
 from llama import EngineConfig, LLaMA, SamplingParams
@@ -213,6 +208,181 @@ def test_save_writes_the_dialog_or_nothing(start: Callable[..., Conversation], t
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
 
 
+def test_regenerate_answers_the_last_message_with_the_next_seed(
+    start: Callable[..., Conversation], cold: LLaMA, chat_format: ChatFormat
+) -> None:
+    """The n-th time as the n-th sample of the prompt after the first; the dialog keeps its length."""
+    params = SamplingParams(12, 1.0, 1.0, seed=7)
+    conversation = start(params=params, system_prompt="the cat")
+    ended(conversation, "hello")
+    first = ended(conversation, "once upon")[1]
+    prompt = chat_format.encode(conversation.messages[:-1])
+    samples = cold.generate([prompt], params=[replace(params, n=3)])
+    found = [first]
+    for _ in range(2):
+        assert conversation.last_message == "once upon"
+        pieces = "".join(conversation.regenerate())
+        assert conversation.result is not None
+        found.append(conversation.result)
+        assert conversation.messages[-1]["content"] == pieces.strip()
+        assert len(conversation.messages) == 5
+    assert [result.token_ids for result in found] == [sample.token_ids for sample in samples]
+    assert len({tuple(result.token_ids) for result in found}) == 3
+
+
+def test_an_edited_message_takes_the_place_of_the_last_one(
+    start: Callable[..., Conversation], cold: LLaMA, chat_format: ChatFormat
+) -> None:
+    conversation = start()
+    ended(conversation, "hello")
+    ended(conversation, "once upon")
+    streamed = "".join(conversation.edit("and the dog"))
+    dialog: list[Message] = [*conversation.messages[:2], {"role": "user", "content": "and the dog"}]
+    (expected,) = cold.generate([chat_format.encode(dialog)], params=[GREEDY])
+    assert streamed == expected.generation
+    assert conversation.messages == [*dialog, {"role": "assistant", "content": streamed.strip()}]
+
+
+def test_a_new_answer_that_fails_leaves_the_old_one(start: Callable[..., Conversation]) -> None:
+    """It does not fit, or was closed before its first text; the message that failed is the one to change next."""
+    conversation = start()
+    for action in (conversation.regenerate, lambda: conversation.edit("x")):
+        with pytest.raises(ChatError, match="there is no message to answer again"):
+            action()
+    ended(conversation, "hello")
+    before = list(conversation.messages)
+    with pytest.raises(ChatError, match="the message alone does not fit"):
+        conversation.edit("dog " * 300)
+    assert conversation.messages == before
+    assert conversation.unanswered == conversation.last_message == "dog " * 300
+    with pytest.raises(ChatError, match="the message alone does not fit"):
+        conversation.regenerate()
+    conversation.edit("dog").close()  # type: ignore[attr-defined]  # nobody reads the answer
+    assert conversation.messages == before
+    conversation.set_system("the cat")
+    "".join(conversation.regenerate())
+    assert [message["content"] for message in conversation.messages[:-1]] == ["the cat", "dog"]
+    assert conversation.unanswered is None
+
+
+def test_an_interrupted_new_answer_takes_the_place_of_the_old_one(
+    start: Callable[..., Conversation],
+) -> None:
+    """As far as it came, so the dialog is what the screen shows; without any text the old answer stays."""
+    conversation = start(params=replace(GREEDY, max_gen_len=60))
+    ended(conversation, "once upon")
+    before = list(conversation.messages)
+    pieces = conversation.regenerate()
+    first = next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert conversation.messages == [before[0], {"role": "assistant", "content": first.strip()}]
+    kept = list(conversation.messages)
+    conversation._llm.interrupt()
+    assert "".join(conversation.regenerate()) == ""
+    assert conversation.messages == kept
+    assert (conversation.unanswered, len(conversation.messages)) == ("once upon", 2)
+
+
+def test_a_saved_dialog_goes_on(start: Callable[..., Conversation], tmp_path: Path) -> None:
+    """With its system prompt; a file that is overwritten keeps its permissions."""
+    conversation, path = start(system_prompt="日本語"), tmp_path / "talk.json"
+    ended(conversation, "hello")
+    path.write_text("old")
+    path.chmod(0o600)
+    conversation.save(path)
+    assert (path.stat().st_mode & 0o777, len(list(tmp_path.iterdir()))) == (0o600, 1)
+    other = start()
+    ended(other, "something else")
+    other.load(path)
+    assert other.messages == conversation.messages
+    assert ended(other, "and then")[0] == ended(conversation, "and then")[0]
+    start().save(path)
+    other.load(path)  # an empty dialog
+    assert (other.messages, other.last_message) == ([], None)
+
+
+def test_a_loaded_dialog_may_end_with_a_message_to_answer(start: Callable[..., Conversation], tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text('\ufeff[{"role": "user", "content": "hello"}]', encoding="utf-8")
+    conversation = start()
+    conversation.load(path)
+    assert (conversation.messages, conversation.unanswered) == ([], "hello")
+    answer = "".join(conversation.regenerate())
+    assert conversation.messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": answer.strip()},
+    ]
+
+
+HELLO, HI = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is not JSON: Expecting value"),
+        (b"[" * 100_000, "it is not JSON: too many levels of brackets"),
+        (b"[" + b"1" * 5000 + b"]", "it is not JSON: Exceeds the limit"),
+        (b'["\xff"]', "it is not UTF-8, byte 2"),
+        ({"messages": []}, r'messages: got {"messages": \[\]}, expected a list of messages'),
+        (["hello"], 'message 0: got "hello", expected an object with role and content'),
+        ([{"role": "user"}], "message 0: .*expected role and content, both text"),
+        ([{"role": "user", "content": None}], "message 0: .*expected role and content, both text"),
+        ([{**HELLO, "tool_calls": []}], "message 0: unknown key 'tool_calls'"),
+        ([HELLO, HELLO], "message 1: its role is 'user', expected 'assistant'"),
+        ([HI], "message 0: its role is 'assistant', expected 'user'"),
+        ([HELLO, {"role": "tool", "content": "x"}], "message 1: its role is 'tool', expected 'assistant'"),
+        ([HELLO, HI, {"role": "system", "content": "x"}], "message 2: its role is 'system', expected 'user'"),
+        (b'[{"role": "user", "content": "\\ud800"}]', "message 0 is not valid Unicode"),
+        ([HELLO, {"role": "assistant", "content": "dog " * 300}], "the dialog does not fit: .*; on_overflow drop, or"),
+    ],
+)
+def test_a_file_that_is_no_dialog_is_refused(
+    start: Callable[..., Conversation], tmp_path: Path, content: Any, message: str
+) -> None:
+    """In one line that names the file; the conversation stays as it was."""
+    path = tmp_path / "talk.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    conversation = start()
+    ended(conversation, "hello")
+    before = list(conversation.messages)
+    with pytest.raises(ChatError, match=f"^cannot load {re.escape(str(path))}: {message}") as refusal:
+        conversation.load(path)
+    assert "\n" not in str(refusal.value)
+    assert (conversation.messages, conversation.last_message) == (before, "hello")
+
+
+def test_what_is_no_file_is_neither_loaded_nor_overwritten(start: Callable[..., Conversation], tmp_path: Path) -> None:
+    """A device would be read forever, and a pipe would wait for its other end."""
+    os.mkfifo(tmp_path / "pipe")
+    conversation = start()
+    for path, reason in (
+        (tmp_path, "it is a directory, expected a file"),
+        (Path("."), "it is a directory, expected a file"),
+        (tmp_path / "pipe", "it is a device, a pipe or a socket, expected a file"),
+        (Path("/dev/zero"), "it is a device, a pipe or a socket, expected a file"),
+        (Path("a\0b"), "embedded null byte"),
+        (tmp_path / ("n" * 300), "File name too long"),
+    ):
+        with pytest.raises(ChatError, match=f"cannot load .*{reason}"):
+            conversation.load(path)
+        with pytest.raises(ChatError, match=f"cannot save to .*{reason}"):
+            conversation.save(path)
+    with pytest.raises(ChatError, match=r"cannot load .*nowhere: there is no such file"):
+        conversation.load(tmp_path / "nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_long_dialog_is_shortened_on_demand_when_it_is_loaded(
+    start: Callable[..., Conversation], tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([HELLO, {"role": "assistant", "content": "dog " * 300}, HELLO, HI]))
+    conversation = start(on_overflow="drop")
+    conversation.load(path)
+    assert conversation.messages == [HELLO, HI]
+
+
 def test_an_unknown_choice_for_overflow_is_refused(start: Callable[..., Conversation]) -> None:
     with pytest.raises(ConfigError, match="on_overflow: got 'keep', expected one of refuse, drop"):
         start(on_overflow="keep")
@@ -280,6 +450,17 @@ def test_quiet_leaves_the_answer_alone(chat: Run) -> None:
     assert outcome.out
 
 
+def test_a_model_without_a_chat_template_is_named(chat: Run, directory: Path, tmp_path: Path) -> None:
+    """Once; not where the checkpoint has a template, nor where the user has chosen the format."""
+    warning = "has no chat template, so dialogs are written in the format that its tokenizer fits, llama3"
+    flags = ("--max_gen_len", "2")
+    assert chat("the cat", *flags).err.count(warning) == 1
+    assert warning not in chat("the cat", *flags, "--chat_format", "llama3").err
+    shutil.copytree(directory, tmp_path / "own")
+    (tmp_path / "own/chat_template.jinja").write_text("{{ messages[-1].content }}")
+    assert warning not in chat("the cat", *flags, "--ckpt_dir", str(tmp_path / "own")).err
+
+
 @pytest.mark.parametrize(
     ("stdin", "flags", "words"),
     [
@@ -327,105 +508,3 @@ def test_the_log_says_whose_sampling_defaults_won(
     (tmp_path / "own/generation_config.json").write_text('{"top_p": 0.31, "eos_token_id": [769]}')
     outcome = chat("the cat", "--max_gen_len", "2", "--ckpt_dir", str(tmp_path / "own"), *flags)
     assert said in outcome.err
-
-
-# ----------------------------------------------------------------------------------------------------------------- at a
-# terminal
-
-
-class Terminal:
-    """A chat at a pseudo-terminal, as a user has it."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        self._fd, child = pty.openpty()
-        own_terminal = (
-            "import fcntl, os, sys, termios; "
-            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
-        )
-        command = [sys.executable, "-c", own_terminal, sys.executable, "-m", "llama.cli", "chat", *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True
-        )
-        os.close(child)
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def interrupt_prompt(self) -> None:
-        """Press Ctrl-C at the prompt until a new prompt comes.
-
-        Once is not always enough on a busy machine: Python's readline does not notice a signal that arrives between its
-            writing of
-        the prompt and its wait for a key, until the next key (here 2 of 3,000 that were pressed as soon as the prompt
-        was there).
-        """
-        for _ in range(10):
-            self.type("\x03")
-            with suppress(AssertionError):
-                self.wait_for("> ", within_s=5)
-                return
-        raise AssertionError(f"no prompt after ten Ctrl-C in {self.seen!r}")
-
-    def wait_for(self, pattern: str, within_s: float = 60) -> re.Match[str]:
-        """Read until a pattern appears behind what the last wait found; what comes after it is left for the next."""
-        until = time.monotonic() + within_s
-        while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
-            ready, _, _ = select.select([self._fd], [], [], max(until - time.monotonic(), 0))
-            assert ready, f"no {pattern!r} in {self.seen!r}"
-            self.seen += os.read(self._fd, 4096).decode(errors="replace")
-        self.seen = self.seen[found.end() :]
-        return found
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self._fd)
-
-
-@pytest.fixture
-def terminal(directory: Path) -> Iterator[Terminal]:
-    flags = [
-        "--ckpt_dir",
-        str(directory),
-        "--max_seq_len",
-        "4096",
-        "--max_gen_len",
-        "3500",
-        "--temperature",
-        "1",
-        "--seed",
-        "1",
-    ]
-    opened = Terminal(flags)
-    yield opened
-    opened.close()
-
-
-def test_a_conversation_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
-    """Ctrl-C stops the answer and not the program; the commands work; Ctrl-D ends with exit code 0."""
-    terminal.wait_for("/help lists the commands.*> ")
-    terminal.type("the cat\n")
-    terminal.wait_for("the cat\r\n")
-    terminal.wait_for("[^\r\n]{20}")  # the answer has begun
-    terminal.type("\x03")
-    first = terminal.wait_for(TURN_LINE.pattern + "(, interrupted|, cut at the limit|).*> ")
-    assert (first[1], first[4]) == ("0", ", interrupted")
-    terminal.interrupt_prompt()
-    terminal.type("/frobnicate\n")
-    terminal.wait_for("/frobnicate is no command; /help lists them.*> ")
-    terminal.type(f"/save {tmp_path / 'talk.json'}\n")
-    terminal.wait_for("Saved to .*> ")
-    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
-    assert [message["role"] for message in saved] == ["user", "assistant"]
-    terminal.type("/undo\n")
-    terminal.wait_for("Taken back.*> ")
-    terminal.type("the cat \\\nand the dog\n")
-    terminal.wait_for("and the dog\r\n")
-    terminal.wait_for("[^\r\n]{20}")
-    terminal.type("\x03")
-    second = terminal.wait_for(TURN_LINE.pattern + ".*> ")
-    assert int(second[1]) > 0  # what stands before the changed message is still in the cache
-    terminal.type("\x04")
-    assert terminal.process.wait(timeout=60) == 0

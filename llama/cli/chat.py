@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,11 +13,12 @@ from llama.cli.devices import devices_of, takes_devices
 from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import one_of, shown
 from llama.cli.loading import announce_imports, readable_tokenizer
-from llama.cli.output import ending_at_once, interruptible, log_to_stderr, write
+from llama.cli.output import ending_at_once, interruptible, log_to_stderr
 from llama.cli.sampling import checked, takes_controls
 from llama.cli.streams import decoded, is_terminal, read_stdin
-from llama.config import DTYPES, OVERFLOWS, EngineConfig, Overflow
-from llama.errors import FlagError, InterruptedRunError, PromptError, UserError
+from llama.cli.talk import Talk, open_lines, stream_answer, turns
+from llama.config import ACTIVATIONS, CACHE_DTYPES, DTYPES, OVERFLOWS, PREFILL_PRODUCTS, EngineConfig, Overflow
+from llama.errors import FlagError, InterruptedRunError, PromptError
 from llama.ranks import current_ranks
 from llama.sampling_params import SamplingParams
 
@@ -27,13 +27,8 @@ if TYPE_CHECKING:
     from llama.generation import LLaMA
 
 log = logging.getLogger("llama")
-turns = logging.getLogger("llama.turns")
 
 DEFAULTS = SamplingParams(max_gen_len=512, temperature=0.6, top_p=0.9)  # Meta's, for chat
-HELP = """/system TEXT   set the system prompt (none takes it away)     /undo        take back the last turn
-/reset         forget all turns                               /save FILE   write the dialog as JSON
-/help          this                                           /exit        end (so does Ctrl-D)
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 
 @takes_devices
@@ -59,6 +54,10 @@ def chat(
     on_overflow: str = "refuse",
     max_seq_len: int = 2048,
     dtype: str = "auto",
+    int4_group: int = EngineConfig.int4_group,
+    cache_dtype: str = "auto",
+    activations: str = EngineConfig.activations,
+    prefill_products: str = EngineConfig.prefill_products,
     check_sums: bool = False,
     quiet: bool = False,
     verbose: bool = False,
@@ -73,7 +72,13 @@ def chat(
         tokenizer_path: Its tokenizer. Default: the one beside the weights.
         chat_format: llama2, llama3 or template (the checkpoint's own). Default: the checkpoint's template, else the
             format of its tokenizer.
-        dtype: Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16.
+        dtype: Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others float32 on a CPU, else
+            bfloat16.
+        int4_group: How many numbers of an int4 weight share a scale: 64 or 128.
+        cache_dtype: Keys and values: float32, bfloat16; auto: float32 up to 2048 positions on a CPU, else bfloat16.
+        activations: Round what meets int8 and int4 weights to int16, or leave it in float32, on a CPU.
+        prefill_products: Round prompts' activations that meet bfloat16 and int4 weights to bfloat16, or leave them in
+            float32, on a CPU.
         check_sums: Read all files of the checkpoint first and compare them with the sums beside them; see inspect.
 
     Dialog:
@@ -97,6 +102,10 @@ def chat(
         max_batch_size=max(found.data_parallel, 1),
         max_seq_len=max_seq_len,
         dtype=one_of("dtype", dtype, DTYPES),
+        int4_group=int4_group,
+        cache_dtype=one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
+        activations=one_of("activations", activations, ACTIVATIONS),
+        prefill_products=one_of("prefill_products", prefill_products, PREFILL_PRODUCTS),
         **found._asdict(),
     )
     overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
@@ -138,13 +147,20 @@ def chat(
         )
     params = llm.sampling(DEFAULTS, **given)
     assert chosen is not None  # a model without a tokenizer has been refused by now
+    if chat_format is None and chosen.name != "template":
+        log.warning(
+            "%s has no chat template, so dialogs are written in the format that its tokenizer fits, %s. If the model "
+            "has not learnt it, or is no chat model, the answers make no sense; --chat_format %s says that it has",
+            ckpt_dir,
+            *(chosen.name, chosen.name),
+        )
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)
     turns.setLevel(log.level)
     if not verbose:  # from here on one line per turn: other lines would interrupt the answers
         log.setLevel(max(log.level, logging.WARNING))
     with closing(llm):
         if question is None:
-            _talk(llm, conversation)
+            Talk(llm, conversation, open_lines(), partial(shown, command=chat)).run()
         else:
             _answer_once(llm, conversation, question)
 
@@ -152,91 +168,6 @@ def chat(
 def _answer_once(llm: LLaMA, conversation: Conversation, question: str) -> None:
     """Answer the one question of a pipe."""
     with interruptible(llm):
-        _answer(conversation, question)
+        stream_answer(lambda: conversation.say(question), conversation)
         if conversation.result is not None and conversation.result.finish_reason == "interrupted":
             raise InterruptedRunError("interrupted; the answer so far is printed")
-
-
-def _talk(llm: LLaMA, conversation: Conversation) -> None:
-    """Answer line after line until /exit or Ctrl-D; an error or an interrupt is shown and the conversation goes on."""
-    write("/help lists the commands.\n")
-    for line in _lines():
-        try:
-            if line.startswith("/"):
-                if not _command(line, conversation):
-                    return
-            elif line.strip():
-                with interruptible(llm):
-                    _answer(conversation, line)
-        except (UserError, InterruptedRunError) as error:
-            print(f"llama-xla: {shown(error, chat)}", file=sys.stderr)
-        except KeyboardInterrupt:  # it came when the answer had just ended
-            write("\n")
-
-
-def _lines() -> Iterator[str]:
-    """Yield the lines that the user types until the end of stdin; one that ends in a backslash goes on in the next."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 must not end the conversation
-    with suppress(ImportError):
-        import readline  # noqa: F401  # arrow keys and history at the prompt, where the platform has it
-    while True:
-        try:
-            line = input("> ")
-            while line.endswith("\\"):
-                line = line[:-1] + "\n" + input("  ")
-            yield line
-        except KeyboardInterrupt:
-            write("\n")
-        except (EOFError, OSError):  # Ctrl-D, or a terminal that is gone
-            with suppress(KeyboardInterrupt):  # a Ctrl-C before it that readline had not noticed
-                write("\n")
-            return
-
-
-def _answer(conversation: Conversation, text: str) -> None:
-    """Stream one answer, and log its tokens and times."""
-    for piece in conversation.say(text):
-        write(piece)
-    write("\n")
-    result = conversation.result
-    if result is not None:
-        turns.info(
-            "[%d tokens kept, %d new, %d generated%s; first token after %.2f s, then %.1f tok/s]",
-            result.cached_tokens,
-            result.prompt_tokens - result.cached_tokens,
-            len(result.token_ids),
-            {"stop": "", "length": ", cut at the limit", "interrupted": ", interrupted"}[result.finish_reason],
-            result.timing.ttft_s,
-            result.timing.decode_tok_s,
-        )
-
-
-def _command(line: str, conversation: Conversation) -> bool:
-    """Carry out a /command; return False to end the conversation."""
-    name, _, rest = line.strip().partition(" ")
-    path = Path(rest.strip() or "conversation.json")
-
-    def told(action: Callable[[], object], what: str) -> Callable[[], None]:
-        def act() -> None:
-            action()
-            write(what + "\n")
-
-        return act
-
-    commands: dict[str, Callable[[], object]] = {
-        "/help": lambda: write(HELP + "\n"),
-        "/reset": told(conversation.reset, "All turns are forgotten."),
-        "/undo": lambda: write("Taken back.\n" if conversation.undo() else "There is nothing to take back.\n"),
-        "/system": told(
-            lambda: conversation.set_system(rest.strip() or None), "Set." if rest.strip() else "Taken away."
-        ),
-        "/save": told(lambda: conversation.save(path), f"Saved to {path}."),
-    }
-    if name in ("/exit", "/quit", "/bye"):
-        return False
-    if name in commands:
-        commands[name]()
-    else:
-        write(f"{name} is no command; /help lists them. A message may begin with a space before its slash.\n")
-    return True
