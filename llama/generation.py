@@ -57,6 +57,7 @@ from llama.xla import backend, mesh
 from llama.xla.counters import counters, surprises
 
 log = logging.getLogger("llama")
+classic_log = logging.getLogger("llama.classic")  # the original's lines, see docs/cli.md
 
 SYNTHETIC_TOKEN = 8
 SCORED_AT_ONCE = 2048  # sequences that a call of the engine holds, so that memory does not grow with an evaluation
@@ -139,7 +140,6 @@ class LLaMA:
         arguments.optional("startup", startup, Startup)
         startup = startup or Startup()
         startup.enter("load")
-        log.info("Loading")
         if random_weights is not None and ckpt_dir is not None:
             raise ConfigError(
                 "random_weights and ckpt_dir: got both, expected one (random weights would replace the checkpoint's)"
@@ -153,8 +153,9 @@ class LLaMA:
         for name, value in (("allow_nan", allow_nan), ("check_sums", check_sums), ("progress", progress)):
             arguments.flag(name, value)
         seed = arguments.whole_number("seed", seed)
+        is_demo = ckpt_dir is None and random_weights is None
         if config is None:
-            default = DEMO_CONTEXT if ckpt_dir is None and random_weights is None else EngineConfig.max_seq_len
+            default = DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len
             config = EngineConfig(
                 max_batch_size=arguments.whole_number("max_batch_size", max_batch_size),
                 max_seq_len=default if max_seq_len is None else arguments.whole_number("max_seq_len", max_seq_len),
@@ -163,6 +164,7 @@ class LLaMA:
             config = drafting.settled(config)
         elif drafting is not None and not config.draft_lens:
             config = replace(config, draft_lens=DEFAULT_DRAFT_LENS)
+        log.info("Loading %s", "the demo model" if is_demo else ckpt_dir or "random weights")
         directory = DEMO_DIR if ckpt_dir is None else ckpt_dir
         source = None if random_weights is not None else checkpoint.open_checkpoint(directory)
         if source is not None:
@@ -171,7 +173,6 @@ class LLaMA:
             raise ConfigError("check_sums: random weights come from no files; leave it out")
         tokenizer = tokenizer or load_tokenizer(tokenizer_path or find_tokenizer(directory))
         args = matched(random_weights, source, tokenizer, config)
-        is_demo = ckpt_dir is None and random_weights is None
         opened = None
         if isinstance(drafting, DraftConfig):
             from llama.drafting.opening import open_drafting  # nobody else pays for importing the drafters
@@ -190,7 +191,7 @@ class LLaMA:
         backend.wait()
         startup.enter("load")  # goes on, until the first call compiles
         load_s = startup.seconds["load"]
-        log.info("Loaded in %.2f seconds", load_s)
+        log.debug("Loaded in %.2f seconds", load_s)
         defaults = GenerationDefaults() if source is None else source.defaults
         engine = Engine(config, runner)
         hosts = 1 if mesh.current().is_single else mesh.host_count()
@@ -616,10 +617,8 @@ class LLaMA:
     def _end_call(self, sequences: Sequence[Request], totals: Totals, runs: int, surprised: int) -> None:
         """Add up a call that has ended, and check that XLA has compiled nothing unasked."""
         totals.add_up(sequences, runs)
-        lengths = [len(s.prompt_ids) for s in sequences]
-        steps = max(len(s.token_ids) for s in sequences)
-        log.info("Processed prompts with %d to %d tokens, and generated %d tokens", min(lengths), max(lengths), steps)
-        log.info("Totally decoded %d tokens in %.5f seconds", max(lengths) + steps - 1, totals.total_s)
+        for line in totals.classic_lines():
+            classic_log.debug("%s", line)
         self._refuse_surprises(surprised)
 
     def _refuse_surprises(self, surprised: int) -> None:

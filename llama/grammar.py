@@ -329,6 +329,17 @@ def _reason(message: str, text: str = "") -> str:
     return message if len(message) <= LONGEST_REASON else f"{message[:LONGEST_REASON]} ..."
 
 
+def is_cut(text: str, finish_reason: str, stop_reason: str | int | None, params: SamplingParams) -> bool:
+    """Whether a generation ended before the grammar of its request was satisfied.
+
+    The model's own stop tokens come only where it is, and an interrupted generation counts as none.
+    """
+    if not params.is_constrained or finish_reason == "interrupted":
+        return False
+    by_model = isinstance(stop_reason, int) and stop_reason not in params.stop_token_ids
+    return not by_model and not satisfies(text, params)
+
+
 def satisfies(text: str, params: SamplingParams) -> bool:
     """Whether a whole text is what the grammar of a request allows; its bytes are followed, no tokenizer is needed."""
     from llguidance import LLMatcher, LLTokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequences
+from collections.abc import Iterator, Sequence as Sequences
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
@@ -144,6 +144,8 @@ class Totals:
         ttft_s: to its first token.
         prefill_s: seconds in which some request was between its slot and its first token.
         decode_s: seconds in which some request was between its first token and its last.
+        prompt_lengths: tokens of each prompt that has had a first token chosen, once for all its samples.
+        cached_tokens: how many of them the cache still held.
         prompt_tokens: tokens of the prompts that were run; those that were cached do not count.
         generated_tokens: tokens of the results.
         decoded_tokens: tokens that decode steps produced.
@@ -156,6 +158,8 @@ class Totals:
     ttft_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    prompt_lengths: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     decoded_tokens: int = 0
@@ -172,11 +176,26 @@ class Totals:
         self.ttft_s = min(firsts, default=began) - began
         self.prefill_s = covered([(a, b) for a, b, _ in spans if a is not None and b is not None])
         self.decode_s = covered([(b, c) for _, b, c in spans if b is not None and c is not None])
+        leaders = [s for s in sequences if s.leader is None and s.first_token is not None]
+        self.prompt_lengths = [len(s.prompt_ids) for s in leaders]
+        self.cached_tokens = sum(s.cached for s in leaders)
         self.prompt_tokens = sum(len(s.prompt_ids) - s.cached for s in sequences if s.first_token is not None)
         self.generated_tokens = sum(len(s.token_ids) for s in sequences)
         self.decoded_tokens = sum(max(len(s.ids) - len(s.prompt_ids) - 1, 0) for s in sequences)
         for sequence in sequences:
             self.drafting.merge(sequence.drafting)
+
+    def classic_lines(self) -> Iterator[str]:
+        """The lines with which pytorch-tpu/llama ends a call, in its words.
+
+        The original counts the steps of its longest row, stop token included, and decodes all positions but the last.
+        Here both lines count the tokens of all results: those decoded are the prompts' and the generated ones.
+        """
+        shortest, longest = min(self.prompt_lengths, default=0), max(self.prompt_lengths, default=0)
+        cached = f", {self.cached_tokens} of them cached" if self.cached_tokens else ""
+        yield f"Processed prompts with {shortest} to {longest} tokens, and generated {self.generated_tokens} tokens"
+        decoded = sum(self.prompt_lengths) + self.generated_tokens
+        yield f"Totally decoded {decoded} tokens in {self.total_s:.5f} seconds{cached}"
 
 
 def covered(spans: Sequences[tuple[float, float]]) -> float:

@@ -16,8 +16,9 @@ from commands import Run, refused
 from conftest import TINY, LLMFactory
 from fakes import fake_llm
 
-from llama import EngineConfig, LLaMA
+from llama import EngineConfig, LLaMA, environment
 from llama.config import DEMO_DIR
+from llama.environment import check_environment
 from llama.errors import ConfigError
 from llama.xla import backend
 
@@ -27,23 +28,23 @@ RANDOM = ["generate", "--random_weights", "--dim", "16", "--n_layers", "1", "--n
 @pytest.mark.parametrize("device", ["", " ", "cpu", "CUDA", "GPU", "FOO", "CPU,TPU", "CPU:0", "\u00e9", "x" * 5000])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=r"^PJRT_DEVICE: got .*expected .*\(CPU, in capitals\)") as raised:
-        backend.check_environment({"PJRT_DEVICE": device})
+        check_environment({"PJRT_DEVICE": device})
     assert len(str(raised.value)) < 400
 
 
 def test_a_tpu_needs_its_library(tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The library may be a package, or a file that the environment names."""
     with monkeypatch.context() as patch:  # Python itself asks for modules by this name, too
-        patch.setattr(backend, "find_spec", lambda name: None)
+        patch.setattr(environment, "find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"libtpu is not installed.*pip install -e \.\[tpu\]"):
-            backend.check_environment({"PJRT_DEVICE": "TPU"})
+            check_environment({"PJRT_DEVICE": "TPU"})
         with pytest.raises(ConfigError, match=r"^PJRT_DEVICE: got 'NEURON'.*libneuronxla"):
-            backend.check_environment({"PJRT_DEVICE": "NEURON"})
+            check_environment({"PJRT_DEVICE": "NEURON"})
         with pytest.raises(ConfigError, match=r"^TPU_LIBRARY_PATH: got .*absent.so"):
-            backend.check_environment({"PJRT_DEVICE": "TPU", "TPU_LIBRARY_PATH": f"{tmp_path}/absent.so"})
-        backend.check_environment({"PJRT_DEVICE": "TPU", "TPU_LIBRARY_PATH": __file__})
-        patch.setattr(backend, "find_spec", lambda name: name == "libtpu" or None)
-        backend.check_environment({"PJRT_DEVICE": "TPU"})
+            check_environment({"PJRT_DEVICE": "TPU", "TPU_LIBRARY_PATH": f"{tmp_path}/absent.so"})
+        check_environment({"PJRT_DEVICE": "TPU", "TPU_LIBRARY_PATH": __file__})
+        patch.setattr(environment, "find_spec", lambda name: name == "libtpu" or None)
+        check_environment({"PJRT_DEVICE": "TPU"})
 
 
 @pytest.mark.parametrize("count", ["", " ", "0", "00", "-1", "x", "2x", "1.5", "1e3", "99999", "9" * 5000, "\u0662"])
@@ -51,12 +52,12 @@ def test_a_tpu_needs_its_library(tmp_path: os.PathLike[str], monkeypatch: pytest
 def test_a_count_of_cpu_devices_is_a_positive_number(count: str, device: str | None) -> None:
     environment = {"CPU_NUM_DEVICES": count} | ({} if device is None else {"PJRT_DEVICE": device})
     with pytest.raises(ConfigError, match=r"^CPU_NUM_DEVICES: got .*expected"):
-        backend.check_environment(environment)
+        check_environment(environment)
 
 
 @pytest.mark.parametrize("count", ["1", "2", " 4", "08", "64"])
 def test_counts_that_torch_xla_reads(count: str) -> None:
-    backend.check_environment({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": count})
+    check_environment({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": count})
 
 
 @pytest.mark.parametrize("name", ["PJRT_DEVICE", "CPU_NUM_DEVICES"])

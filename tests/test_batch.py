@@ -664,6 +664,7 @@ def test_a_killed_process_is_resumed(batch: Batch, whole: bytes, records: int, t
         (["--temperature", "0.7"], ["temperature was nothing and is 0.7"]),
         (["--seed", "1"], ["seed was 0 and is 1"]),
         (["--dtype", "bfloat16"], ['dtype was "float32" and is "bfloat16"']),
+        (["--cache_dtype", "bfloat16"], ['cache_dtype was "auto" and is "bfloat16"']),
         (["--max_gen_len", "19"], ["max_gen_len was 20 and is 19"]),
         (["--max_seq_len", "100"], ["max_seq_len was 128 and is 100"]),
         (["--batch_invariant"], ["batch_invariant was false and is true"]),
@@ -942,6 +943,75 @@ def test_the_last_lines_of_the_log(batch: Batch) -> None:
     assert batch("--quiet").err == failed + "\n"
 
 
+CAT = {"prompt": "the cat", "max_gen_len": 5, "ignore_eos": True, "temperature": 0}
+DOG = {**CAT, "prompt": "the dog"}
+
+
+@pytest.fixture
+def cats_are_cut(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of a cat's line counts as cut: the fake device follows no grammar."""
+    batch.lines(CAT)
+    assert batch().code == 0
+    (text,) = (each["generation"] for each in batch.results()[0]["results"])
+    batch.output.unlink()
+    monkeypatch.setattr("llama.batch.stream.is_cut", lambda found, *_: found == text)
+
+
+@pytest.mark.parametrize("to_stdout", [False, True])
+@pytest.mark.parametrize(
+    ("lines", "flags", "code", "message"),
+    [
+        ([CAT, DOG, CAT], [], 0, ""),
+        ([CAT, DOG, CAT], ["--strict_grammar"], 4, "2 of 3 lines hold a text that ended before"),
+        ([DOG], ["--strict_grammar"], 0, ""),
+        ([CAT, {"prompt": 1}], ["--strict_grammar"], 2, "; 1 of 2 lines hold a text that ended before"),
+        ([CAT, {"prompt": 1}], [], 2, "says why"),
+    ],
+)
+def test_texts_that_were_cut_within_a_grammar(
+    batch: Batch,
+    cats_are_cut: None,
+    to_stdout: bool,
+    lines: list[dict[str, Any]],
+    flags: list[str],
+    code: int,
+    message: str,
+) -> None:
+    """They are counted, and written all the same; an error of another line has the louder exit code."""
+    batch.lines(*lines)
+    outcome = batch(*flags, *(["--output", "-"] if to_stdout else []))
+    assert (outcome.code, message in outcome.message) == (code, True), outcome.err
+    cut, failed = lines.count(CAT), len(lines) - lines.count(CAT) - lines.count(DOG)
+    told = f", {cut} cut within a grammar" if cut else ""
+    assert f"Answered {len(lines)} of {len(lines)} lines ({failed} errors{told}), " in outcome.err
+    written = outcome.objects if to_stdout else batch.results()
+    assert [len(each["results"]) for each in written] == [int(line in (CAT, DOG)) for line in lines]
+
+
+def test_the_process_that_merges_counts_what_was_cut(batch: Batch, cats_are_cut: None) -> None:
+    """As wrong lines: those of other processes and of earlier runs, too."""
+    batch.lines(CAT, DOG, CAT, DOG, CAT)
+    assert batch("--strict_grammar", rank=0, world_size=2).code == 0
+    kept = shutil.copytree(batch.parts, batch.parts.with_name("kept"))
+    outcome = batch("--strict_grammar", rank=1, world_size=2)
+    assert (outcome.code, "3 of 5 lines hold" in outcome.message) == (4, True)
+    batch.output.unlink()
+    shutil.copytree(kept, batch.parts)
+    outcome = batch("--strict_grammar")
+    assert "Answered 2 of 2 lines (0 errors), " in outcome.err
+    assert (outcome.code, "3 of 5 lines hold" in outcome.message) == (4, True)
+
+
+def test_a_merge_without_a_model_counts_what_was_cut(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    for rank in (0, 1):
+        with parts_of(output, rank, 2, 2) as parts:
+            parts.add(rank, {"index": rank}, failed=False, cut=rank == 1)
+    part = tmp_path / "out.jsonl.parts" / "part-00000.jsonl"
+    part.write_text(part.read_text().replace('"cut": false, ', ""))  # as an earlier version wrote it
+    assert merge_parts(output) == Merged(2, 0, 1)
+
+
 def test_a_long_run_says_how_far_it_is(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "SECONDS_BETWEEN_LINES", 0)
     batch.lines({"prompt": "the cat"}, {"prompt": "the dog"})
@@ -979,6 +1049,20 @@ def test_the_demo_model_answers_the_example(run: Run, tmp_path: Path, monkeypatc
     assert found[0] == found[1]
     assert len(found[0][3]["results"][0]["logprobs"][0]["top_logprobs"]) == 2
     assert all(result["stop_reason"] in (".", 2, None) for result in found[0][2]["results"])
+
+
+@pytest.mark.slow
+def test_a_grammar_that_was_cut(run: Run, tmp_path: Path) -> None:
+    """A line with too few tokens for its grammar beside one that satisfies it, and one without any."""
+    path = tmp_path / "in.jsonl"
+    regexes = [{"regex": " [a-z]{40}"}, {"regex": " [0-9]{2}"}, {}]
+    path.write_text("".join(json.dumps({"prompt": "Once", "max_gen_len": 8, **each}) + "\n" for each in regexes))
+    outcome = run("batch", "--input", str(path), "--buckets", "8,1", "--strict_grammar", "--verbose")
+    assert outcome.code == 4
+    assert "(0 errors, 1 cut within a grammar)" in outcome.err
+    assert "Index 0: a text ended before its grammar was satisfied\n" in outcome.err
+    assert outcome.message.startswith("llama-xla: 1 of 3 lines hold a text")
+    assert len(outcome.objects) == 3
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ from commands import PROCESS_TIMEOUT_S, Outcome, Run, exit_code, finished, proce
 from llama import __version__, cli
 from llama.cli.flags import HELP_COLUMN, HELP_WIDTH, help_text, shown
 from llama.cli.generate import SYNTHETIC_PROMPT_LEN
-from llama.cli.output import SEPARATOR
+from llama.cli.output import SEPARATOR, json_line
+from llama.cli.terminal import visible
 from llama.compiled.memory import check_fits
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError, LLaMAError, PromptError, RecompileError, UserError, setting
@@ -447,7 +448,7 @@ def test_more_prompts_than_slots_wait_for_one_and_keep_their_order(generate: Run
     queued = [r["timing"]["queue_s"] for r in waiting.results]
     assert queued[2] > max(queued[:2])
     assert queued[2] >= min(r["timing"]["ttft_s"] for r in waiting.results)
-    assert waiting.err.count("Processed prompts") == together.err.count("Processed prompts") == 1
+    assert waiting.err.count("3 prompts in all: ") == together.err.count("3 prompts in all: ") == 1
 
 
 def test_text_output_is_the_generations_with_a_line_between(generate: Run) -> None:
@@ -518,19 +519,24 @@ def test_streamed_json_pieces_join_to_the_generation(generate: Run) -> None:
 @pytest.mark.slow
 def test_the_log_speaks_the_originals_words(generate: Run) -> None:
     """Scripts that grep pytorch-tpu/llama's log find its lines on stderr, with true numbers, and nothing of them on
-    stdout.
+    stdout; without --verbose there are none of them. test_log.py has more of the numbers.
     """
-    outcome = generate("--prompt_len", "7", "--temperature", "0", "--json")
+    flags = ["--prompt_len", "7", "--temperature", "0", "--json"]
+    outcome = generate(*flags, "--verbose")
     (result,) = outcome.results
     generated = len(result["token_ids"])
     assert "Processing prompt pos [0, 8), section length 8\n" in outcome.err
     assert f"Processed prompts with 8 to 8 tokens, and generated {generated} tokens\n" in outcome.err
-    assert re.search(rf"^Totally decoded {8 + generated - 1} tokens in \d+\.\d+ seconds$", outcome.err, re.MULTILINE)
+    assert re.search(rf"^Totally decoded {8 + generated} tokens in \d+\.\d+ seconds$", outcome.err, re.MULTILINE)
+    loading, compiling, speeds = generate(*flags).err.splitlines()
+    assert loading.startswith("Loading ")
+    assert compiling.startswith("Compiling ")
+    assert speeds.startswith("8 prompt tokens at ")
 
 
 def test_the_log_names_every_section(generate: Run) -> None:
     """A prompt of nineteen tokens in buckets of 8 and 1 is five sections, logged as they run."""
-    outcome = generate("--prompt_len", "18", "--max_gen_len", "1")
+    outcome = generate("--prompt_len", "18", "--max_gen_len", "1", "--verbose")
     found = re.findall(r"^Processing prompt pos \[(\d+), (\d+)\), section length (\d+)$", outcome.err, re.MULTILINE)
     assert found == [("0", "8", "8"), ("8", "16", "8"), ("16", "17", "1"), ("17", "18", "1"), ("18", "19", "1")]
 
@@ -641,6 +647,39 @@ def test_a_terminal_that_cannot_show_a_character_is_no_crash(
     assert exit_code(generate_flags("--prompt", "caf\u00e9 noir", "--quiet", *flags.split())) == 0
     sys.stdout.flush()
     assert b" noir" in buffer.getvalue()
+
+
+class Terminal(io.StringIO):
+    """A stdout that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+OBEYED = "a\x1b[31mb\rc\x7fd\x9be\u202ef\u2028g\t\u00e9"
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_terminal_obeys_no_text(
+    generate_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, stream: list[str]
+) -> None:
+    """Control characters of a model are written out there, those of an echoed prompt, too; a pipe gets them exactly."""
+    flags = generate_flags("--prompt", OBEYED, "--echo", "--regex", "x\x1b\\[2Jy", "--max_gen_len", "20", *stream)
+    shown, exact = Terminal(), io.StringIO()
+    for stdout in (shown, exact):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert exit_code([*flags, "--quiet"]) == 0
+    assert exact.getvalue() == f"{OBEYED}x\x1b[2Jy\n"
+    assert shown.getvalue() == "a\\x1b[31mb\\x0dc\\x7fd\\x9be\\u202ef\u2028g\t\u00e9x\\x1b[2Jy\n"
+
+
+def test_a_line_of_json_is_one_line_of_harmless_text() -> None:
+    """Also for Python's splitlines and at a terminal; the values are the same, and letters stay as they are."""
+    line = json_line({"text": OBEYED + "\x85\u2029\u2066"})
+    assert json.loads(line) == {"text": OBEYED + "\x85\u2029\u2066"}
+    assert line.splitlines() == [line.removesuffix("\n")]
+    assert visible(line) == line
+    assert "\u00e9" in line
 
 
 # --- commands and the help
@@ -902,10 +941,21 @@ def test_the_classic_entry_runs_generate(generate: Run, generate_flags: Callable
     """``python example_xla.py`` takes the flags behind ``generate``, prints the same text, and is silent on stderr with
     --quiet.
     """
-    flags = ["--prompt", "once upon, a time", "--temperature", "0", "--quiet"]
-    outcome = finished(["example_xla.py", *generate_flags(*flags)[1:]])
+    flags = ["--prompt", "once upon, a time", "--temperature", "0"]
+    outcome = finished(["example_xla.py", *generate_flags(*flags, "--quiet")[1:]])
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out == generate(*flags).out
+
+
+@pytest.mark.slow
+def test_the_classic_entry_logs_the_originals_lines(generate_flags: Callable[..., list[str]]) -> None:
+    """They come by themselves, without what else --verbose tells."""
+    outcome = finished(["example_xla.py", *generate_flags("--prompt", "once upon, a time", "--max_gen_len", "2")[1:]])
+    kinds = [line.split()[0] for line in outcome.err.splitlines()]
+    assert kinds[:3] == ["Importing", "Loading", "Compiling"]
+    assert kinds[-3:-1] == ["Processed", "Totally"]
+    assert set(kinds[3:-3]) == {"Processing"}
+    assert "generated at" in outcome.err.splitlines()[-1] or "generated," in outcome.err.splitlines()[-1]
 
 
 class CtrlCAt(io.StringIO):
@@ -966,7 +1016,7 @@ def test_ctrl_c_before_the_first_token_is_a_result_too(
     """Between two sections of a prompt there is no text yet; the result is empty and says why."""
     stderr = CtrlCAt(moment)
     monkeypatch.setattr(sys, "stderr", stderr)
-    code = exit_code(generate_flags("--prompt_len", "8", "--max_gen_len", "50", "--json"))
+    code = exit_code(generate_flags("--prompt_len", "8", "--max_gen_len", "50", "--json", "--verbose"))
     outcome = Outcome(code, capsys.readouterr().out, stderr.getvalue())
     assert outcome.code == 130
     assert "interrupted" in outcome.message.lower()

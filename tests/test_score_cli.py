@@ -225,7 +225,6 @@ def test_a_reader_s_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split()[0] for line in outcome.err.splitlines()] == [
         "Importing",
         "Loading",
-        "Loaded",
         "Scoring",
         "Compiling",
         "Done",

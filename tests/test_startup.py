@@ -147,7 +147,7 @@ def test_the_process_start_is_that_of_the_operating_system() -> None:
 def test_timings_account_for_the_whole_start() -> None:
     """The five phases add up to the time that a clock outside the process shows."""
     began = time.perf_counter()
-    with process([*GENERATE, "--timings", "--json", "--stream"]) as running:
+    with process([*GENERATE, "--timings", "--json", "--stream", "--verbose"]) as running:
         assert running.stdout is not None
         first = running.stdout.readline()
         took = time.perf_counter() - began
@@ -160,8 +160,10 @@ def test_timings_account_for_the_whole_start() -> None:
     assert all(value > 0 for value in phases)
     assert startup["programs"] == result["programs"]["compiled"] > 0
     assert "Importing torch, about" in err.splitlines()[0]
-    summary = dict(part.split()[:2] for part in err.splitlines()[-1].split(", ")[:4])
+    phases_told, speeds = err.splitlines()[-2:]
+    summary = dict(part.split()[:2] for part in phases_told.split(", ")[:4])
     assert sum(map(float, summary.values())) == pytest.approx(startup["total_s"] - startup["prefill_s"], abs=0.05)
+    assert speeds.endswith(f"; first token {startup['total_s']:.2f} s after the command began")
 
 
 @pytest.mark.slow

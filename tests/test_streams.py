@@ -87,6 +87,12 @@ ENVIRONMENTS = [
     Broken("HF_HOME=/dev/null HOME= X inspect org/model", 2, err="no such directory: org/model"),
     Broken("XDG_CACHE_HOME=nowhere X inspect org/model", 2, err="nowhere/huggingface/hub"),
     Broken(f"RANK=x X {PLAN}", 2, err="RANK: got 'x'"),
+    Broken(f"PJRT_DEVICE=x X {PLAN}", 0, out="2 sections"),
+    Broken(f"PJRT_DEVICE=x X {GENERATE}", 2, err="PJRT_DEVICE: got 'x'"),
+    Broken(f"PJRT_DEVICE= X {GENERATE}", 2, err="PJRT_DEVICE: got ''"),
+    Broken(f"PJRT_DEVICE=cpu X {STORY} --prompt a", 2, err="PJRT_DEVICE: got 'cpu'"),
+    Broken("echo Hi | PJRT_DEVICE=x X chat --ckpt_dir llama/demo --chat_format llama2", 2, err="PJRT_DEVICE: got 'x'"),
+    Broken(f"PJRT_DEVICE=CPU CPU_NUM_DEVICES=0 X {GENERATE}", 2, err="CPU_NUM_DEVICES: got '0'"),
     # the current directory
     Broken(f"mkdir gone && cd gone && rmdir ../gone && X {INSPECT}", 2, err="the current directory"),
     Broken("mkdir gone && cd gone && rmdir ../gone && X --help", 0, out="llama-xla generate"),

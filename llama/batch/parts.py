@@ -62,10 +62,12 @@ class Merged(NamedTuple):
     Attributes:
         lines: in all.
         failed: of them, those that are errors.
+        cut: those with a text that ended before its grammar was satisfied.
     """
 
     lines: int
     failed: int
+    cut: int = 0
 
 
 @dataclass
@@ -76,6 +78,7 @@ class _Found:
     part: array[int]
     offset: array[int]
     failed: int = 0
+    cut: int = 0
 
     @property
     def missing(self) -> list[int]:
@@ -152,13 +155,16 @@ class Parts:
         """For each line, whether it has a record: 1 or 0."""
         return bytes(part >= 0 for part in self._found.part)
 
-    def add(self, index: int, output: dict[str, Any], *, failed: bool) -> None:
+    def add(self, index: int, output: dict[str, Any], *, failed: bool, cut: bool = False) -> None:
         """Append what became of a line. It survives the end of this process, however that comes.
+
+        Args:
+            failed, cut: see ``Merged``.
 
         Raises:
             FlagError: the file system reports an error; earlier records stay whole.
         """
-        record = as_bytes({"line": index, "failed": failed, "output": output})
+        record = as_bytes({"line": index, "failed": failed, "cut": cut, "output": output})
         with _told(self._own):
             try:
                 _write(self._file, record, self._end)
@@ -317,27 +323,28 @@ def _scan(directory: Path, lines: int) -> _Found:
         with path.open("rb", buffering=BUFFER) as file:
             place = len(file.readline())
             for data in file:
-                index, failed = _index(data, lines)
+                index, failed, cut = _read(data, lines)
                 damaged += index is None and data.endswith(b"\n")
                 if index is not None and found.part[index] < 0:
                     found.part[index], found.offset[index] = number, place
                     found.failed += failed
+                    found.cut += cut
                 place += len(data)
         if damaged:
             log.warning("%s: %d records are damaged and do not count", path, damaged)
     return found
 
 
-def _index(data: bytes, lines: int) -> tuple[int | None, bool]:
-    """The line that a record is of, and whether that failed; None for a torn or damaged record."""
+def _read(data: bytes, lines: int) -> tuple[int | None, bool, bool]:
+    """The line that a record is of, and whether that failed or was cut; None for a torn or damaged record."""
     try:
         value = json.loads(data) if data.endswith(b"\n") else {}
     except ValueError:
-        return None, False
+        return None, False, False
     index = value.get("line") if isinstance(value, dict) and isinstance(value.get("output"), dict) else None
     if not isinstance(index, int) or not 0 <= index < lines:
-        return None, False
-    return index, value.get("failed") is True
+        return None, False, False
+    return index, value.get("failed") is True, value.get("cut") is True  # earlier parts do not say whether it was cut
 
 
 def _merge(found: _Found, output: Path, directory: Path) -> Merged:
@@ -361,7 +368,7 @@ def _merge(found: _Found, output: Path, directory: Path) -> Merged:
             for file in files:
                 file.close()
         _remove(directory)
-    return Merged(len(found.part), found.failed)
+    return Merged(len(found.part), found.failed, found.cut)
 
 
 def _remove(directory: Path) -> None:

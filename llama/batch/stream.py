@@ -16,7 +16,7 @@ from llama.batch.requests import Prepared, request_of
 from llama.engine.sequence import Sequence
 from llama.errors import InterruptedRunError, RecompileError, UserError
 from llama.generation import LLaMA
-from llama.grammar import Grammars
+from llama.grammar import Grammars, is_cut
 from llama.inputs import Prompt, make_sequences
 from llama.outputs import Generation, ProgramCount, Timing, Totals, mean_logprob, result_of
 from llama.xla.counters import surprises
@@ -32,12 +32,14 @@ class Answer(NamedTuple):
         request: what it asked for; None if it could not be read.
         results: prompt by prompt and sample by sample; ``index`` is the prompt's place in the line.
         error: why there are none.
+        is_cut: a text among them ended before its grammar was satisfied.
     """
 
     line: Line
     request: Request | None
     results: list[Generation]
     error: UserError | None = None
+    is_cut: bool = False
 
 
 @dataclass
@@ -176,7 +178,9 @@ class Stream:
         job.left -= 1
         if not job.left:
             self._close(job)
-            yield Answer(job.line, job.request, _chosen(job))
+            results, params = _chosen(job), job.sequences[0].params
+            cut = any(is_cut(r.generation, r.finish_reason, r.stop_reason, params) for r in results)
+            yield Answer(job.line, job.request, results, is_cut=cut)
 
     def _cancel(self, jobs: Iterable[_Job]) -> None:
         """End the sequences of lines."""

@@ -14,11 +14,11 @@ from llama.cli.loading import config_of, loaded, readable_tokenizer, takes_loadi
 from llama.cli.output import counted, interruptible, json_line, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
 from llama.config import DEMO_DIR, EngineConfig
-from llama.errors import FlagError, InterruptedRunError, PromptError
+from llama.errors import FlagError, GrammarCutError, InterruptedRunError, PromptError
 from llama.ranks import Ranks, current_ranks
 
 if TYPE_CHECKING:
-    from llama.batch import InputLines, Line, Parts, RunSettings
+    from llama.batch import InputLines, Line, Merged, Parts, RunSettings
     from llama.batch.stream import Answer
     from llama.generation import LLaMA
 
@@ -42,6 +42,7 @@ def batch(
     chat_format: str | None = None,
     restart: bool = False,
     merge: bool = False,
+    strict_grammar: bool = False,
     quiet: bool = False,
     verbose: bool = False,
 ) -> None:
@@ -72,12 +73,14 @@ def batch(
     {loading}
 
     Output:
+        strict_grammar: If texts ended before their grammar was satisfied and no line is an error, end with exit code 4.
+            They are written all the same, and the log counts their lines in any case.
         quiet: Log nothing to stderr.
         verbose: Log every chunk, the memory plan, and every program that is compiled.
     """
     log_to_stderr(quiet, verbose)
     if merge:
-        _merge_only(input, output, restart)
+        _merge_only(input, output, restart, strict_grammar)
         return
     if input is None:
         raise FlagError("--input is needed; llama-xla batch --help lists the flags")
@@ -97,14 +100,14 @@ def batch(
     with InputLines(Path(input)) as lines:
         if output != STDOUT and Path(output).exists() and Path(output).samefile(input):
             raise FlagError(f"--output {output}: it is the input; expected another file")
-        job = _Job(loading, config, given, seed, chat_format, quiet, verbose)
+        job = _Job(loading, config, given, seed, chat_format, quiet, verbose, strict_grammar)
         if output == STDOUT:
             _print_all(job, lines)
         else:
             _write_all(job, lines, Path(output), ranks, restart)
 
 
-def _merge_only(input: str | None, output: str, restart: bool) -> None:
+def _merge_only(input: str | None, output: str, restart: bool, strict_grammar: bool) -> None:
     """Merge parts without a model."""
     from llama.batch import InputLines, merge_parts
 
@@ -119,7 +122,7 @@ def _merge_only(input: str | None, output: str, restart: bool) -> None:
     with nullcontext() if input is None else InputLines(Path(input)) as lines:
         found = merge_parts(Path(output), lines)
     log.info("Merged %s into %s", counted(found.lines, "line"), output)
-    _refuse_failures(found.failed, found.lines, output)
+    _refuse_failures(found, output, strict_grammar)
 
 
 class _Job:
@@ -138,8 +141,9 @@ class _Job:
         chat_format: str | None,
         quiet: bool,
         verbose: bool,
+        strict_grammar: bool,
     ) -> None:
-        self.quiet = quiet
+        self.quiet, self.strict_grammar = quiet, strict_grammar
         self._loading, self._config, self._given, self._verbose = loading, config, given, verbose
         self._seed, self._chat_format = seed, chat_format
         self._directory = Path(loading["ckpt_dir"] or DEMO_DIR)
@@ -159,6 +163,10 @@ class _Job:
                 "input": lines.sha256,
                 "ckpt_dir": model_digest(self._directory, self._loading["tokenizer_path"]),
                 "dtype": self._config.dtype,
+                "cache_dtype": self._config.cache_dtype,
+                "activations": self._config.activations,
+                "prefill_products": self._config.prefill_products,
+                **({"int4_group": self._config.int4_group} if self._config.dtype == "int4" else {}),
                 "max_seq_len": self._config.max_seq_len,
                 "batch_invariant": self._config.batch_invariant,
                 "chat_format": self._chat_format,
@@ -177,7 +185,7 @@ class _Job:
             )
         self._defaults = llm.sampling(**self._given)
         progress_log.setLevel(log.level)
-        if not self._verbose:  # a line for every chunk of every prompt would drown the others
+        if sys.stderr.isatty() and not self._verbose:  # there bars tell what is compiled
             log.setLevel(max(log.level, logging.WARNING))
         return llm
 
@@ -195,7 +203,7 @@ class _Job:
 def _print_all(job: _Job, lines: InputLines) -> None:
     """Print results in the order of the input."""
     settings, created = job.settings(lines), int(time.time())
-    printed, failed, held = 0, 0, dict[int, dict[str, Any]]()
+    printed, held = 0, dict[int, dict[str, Any]]()
     llm = job.load()
     with _Progress(len(lines), job.quiet) as progress, closing(llm), interruptible(llm):
         every = (lines.read(index) for index in range(len(lines)))
@@ -203,14 +211,13 @@ def _print_all(job: _Job, lines: InputLines) -> None:
             with closing(job.answers(llm, every, MOST_HELD)) as answers:
                 for answer in answers:
                     held[answer.line.index] = _record(answer, settings.digest, created)
-                    failed += answer.error is not None
                     progress.take(answer)
                     while printed in held:
                         write(json_line(held.pop(printed)))
                         printed += 1
         except InterruptedRunError:
             raise InterruptedRunError(f"interrupted; the results of the first {printed} lines are printed") from None
-    _refuse_failures(failed, len(lines), "the output")
+    _refuse_failures(progress.counts, "the output", job.strict_grammar)
 
 
 def _write_all(job: _Job, lines: InputLines, output: Path, ranks: Ranks, restart: bool) -> None:
@@ -231,7 +238,7 @@ def _write_all(job: _Job, lines: InputLines, output: Path, ranks: Ranks, restart
         merged = parts.merge()
     if merged is not None:
         progress_log.info("Wrote %s: %s", output, counted(merged.lines, "line"))
-        _refuse_failures(merged.failed, merged.lines, str(output))
+        _refuse_failures(merged, str(output), job.strict_grammar)
 
 
 def _run(job: _Job, lines: InputLines, own: list[int], parts: Parts, run: str) -> None:
@@ -242,7 +249,7 @@ def _run(job: _Job, lines: InputLines, own: list[int], parts: Parts, run: str) -
             with closing(job.answers(llm, map(lines.read, own))) as answers:
                 for answer in answers:
                     record = _record(answer, run, parts.header.created)
-                    parts.add(answer.line.index, record, failed=answer.error is not None)
+                    parts.add(answer.line.index, record, failed=answer.error is not None, cut=answer.is_cut)
                     progress.take(answer)
         except InterruptedRunError:
             raise InterruptedRunError(f"interrupted after {progress.lines} of {len(own)} lines, {goes_on}") from None
@@ -261,14 +268,20 @@ def _record(answer: Answer, run: str, created: int) -> dict[str, Any]:
     return record_of(answer.line, answer.request, answer.results, run, created)
 
 
-def _refuse_failures(failed: int, lines: int, where: str) -> None:
-    """Say how many lines are errors, if there are any.
+def _refuse_failures(counts: Merged, where: str, strict_grammar: bool) -> None:
+    """Say how many lines are errors, if there are any, or cut.
 
     Raises:
         PromptError: with their number.
+        GrammarCutError: under ``strict_grammar``, with theirs, where none is an error.
     """
+    lines, failed, cut = counts
+    told = f"{cut} of {lines} lines hold a text that ended before its grammar was satisfied" if cut else ""
     if failed:
-        raise PromptError(f"{failed} of {lines} lines could not be answered; in their place {where} says why")
+        also = f"; {told}" if strict_grammar and cut else ""
+        raise PromptError(f"{failed} of {lines} lines could not be answered; in their place {where} says why{also}")
+    if strict_grammar and cut:
+        raise GrammarCutError(f"{told}; give them a larger max_gen_len, or leave their stop out")
 
 
 class _Progress:
@@ -279,7 +292,7 @@ class _Progress:
     """
 
     def __init__(self, total: int, quiet: bool) -> None:
-        self.lines, self._failed, self._tokens, self._total = 0, 0, 0, total
+        self.lines, self._failed, self._cut, self._tokens, self._total = 0, 0, 0, 0, total
         self._began = self._told = time.perf_counter()
         self._is_bar = sys.stderr.isatty() and not quiet
 
@@ -293,10 +306,20 @@ class _Progress:
         self._bar.close()
         progress_log.info("%s", self._described("Answered"))
 
+    @property
+    def counts(self) -> Merged:
+        """What the lines so far became."""
+        from llama.batch import Merged
+
+        return Merged(self.lines, self._failed, self._cut)
+
     def take(self, answer: Answer) -> None:
         """Count what became of a line."""
         self.lines += 1
         self._failed += answer.error is not None
+        self._cut += answer.is_cut
+        if answer.is_cut:
+            progress_log.debug("Index %d: a text ended before its grammar was satisfied", answer.line.index)
         self._tokens += sum(len(result.token_ids) for result in answer.results)
         self._bar.update()
         now = time.perf_counter()
@@ -306,7 +329,8 @@ class _Progress:
 
     def _described(self, what: str) -> str:
         seconds = time.perf_counter() - self._began
+        cut = f", {self._cut} cut within a grammar" if self._cut else ""
         return (
-            f"{what} {self.lines} of {self._total} lines ({self._failed} errors), {self._tokens} tokens in "
+            f"{what} {self.lines} of {self._total} lines ({self._failed} errors{cut}), {self._tokens} tokens in "
             f"{seconds:.2f} s, {self._tokens / max(seconds, 1e-9):.1f} tok/s"
         )

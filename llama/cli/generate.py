@@ -15,10 +15,21 @@ from llama.cli.devices import devices_of, takes_devices
 from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import help_text, one_of
 from llama.cli.loading import announce_imports, readable_tokenizer
-from llama.cli.output import Printer, ending_at_once, interruptible, log_to_stderr
+from llama.cli.output import Printer, counted, ending_at_once, interruptible, log_to_stderr
 from llama.cli.sampling import checked, takes_controls
 from llama.cli.streams import decoded, is_terminal, read_stdin
-from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DTYPES, SCHEDULES, EngineConfig, ModelArgs
+from llama.config import (
+    ACTIVATIONS,
+    BUCKET_POLICIES,
+    CACHE_DTYPES,
+    DEFAULT_BUCKETS,
+    DEMO_CONTEXT,
+    DTYPES,
+    PREFILL_PRODUCTS,
+    SCHEDULES,
+    EngineConfig,
+    ModelArgs,
+)
 from llama.errors import FlagError, GrammarCutError, InterruptedRunError, PromptError
 from llama.ranks import current_ranks
 from llama.sampling_params import SamplingParams
@@ -53,6 +64,10 @@ def generate(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     dtype: str = "auto",
+    int4_group: int = EngineConfig.int4_group,
+    cache_dtype: str = "auto",
+    activations: str = EngineConfig.activations,
+    prefill_products: str = EngineConfig.prefill_products,
     allow_nan: bool = False,
     check_sums: bool = False,
     strict_grammar: bool = False,
@@ -101,7 +116,13 @@ def generate(
             parent.
         allow_nan: Load weights that hold NaN or infinity.
         check_sums: Read all files of the checkpoint first and compare them with the sums beside them; see inspect.
-        dtype: Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16.
+        dtype: Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others float32 on a CPU, else
+            bfloat16.
+        int4_group: How many numbers of an int4 weight share a scale: 64 or 128.
+        cache_dtype: Keys and values: float32, bfloat16; auto: float32 up to 2048 positions on a CPU, else bfloat16.
+        activations: Round what meets int8 and int4 weights to int16, or leave it in float32, on a CPU.
+        prefill_products: Round prompts' activations that meet bfloat16 and int4 weights to bfloat16, or leave them in
+            float32, on a CPU.
 
     {sampling}
 
@@ -140,7 +161,7 @@ def generate(
         hidden_states: Write the last layer's hidden states to this directory, one .npy file per generation.
         logits: Write the raw logits to this directory, one .npy file per generation.
         quiet: Log nothing to stderr.
-        verbose: Log the memory plan, too, and every program that is compiled.
+        verbose: Log the memory plan, too, every chunk, every compiled program, and the seconds of each phase.
         timings: Split the seconds from process start to first token into import, device, load, compile and prefill:
             a table in the log, or with --json the key startup.
         repeat: Timed passes over all prompts; several run every prompt from its start.
@@ -194,6 +215,10 @@ def generate(
         buckets=tuple(buckets or DEFAULT_BUCKETS),
         bucket_policy=one_of("bucket_policy", bucket_policy, BUCKET_POLICIES),
         dtype=one_of("dtype", dtype, DTYPES),
+        int4_group=int4_group,
+        cache_dtype=one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
+        activations=one_of("activations", activations, ACTIVATIONS),
+        prefill_products=one_of("prefill_products", prefill_products, PREFILL_PRODUCTS),
         fail_on_recompile=fail_on_recompile,
         batch_invariant=batch_invariant,
         prefill_budget=prefill_budget,
@@ -252,15 +277,14 @@ def generate(
     cut = 0
     with closing(llm), interruptible(llm):
         for number in range(1, repeat + 1):
-            if repeat > 1:
-                log.info("Pass %d of %d", number, repeat)
             results = printer.print_pieces(llm.pieces(prompts, [params] * len(prompts)))
             _save(results, hidden_states, logits)
             if params.is_constrained:
                 cut += _warn_of_cuts(results, params)
             if timings and not json and number == 1:
                 log.info("Process start to first token:\n%s", "\n".join(startup.table()))
-            _log_summary(results, startup)
+            _log_phases(results[0], startup)
+            _log_speeds(results[0], startup, len(prompts), number, repeat)
             if any(result.finish_reason == "interrupted" for result in results) or llm.take_interrupt():
                 raise InterruptedRunError("interrupted; what had been generated is printed")
     if profile is not None:
@@ -279,18 +303,14 @@ def generate(
 
 def _warn_of_cuts(results: Sequence[Generation], params: SamplingParams) -> int:
     """Log which generations ended before their grammar was satisfied; return how many."""
-    from llama.grammar import satisfies
+    from llama.grammar import is_cut
 
     cut = 0
     for result in results:
-        reason = result.stop_reason
-        by_model = (
-            isinstance(reason, int) and reason not in params.stop_token_ids
-        )  # only where the grammar is satisfied
-        if by_model or result.finish_reason == "interrupted" or satisfies(result.generation, params):
+        if not is_cut(result.generation, result.finish_reason, result.stop_reason, params):
             continue
         cut += 1
-        ended = "cut at --max_gen_len" if result.finish_reason == "length" else f"ended by {reason!r}"
+        ended = "cut at --max_gen_len" if result.finish_reason == "length" else f"ended by {result.stop_reason!r}"
         log.warning("prompt %d: %s before the %s was satisfied", result.index, ended, params.constraint_name)
     return cut
 
@@ -403,18 +423,49 @@ def _read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def _log_summary(results: Sequence[Generation], startup: Startup) -> None:
-    """Log the times and rates of a pass over all prompts."""
-    first, totals = results[0], results[0].totals
-    drafts = totals.drafting
-    told = (
-        ""
-        if first.drafting is None
-        else (f", accepted {drafts.accepted_tokens} of {drafts.draft_tokens} drafted tokens")
-    )
-    log.info(
-        "import %.2f s, device %.2f s, load %.2f s, compile %.2f s (%d programs), first token %.3f s, "
-        "prefill %.3f s (%d tokens, %.1f tok/s), decode %.3f s (%d tokens, %.1f tok/s), %d program runs%s",
+def _log_speeds(first: Generation, startup: Startup, prompts: int, number: int, repeat: int) -> None:
+    """Log what a pass over all prompts did, in one line: tokens, speeds, and the time to the first token.
+
+    Args:
+        first: any result of the pass.
+        prompts: how many were given.
+        number, repeat: which pass of how many.
+    """
+    totals = first.totals
+    heading = f"Pass {number} of {repeat}: " if repeat > 1 else ""
+    if totals.requests > 1:
+        samples = f" and {totals.requests} samples" if totals.requests > prompts else ""
+        heading += f"{counted(prompts, 'prompt')}{samples} in all: "
+    cached = f" ({totals.cached_tokens} cached)" if totals.cached_tokens else ""
+    told = [
+        counted(sum(totals.prompt_lengths), "prompt token") + cached + _rate(totals.prompt_tokens, totals.prefill_s),
+        f"{totals.generated_tokens} generated" + _rate(totals.decoded_tokens, totals.decode_s),
+    ]
+    if first.drafting is not None:
+        drafted = counted(totals.drafting.draft_tokens, "drafted token")
+        told.append(f"{totals.drafting.accepted_tokens} of {drafted} accepted")
+    ttft = ""
+    if totals.prompt_lengths and number == 1:
+        ttft = f"; first token {startup.total_s:.2f} s after the command began"
+    elif totals.prompt_lengths:
+        ttft = f"; first token {totals.ttft_s:.2f} s after the pass began"
+    log.info("%s%s, in %.2f s%s", heading, ", ".join(told), totals.total_s, ttft)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    """How fast tokens were run or chosen; nothing where none were."""
+    if not tokens or not seconds:
+        return ""
+    rate = tokens / seconds
+    return f" at {rate:.0f} tok/s" if rate >= 10 else f" at {rate:.1f} tok/s"
+
+
+def _log_phases(first: Generation, startup: Startup) -> None:
+    """Log the seconds of every phase until the end of a pass; ``first`` is any of its results."""
+    totals = first.totals
+    log.debug(
+        "import %.2f s, device %.2f s, load %.2f s, compile %.2f s (%d programs), first token %.3f s, prefill %.3f s, "
+        "decode %.3f s, %d program runs",
         startup.seconds["import"],
         startup.seconds["device"],
         startup.seconds["load"],
@@ -422,11 +473,6 @@ def _log_summary(results: Sequence[Generation], startup: Startup) -> None:
         first.programs.compiled,
         totals.ttft_s,
         totals.prefill_s,
-        totals.prompt_tokens,
-        totals.prompt_tokens / totals.prefill_s if totals.prefill_s else 0.0,
         totals.decode_s,
-        totals.generated_tokens,
-        totals.decoded_tokens / totals.decode_s if totals.decode_s else 0.0,
         totals.runs,
-        told,
     )

@@ -9,6 +9,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from llama.cli.terminal import as_shown
 from llama.errors import InterruptedRunError, OutputError
 from llama.ranks import current_ranks
 
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llama")
 
+_OBEYED = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # C1 and DEL, line ends, directions; json escapes C0
+
 SEPARATOR = "\n==================================\n"
 
 
 class Printer:
     """Writes results to stdout in the order of the prompts, whole or as they grow.
+
+    At a terminal, control characters of texts are written out.
 
     Args:
         prompts: the prompts' texts, for ``echo``.
@@ -81,7 +87,7 @@ class Printer:
         elif self._stream or piece.result is not None:
             self._begin(piece)
             text = piece.text if self._stream or piece.result is None else piece.result.generation
-            write(text + ("" if piece.result is None else "\n"))
+            write(as_shown(text) + ("" if piece.result is None else "\n"))
             if piece.result is not None and piece.result.logprobs is not None:
                 write("\n" + "".join(f"{line}\n" for line in _logprob_table(piece.result)))
 
@@ -89,7 +95,7 @@ class Printer:
         """Print the line between two results, and the echoed prompt, before a result's first text."""
         if (piece.index, piece.sample) == self._begun:
             return
-        write((SEPARATOR if self._separate else "") + (self._prompts[piece.index] if self._echo else ""))
+        write((SEPARATOR if self._separate else "") + (as_shown(self._prompts[piece.index]) if self._echo else ""))
         self._begun, self._separate = (piece.index, piece.sample), True
 
 
@@ -133,14 +139,20 @@ def counted(count: int, noun: str) -> str:
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """Return an object as one line of JSON, without escapes if stdout's encoding has all characters."""
-    return json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")) + "\n"
+    """Return an object as one line of JSON, with other characters than ASCII as they are if stdout's encoding has them.
+
+    Escaped in any case is what a terminal would obey, and what readers of lines may take for the end of one.
+    """
+    text = json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf"))
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
     """Send the package's log to stderr as plain lines; ``quiet`` keeps only errors, ``verbose`` adds details."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    if quiet:
+        handler.setLevel(logging.ERROR)  # also of a logger beneath with a level of its own, as in example_xla.py
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)

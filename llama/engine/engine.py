@@ -28,7 +28,7 @@ from llama.engine.runner import Runner, Snapshot
 from llama.engine.scheduler import Scheduler, Window
 from llama.engine.sequence import FinishReason, Sequence, Status, Update
 
-log = logging.getLogger("llama")
+log = logging.getLogger("llama.classic")  # the original's lines, see docs/cli.md
 
 COLLECT_SLEEP_S = 0.001
 
@@ -167,8 +167,8 @@ class Engine:
                 break
             spent += length
             runs = [(sequence, sequence.chunks[0]) for sequence in together]
-            for sequence, chunk in runs:
-                _log_chunk(sequence, chunk.start, chunk.end, chunk.length)
+            for _, chunk in runs:
+                _log_chunk(chunk.start, chunk.end, chunk.length)
             self.runner.chunk(runs)
             ended = [sequence for sequence, chunk in runs if self._has_run(sequence, chunk)]
             if ended:
@@ -250,7 +250,7 @@ class Engine:
         chooses = [s for s in running if s.start + 1 == s.length]
         for sequence in running:
             if sequence.start < len(sequence.prompt_ids):
-                _log_chunk(sequence, sequence.start, sequence.start + 1, 1)
+                _log_chunk(sequence.start, sequence.start + 1, 1)
         full = tuple(s for s in chooses if s.needs_full)
         self.runner.decode(window, full)
         for sequence in running:
@@ -281,7 +281,7 @@ class Engine:
         for sequence in running:
             end = min(sequence.start + length, sequence.length)
             if sequence.start < len(sequence.prompt_ids):
-                _log_chunk(sequence, sequence.start, end, end - sequence.start)
+                _log_chunk(sequence.start, end, end - sequence.start)
             sequence.start = end
             sequence.runs += 1
         self._read_all(updates)
@@ -391,7 +391,6 @@ class Engine:
         return sequence.slot
 
 
-def _log_chunk(sequence: Sequence, start: int, end: int, length: int) -> None:
-    """The line that pytorch-tpu/llama prints for a chunk, in its words; an evaluation has tens of thousands of them."""
-    level = logging.INFO if sequence.generates else logging.DEBUG
-    log.log(level, "Processing prompt pos [%d, %d), section length %d", start, end, length)
+def _log_chunk(start: int, end: int, length: int) -> None:
+    """The line that pytorch-tpu/llama prints for a chunk, in its words."""
+    log.debug("Processing prompt pos [%d, %d), section length %d", start, end, length)
