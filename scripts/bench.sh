@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the published benchmarks (about an hour) and refreshes the tables in docs/performance.md and README.md.
+# Runs the published benchmarks (more than an hour) and refreshes the tables in docs/performance.md and README.md.
 #   scripts/bench.sh            everything
-#   scripts/bench.sh speed      prefill and decode (about 25 minutes)
+#   scripts/bench.sh speed      prefill and decode
+#   scripts/bench.sh positions  decoding far into the cache
 #   scripts/bench.sh startup    process start to first token, and full warm-ups
 #   scripts/bench.sh drafting   plain decoding beside every drafter, and what a step that checks drafts costs
 # drafting measures the drafter model if DRAFT_CKPT_DIR names a smaller model with the demo model's vocabulary.
@@ -11,8 +12,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 part=${1:-all}
-case $part in all | speed | startup | drafting) ;; *)
-  echo "bench.sh: got '$part', expected speed, startup, drafting or nothing" >&2
+case $part in all | speed | positions | startup | drafting) ;; *)
+  echo "bench.sh: got '$part', expected speed, positions, startup, drafting or nothing" >&2
   exit 2
   ;;
 esac
@@ -35,7 +36,9 @@ if wants speed; then
   run --shape 110m -p 512 -n 64 -r 5 --compare hf --compare llama.cpp
   run --shape 110m -p 512 -n 64 -r 5 --dtype bfloat16 --compare hf --compare llama.cpp
   run --shape 110m -p 512 -n 64 -r 5 --dtype int8 --compare llama.cpp
+  run --shape 110m -p 512 -n 64 -r 5 --dtype int4 --compare llama.cpp
   run --shape 110m -p 512 -n 64 -r 5 --batch 8 --compare hf
+  run --shape 110m -p 128 -n 64 -r 5 --batch 8,32 --compare llama.cpp
   run --shape 110m -p 700 -n 256 -r 3 --compare hf --compare llama.cpp
   run --shape 110m -p 1500 -n 2 -r 1
   run --shape 110m -p 1500 -n 2 -r 1 --buckets 1
@@ -47,7 +50,12 @@ if wants speed; then
   run --shape 1.1b -p 512 -n 32 -r 3 --compare hf --compare llama.cpp
   run --shape 1.1b -p 512 -n 32 -r 3 --dtype bfloat16 --compare llama.cpp
   run --shape 1.1b -p 512 -n 32 -r 3 --dtype int8 --compare llama.cpp
+  run --shape 1.1b -p 512 -n 32 -r 3 --dtype int4 --compare llama.cpp
   run --shape 1.1b -p 128 -n 32 -r 2 --batch 1,8
+fi
+
+if wants positions; then
+  run --shape 110m --positions 1024,2048,4096,8000 -n 32 -r 3 --compare llama.cpp --plot docs/positions.png
 fi
 
 if wants startup; then

@@ -1,4 +1,4 @@
-"""Write the results of scripts/bench.sh into documents: speeds, start-up and drafting, each between marks of its own.
+"""Write the results of scripts/bench.sh into documents: speeds, positions, start-up, drafting, each between its marks.
 
 A heading says where and when they were measured; each run is one line. Where there are no results of a kind, what
 stands between its marks is kept.
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llama.bench import drafting, report, startup, verify_cost
+from llama.bench import drafting, positions, report, startup, verify_cost
 
 WORK = {"model": "model", "dtype": "weights", "tokens": "tokens", "batch": "batch"}
 SPEEDS = ("prefill_tok_s", "decode_tok_s", "step_ms", "bandwidth_share", "host_ms", "peak_bytes")
@@ -28,6 +28,14 @@ RUNS = {
     "ready_s": "start to first token s",
 }
 RATIOS = {"against": "ours /", **WORK, "decode": "decode", "prefill": "prefill", "job_time": "whole job's time"}
+POSITION_RATIOS = {
+    "against": "ours /",
+    "model": "model",
+    "dtype": "weights",
+    "cache_dtype": "our cache",
+    "position": "position",
+    "decode": "decode",
+}
 HEADS = {
     "model": "model",
     "dtype": "weights",
@@ -100,6 +108,15 @@ def speed_tables(runs: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return full, [*where, *compared]
 
 
+def position_tables(runs: list[dict[str, Any]], picture: Path) -> list[str]:
+    """Decoding at positions, with its ratios, after the picture if there is one."""
+    lines = [f"![Decoded tokens per second by position and cache]({picture.name})", ""] if picture.exists() else []
+    rows = [row for run in runs for row in run["rows"]]
+    ratios = [{**run["rows"][0], **each} for run in runs for each in run["ratios"]]
+    lines += [f"{heading()} Medians.", "", *report.table(rows, positions.COLUMNS)]
+    return lines + (["", *report.table(ratios, POSITION_RATIOS)] if ratios else [])
+
+
 def start_tables(runs: list[dict[str, Any]], picture: Path) -> list[str]:
     """Process starts and full warm-ups, each with its ratios, after the picture if there is one."""
     lines = [f"![Seconds from process start to first token, by phase]({picture.name})", ""] if picture.exists() else []
@@ -126,14 +143,16 @@ def drafting_tables(runs: list[dict[str, Any]], picture: Path) -> list[str]:
 def main(results: Path, full: Path, readme: Path) -> None:
     """Everything into one document, the ratios of speeds into the other, too."""
     runs = [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()]
-    speeds, starts, drafts = (
+    speeds, places, starts, drafts = (
         [run for run in runs if run.get("measured") in kinds]
-        for kinds in ((None,), ("startup", "warm_up"), ("drafting", "verify_cost"))
+        for kinds in ((None,), ("positions",), ("startup", "warm_up"), ("drafting", "verify_cost"))
     )
     if speeds:
         everything, compared = speed_tables(speeds)
         write(full, "bench", everything)
         write(readme, "bench", compared)
+    if places:
+        write(full, "positions", position_tables(places, full.with_name("positions.png")))
     if starts:
         write(full, "startup", start_tables(starts, full.with_name("startup.png")))
     if drafts:

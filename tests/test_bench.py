@@ -168,8 +168,12 @@ def test_kernels_times_every_lowering_and_marks_the_picked(
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines()[2:]]
     assert {(line[0], line[1], line[2]) for line in lines if line[6] == "yes" and ":" not in line[2]} == {
         (dtype, rows, lowering)
-        for dtype, few in (("float32", "loop"), ("bfloat16", "row_by_row"), ("int8", "row_by_row"))
-        for rows, lowering in (("1", "one_row"), ("4", few))
+        for dtype, one, few in (
+            ("float32", "one_row", "loop"),
+            ("bfloat16", "one_row", "row_by_row"),
+            ("int8", "int16", "int16"),
+        )
+        for rows, lowering in (("1", one), ("4", few))
     }
     assert {line[2] for line in lines if line[2].startswith("attention")} == {
         f"attention: {name}" for name in kernels.ATTENTION
@@ -182,8 +186,9 @@ def test_kernels_times_every_lowering_and_marks_the_picked(
 def test_every_formulation_of_attention_is_the_same() -> None:
     q, keys, values = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, scale=1.0)
-    for attend in kernels.ATTENTION.values():
-        assert torch.allclose(attend(q, keys, values), expected, atol=1e-5)
+    in_blocks = values.unflatten(2, (5, 8)).transpose(3, 4)
+    for name, attend in kernels.ATTENTION.items():
+        assert torch.allclose(attend(q, keys, in_blocks if name == "blocks" else values), expected, atol=1e-5)
 
 
 HLO = """HloModule m, input_output_alias={ {0}: (1, {}, must-alias), {2}: (3, {}, must-alias) }, \

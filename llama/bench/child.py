@@ -1,7 +1,7 @@
 """A Runner in a process of its own: ``Child`` is the parent's handle, ``python -m llama.bench.child`` the process.
 
-One JSON object a line, through pipes: the process says its facts once it is warm, answers ``run`` with the times of a
-run, and ends when its stdin does. Whatever the runner itself prints goes to stderr.
+One JSON object a line, through pipes: the process says its facts once it is warm, answers ``run`` and ``decode_at N``
+with the times of a run, and ends when its stdin does. Whatever the runner itself prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -37,13 +38,29 @@ class Child:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.facts: dict[str, Any] = self._answer()
+        try:
+            self.facts: dict[str, Any] = self._answer()
+        except BaseException:  # an interrupt, too: nobody else knows the process yet
+            self.close()
+            raise
 
     def run(self) -> Times:
-        """One run, timed by the process itself; ``facts`` gets its peak memory so far."""
+        """One run, timed by the process itself; ``facts`` gets its peak memory so far.
+
+        Raises:
+            ConfigError: the runner failed.
+        """
+        return self._timed("run")
+
+    def decode_at(self, position: int) -> Times:
+        """Decode at one of the workload's depths; otherwise as ``run``."""
+        return self._timed(f"decode_at {position}")
+
+    def _timed(self, request: str) -> Times:
         assert self._process.stdin is not None
-        self._process.stdin.write("run\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: _answer says how
+            self._process.stdin.write(f"{request}\n")
+            self._process.stdin.flush()
         answer = self._answer()
         self.facts["peak_bytes"] = answer.pop("peak_bytes")
         return Times(**answer)
@@ -93,12 +110,13 @@ def serve(runner_name: str, work: Workload) -> None:
             from llama.bench.peers import LlamaCppRunner as Runner  # type: ignore[assignment]
         imported = time.perf_counter() - began
         runner = Runner(work)
+        say({"import_s": imported, **runner.facts, "ready_s": time.perf_counter() - began})
+        for line in sys.stdin:
+            _, _, position = line.partition(" ")
+            times = runner.decode_at(int(position)) if position else runner.run()
+            say({**asdict(times), "peak_bytes": peak_bytes()})
     except LLaMAError as error:
         say({"error": str(error)})
-        return
-    say({"import_s": imported, **runner.facts, "ready_s": time.perf_counter() - began})
-    for _ in sys.stdin:
-        say({**asdict(runner.run()), "peak_bytes": peak_bytes()})
 
 
 if __name__ == "__main__":

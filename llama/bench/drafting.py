@@ -133,6 +133,7 @@ def _config(work: Workload) -> EngineConfig:
         max_seq_len=work.positions,
         max_batch_size=work.batch,
         dtype=work.dtype,  # type: ignore[arg-type]
+        cache_dtype=work.cache_dtype,  # type: ignore[arg-type]
         buckets=work.buckets or DEFAULT_BUCKETS,
         prefix_cache=False,  # the same prompts come again and again
         bucket_policy=work.bucket_policy,  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from llama.compiled import cache
 from llama.compiled.cache import CacheView
 from llama.compiled.model import Transformer, block_with
 from llama.config import EngineConfig, ModelArgs
+from llama.planning import VALUE_BLOCK
 from llama.xla import backend, linear, programs, transfers
 
 CHAIN_BYTES = 160 * 2**20
@@ -56,7 +57,7 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
         for count in rows:
             x = transfers.upload(torch.randn(count, args.dim), device)
             for name, lowering in linear.LOWERINGS.items():
-                if count > TOO_SLOW.get(name, count):
+                if count > TOO_SLOW.get(name, count) or dtype not in linear.ROUNDING.get(name, (dtype,)):
                     continue
                 seconds = _chain(f"{name} {count} {dtype_name}", lowering, weights, x) / len(weights)
                 size = args.dim * args.hidden_dim
@@ -111,14 +112,23 @@ def attend_sums(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> to
 
 
 def attend_mixed(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """As model.py writes it for few queries: scores as sums, which read the keys where they are, and values by
-    einsum.
-    """
+    """Scores as sums, which read the keys where they are, and values by einsum."""
     probs = torch.softmax(linear.scores_by_sums(q, keys), dim=-1)
     return torch.einsum("bkts,bksd->bktd", probs, values)
 
 
-ATTENTION = {"einsum": attend_einsum, "matmul": attend_matmul, "sums": attend_sums, "mixed": attend_mixed}
+def attend_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """As the model does, with its values in blocks [B, K, N, D, W] (xla/kv_cache.py)."""
+    return linear.attention_values(torch.softmax(linear.attention_scores(q, keys), dim=-1), values)
+
+
+ATTENTION = {
+    "einsum": attend_einsum,
+    "matmul": attend_matmul,
+    "sums": attend_sums,
+    "mixed": attend_mixed,
+    "blocks": attend_blocks,
+}
 
 
 def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -127,34 +137,39 @@ def attention_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]
     """
     device = backend.init()
     layers = min(args.n_layers, MOST_LAYERS)
-    cache = transfers.upload(torch.randn(2 * layers, 1, args.kv_heads, 2 * KEYS, args.head_dim), device)
+    keys, values = torch.randn(2, layers, 1, args.kv_heads, 2 * KEYS, args.head_dim)
+    in_blocks = values.unflatten(3, (-1, VALUE_BLOCK)).transpose(4, 5).contiguous()
+    caches = [transfers.upload(each, device) for each in (keys, values, in_blocks)]
     group = args.n_heads // args.kv_heads
-    size = 2 * args.kv_heads * KEYS * args.head_dim * cache.element_size()
+    size = 2 * args.kv_heads * KEYS * args.head_dim * keys.element_size()
     found = []
     for count in rows:
         q = transfers.upload(torch.randn(1, args.kv_heads, group * count, args.head_dim), device)
-        for name, attend in ATTENTION.items():
+        for name in ATTENTION:
             if name in ("sums", "mixed") and count > MOST_SUMS:
                 continue
 
-            def run(
-                q: torch.Tensor, cache: torch.Tensor, attend: Callable[..., torch.Tensor] = attend
-            ) -> tuple[torch.Tensor, ...]:
+            def run(q: torch.Tensor, *caches: torch.Tensor, name: str = name) -> tuple[torch.Tensor, ...]:
+                keys, values, in_blocks = caches
                 for layer in range(layers):
-                    q = q + attend(q, cache[2 * layer, :, :, :KEYS], cache[2 * layer + 1, :, :, :KEYS])
+                    of_layer = (
+                        in_blocks[layer, :, :, : KEYS // VALUE_BLOCK]
+                        if name == "blocks"
+                        else values[layer, :, :, :KEYS]
+                    )
+                    q = q + ATTENTION[name](q, keys[layer, :, :, :KEYS], of_layer)
                 return (q,)
 
-            seconds = measure(programs.compile_program(name, run, (q, cache)), (q, cache)) / layers
+            seconds = measure(programs.compile_program(name, run, (q, *caches)), (q, *caches)) / layers
             flops = 4 * args.n_heads * count * KEYS * args.head_dim
             numbers = {"ms": 1e3 * seconds, "gb_s": size / seconds / 1e9, "gflop_s": flops / seconds / 1e9}
-            picked = "mixed" if linear.scored_by_sums(group * count, device) else "einsum"
             found.append(
                 {
                     "lowering": f"attention: {name}",
                     "rows": count,
                     "dtype": "float32",
                     **numbers,
-                    "picked": name == picked,
+                    "picked": name == "blocks",
                 }
             )
     return found
@@ -201,25 +216,24 @@ def _inputs(model: Transformer, count: int, device: torch.device) -> tuple[torch
     start = KEYS - count
     numbers = ([0], [start], [KEYS], [list(range(start, KEYS))])
     uploaded = (transfers.upload(torch.tensor(each, dtype=torch.int32), device) for each in numbers)
-    return (*uploaded, cache.allocate(model.args, config, model.activation_dtype, device))
+    return (*uploaded, *cache.allocate(model.args, config, model.activation_dtype, device))
 
 
 def _loop(model: Transformer, count: int, device: torch.device) -> float:
     """Seconds of all layers in one program, in a loop or unrolled as the model says."""
-    slot, start, keys, positions, kv_cache = _inputs(model, count, device)
+    slot, start, keys, positions, *held = _inputs(model, count, device)
     ids = transfers.upload(torch.zeros(1, count, dtype=torch.int32), device)
 
-    def run(kv_cache: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        slot, start, keys, positions = given
-        view = CacheView(kv_cache, slot, start, keys, (KEYS,))
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        key_cache, value_cache, slot, start, keys, positions = given
+        view = CacheView(key_cache, value_cache, slot, start, keys, (KEYS,))
         stream = model(ids, positions, view)
-        return view.kv_cache, stream
+        return *view.cache, stream
 
-    program = programs.compile_program("layers", run, (kv_cache, slot, start, keys, positions), donated=(0,))
-    held = [kv_cache]
+    program = programs.compile_program("layers", run, (*held, slot, start, keys, positions), donated=(0, 1))
 
     def once() -> list[torch.Tensor]:
-        held[0], stream = program(held[0], slot, start, keys, positions)
+        *held[:], stream = program(*held, slot, start, keys, positions)
         return [stream]
 
     return measure(once, ())
@@ -227,27 +241,27 @@ def _loop(model: Transformer, count: int, device: torch.device) -> float:
 
 def _layer_program(model: Transformer, count: int, device: torch.device) -> float:
     """Seconds of all layers, each a run of one program."""
-    slot, start, keys, positions, kv_cache = _inputs(model, count, device)
+    slot, start, keys, positions, *held = _inputs(model, count, device)
     stream = transfers.upload(torch.zeros(1, count, model.args.dim), device)
     rotary = transfers.upload(torch.zeros(1, count, model.args.head_dim), device)
     names = [name for name, _ in model.layers[0].named_parameters()]
     weights = [[layer.get_parameter(name) for name in names] for layer in model.layers]
     numbers = [transfers.upload(torch.tensor([n], dtype=torch.int32), device) for n in range(len(weights))]
 
-    def run(kv_cache: torch.Tensor, stream: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        slot, start, keys, positions, rotary, number, *own = given
-        view = CacheView(kv_cache, slot, start, keys, (KEYS,))
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        key_cache, value_cache, stream, slot, start, keys, positions, rotary, number, *own = given
+        view = CacheView(key_cache, value_cache, slot, start, keys, (KEYS,))
         block = block_with(model.args, number.sum().int(), dict(zip(names, own, strict=True)))
-        return view.kv_cache, block(stream, positions, rotary, view)
+        out = block(stream, positions, rotary, view)
+        return *view.cache, out
 
     common = (slot, start, keys, positions, rotary)
-    program = programs.compile_program("layer", run, (kv_cache, stream, *common, numbers[0], *weights[0]), donated=(0,))
-    held = [kv_cache]
+    program = programs.compile_program("layer", run, (*held, stream, *common, numbers[0], *weights[0]), donated=(0, 1))
 
     def once() -> list[torch.Tensor]:
         passed = stream
         for number, own in zip(numbers, weights, strict=True):
-            held[0], passed = program(held[0], passed, *common, number, *own)
+            *held[:], passed = program(*held, passed, *common, number, *own)
         return [passed]
 
     return measure(once, ())

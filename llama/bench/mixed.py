@@ -60,6 +60,7 @@ def measure(work: Workload, count: int, repetitions: int, settings: dict[str, An
         max_seq_len=work.max_seq_len or POSITIONS,
         max_batch_size=work.batch,
         dtype=work.dtype,  # type: ignore[arg-type]
+        cache_dtype=work.cache_dtype,  # type: ignore[arg-type]
         buckets=work.buckets or DEFAULT_BUCKETS,
         prefix_cache=False,  # the same prompts come again and again
         **settings,

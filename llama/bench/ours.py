@@ -9,6 +9,7 @@ from typing import Any
 
 from llama.bench.workload import WEIGHTS_SEED, Times, Workload
 from llama.compiled.cache import row_bytes
+from llama.compiled.memory import cache_dtype_for
 from llama.compiled.model import Linear
 from llama.config import DEFAULT_BUCKETS, EngineConfig
 from llama.engine.programs import Program
@@ -16,6 +17,7 @@ from llama.engine.runner import XlaRunner
 from llama.engine.scheduler import Window
 from llama.engine.sequence import Sequence
 from llama.generation import LLaMA
+from llama.planning import cache_positions
 from llama.sampling_params import SamplingParams
 from llama.xla import backend
 from llama.xla.counters import counters
@@ -35,6 +37,7 @@ class OursRunner:
 
     Attributes:
         facts: what was true before the first run: seconds of loading and compiling, programs, bytes.
+        chosen: [rows][gen_len], the token ids of the last run.
     """
 
     def __init__(self, work: Workload) -> None:
@@ -42,8 +45,9 @@ class OursRunner:
             max_seq_len=work.positions,
             max_batch_size=work.slots or work.batch,
             dtype=work.dtype,  # type: ignore[arg-type]
+            cache_dtype=work.cache_dtype,  # type: ignore[arg-type]
             buckets=work.buckets or DEFAULT_BUCKETS,
-            prefix_cache=False,  # the same prompts come again and again
+            prefix_cache=bool(work.depths),  # the same prompts come again and again
             bucket_policy=work.bucket_policy,  # type: ignore[arg-type]
         )
         llm = LLaMA.build(work.directory, config=config, random_weights=work.args, seed=WEIGHTS_SEED)
@@ -51,27 +55,40 @@ class OursRunner:
         assert isinstance(llm.engine.runner, XlaRunner)
         self._runner = llm.engine.runner
         self._vocab = llm.vocab_size
-        compile_s = self._engine.prepare(self._sequences())
+        self._cache_dtype = cache_dtype_for(config, self._runner.model.activation_dtype)
+        self.chosen: list[list[int]] = []
+        compile_s = self._engine.prepare(self._sequences(work.prompt_len))
         self.run()  # the first run touches all memory
+        for position in work.depths:
+            self.decode_at(position)  # compiles what a prompt needs whose beginning is cached
         self.facts: dict[str, Any] = {
             "load_s": llm.load_s,
             "compile_s": compile_s,
             "programs": counters.compiled,
             "read_bytes": self._read_bytes(),
             "weight_bytes": sum(p.numel() * p.element_size() for p in self._runner.model.parameters()),
-            "host_ms": self._host_ms(),
             "vocab_size": self._vocab,
+            "cache_dtype": str(self._cache_dtype).removeprefix("torch."),
         }
+        if not work.depths:  # its steps overwrite what the scheduler takes for the prompts' beginnings
+            self.facts["host_ms"] = self._host_ms()
         if work.heads:
             self.facts["heads_ms"] = self._heads_ms()
 
-    def _sequences(self) -> list[Sequence]:
-        params = SamplingParams(self._work.gen_len, 0.0, seed=0)
-        return [Sequence(tuple(self._work.prompt(row, self._vocab)), params) for row in range(self._work.batch)]
+    def _sequences(self, position: int) -> list[Sequence]:
+        params, work = SamplingParams(self._work.gen_len, 0.0, seed=0), self._work
+        return [Sequence(tuple(work.prompt(row, self._vocab)[:position]), params) for row in range(work.batch)]
 
     def run(self) -> Times:
         """Prefill and decode once."""
-        sequences = self._sequences()
+        return self.decode_at(self._work.prompt_len)
+
+    def decode_at(self, position: int) -> Times:
+        """Prefill the first tokens of the prompts up to a position, and decode from there.
+
+        With ``Workload.depths`` what the cache holds of the prompts stays.
+        """
+        sequences = self._sequences(position)
         for sequence in sequences:
             self._engine.submit(sequence)
         points, watched = [], sequences[0]
@@ -79,6 +96,7 @@ class OursRunner:
             for update in self._engine.step():
                 if update.sequence is watched and watched.first_token is not None:
                     points.append((len(watched.ids), time.perf_counter() - watched.first_token))
+        self.chosen = [s.ids[position:] for s in sequences]
         began = min(s.submitted or 0.0 for s in sequences)
         first = max(s.first_token or 0.0 for s in sequences)
         return Times(first - began, max(s.finished or 0.0 for s in sequences) - first, points)
@@ -91,8 +109,8 @@ class OursRunner:
         if model.args.tie_word_embeddings:
             weights += model.tok_embeddings.weight.numel() * model.tok_embeddings.weight.element_size()
         live = self._work.prompt_len + self._work.gen_len // 2
-        cache = row_bytes(model.args, config, model.activation_dtype) * self._work.batch
-        return weights + cache // config.positions * live
+        cache = row_bytes(model.args, config, self._cache_dtype) * self._work.batch
+        return weights + 2 * cache // cache_positions(config) * live
 
     def _host_ms(self) -> float:
         """Milliseconds that the host spends on handing one step to an idle device."""

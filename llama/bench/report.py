@@ -18,6 +18,7 @@ COLUMNS = {
     "runner": "program",
     "model": "model",
     "dtype": "weights",
+    "cache_dtype": "cache",
     "batch": "batch",
     "prefill_tok_s": "prefill tok/s",
     "decode_tok_s": "decode tok/s",

@@ -109,6 +109,7 @@ def measure(
         max_seq_len=work.max_seq_len or least,
         max_batch_size=work.batch,
         dtype=work.dtype,  # type: ignore[arg-type]
+        cache_dtype=work.cache_dtype,  # type: ignore[arg-type]
         buckets=work.buckets or DEFAULT_BUCKETS,
         bucket_policy=work.bucket_policy,  # type: ignore[arg-type]
     )

@@ -254,6 +254,7 @@ class Version:
                 "dtype": work.dtype,
                 "bucket_policy": work.bucket_policy,
                 **({"buckets": work.buckets} if work.buckets else {}),
+                **({} if work.cache_dtype == "auto" else {"cache_dtype": work.cache_dtype}),  # older versions lack it
             },
         }
         ended = run_process([sys.executable, "-c", script("warm_up_process"), json.dumps(given)], self.root)
@@ -291,6 +292,8 @@ def generate_flags(work: Workload, directory: Path) -> list[str]:
     }
     if work.buckets:
         flags["buckets"] = ",".join(map(str, work.buckets))
+    if work.cache_dtype != "auto":  # which another version may lack
+        flags["cache_dtype"] = work.cache_dtype
     return ["generate", *(f"--{name}={value}" for name, value in flags.items()), "--json", "--quiet"]
 
 

@@ -45,6 +45,7 @@ def measure(work: Workload, draft_lens: Sequences[int], repetitions: int) -> lis
     config = EngineConfig(
         max_seq_len=work.positions,
         dtype=work.dtype,  # type: ignore[arg-type]
+        cache_dtype=work.cache_dtype,  # type: ignore[arg-type]
         buckets=work.buckets or DEFAULT_BUCKETS,
         draft_lens=tuple(draft_lens),
     )

@@ -30,13 +30,15 @@ class Workload:
         prompt_len: tokens of each prompt, BOS included.
         gen_len: tokens generated a row; the first comes from the prompt.
         batch: rows.
-        dtype: float32, bfloat16 or int8, of the weights.
+        dtype: float32, bfloat16, int8 or int4, of the weights.
+        cache_dtype: auto, float32 or bfloat16, of our cache; other programs have their own default.
         max_seq_len: positions of the cache; None means as many as are needed.
         buckets: chunk lengths; None means the engine's.
         bucket_policy: ``greedy`` or ``pad``.
         vocab_size: of the random weights; None means the shape's own.
         slots: slots of our engine; None means as many as rows.
         heads: ways to choose a token (``HEADS``) whose decode steps are timed side by side, every control in use.
+        depths: positions at which decoding is timed alone (``decode_at``), up to ``prompt_len``.
 
     Raises:
         ConfigError: a value out of its range.
@@ -54,15 +56,23 @@ class Workload:
     vocab_size: int | None = None
     heads: tuple[str, ...] = ()
     slots: int | None = None
+    depths: tuple[int, ...] = ()
+    cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.shape not in (*SHAPES, "demo"):
             raise ConfigError(f"shape: got {self.shape!r}, expected one of {', '.join((*SHAPES, 'demo'))}")
         if self.vocab_size is not None and self.directory is not None:
             raise ConfigError("vocab_size: a checkpoint has its own; leave it out")
+        if self.vocab_size is not None and self.vocab_size < 3:
+            raise ConfigError(
+                f"vocab_size: got {self.vocab_size}, expected at least 3: prompts hold neither 0 nor the last"
+            )
         for name, least in (("prompt_len", 1), ("gen_len", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        if self.depths and not 1 <= min(self.depths) <= max(self.depths) <= self.prompt_len:
+            raise ConfigError(f"depths: got {list(self.depths)}, expected 1 to prompt_len {self.prompt_len}")
         if self.positions < self.prompt_len + self.gen_len:
             raise ConfigError(
                 f"max_seq_len: got {self.positions}, expected at least "
@@ -106,7 +116,8 @@ class Workload:
     def from_json(cls, text: str) -> Workload:
         """The workload that ``to_json`` wrote."""
         found = cls(**json.loads(text))
-        return replace(found, buckets=tuple(found.buckets) if found.buckets else None, heads=tuple(found.heads))
+        buckets = tuple(found.buckets) if found.buckets else None
+        return replace(found, buckets=buckets, heads=tuple(found.heads), depths=tuple(found.depths))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama.cli.drafting import drafting_of, takes_drafting
 from llama.cli.flags import one_of
 from llama.cli.output import json_line, log_to_stderr, write
-from llama.config import BUCKET_POLICIES, DEMO_CONTEXT, DRAFTER_OF, DTYPES, DraftConfig, EngineConfig
+from llama.config import BUCKET_POLICIES, CACHE_DTYPES, DEMO_CONTEXT, DRAFTER_OF, DTYPES, DraftConfig, EngineConfig
 from llama.errors import ConfigError, FlagError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llama.bench.workload import Workload
 
 PROMPT_LEN, GEN_LEN = 512, 128
+POSITIONS_GEN_LEN = 32
 WARM_UP_SLOTS = (1, 8)
 VERIFY_POSITIONS = 512
 
@@ -36,12 +37,14 @@ def bench(
     repetitions: int = 5,
     batch: list[int] | None = None,
     dtype: str = "float32",
+    cache_dtype: str = "auto",
     max_seq_len: int | None = None,
     buckets: list[int] | None = None,
     bucket_policy: str = "greedy",
     vocab_size: int | None = None,
     heads: list[str] | None = None,
     mixed: int | None = None,
+    positions: list[int] | None = None,
     scoring: int | None = None,
     shots: list[int] | None = None,
     slots: int | None = None,
@@ -63,6 +66,8 @@ def bench(
 
     llama-xla bench --shape 110m -p 512 -n 64 -r 5 --compare hf
     llama-xla bench --shape 110m -p 512,1501 -r 5 --startup --compare llama.cpp
+    llama-xla bench --shape 110m -p 128 -n 64 -r 5 --batch 8,32 --compare llama.cpp
+    llama-xla bench --shape 110m --positions 1024,2048,4096 -r 3 --compare llama.cpp --plot positions.png
     llama-xla bench --drafter auto,lookup,suffix --each --batch 1,8 -r 3 --plot drafting.png
 
     Workload:
@@ -70,10 +75,12 @@ def bench(
             --drafter demo.
         ckpt_dir: A checkpoint instead of random weights.
         prompt_len: Prompt tokens, BOS included; also -p. --startup takes several, such as 512,1501. Default: 512.
-        gen_len: Generated tokens; also -n. Default: 128.
+        gen_len: Generated tokens; also -n. Default: 128, or with --positions 32.
         repetitions: Runs that are counted; also -r.
         batch: Rows that run together; 1,8 measures both. Default: 1.
-        dtype: How weights are stored: float32, bfloat16 or int8.
+        dtype: How weights are stored: float32, bfloat16, int8 or int4.
+        cache_dtype: How our keys and values are stored: float32, bfloat16; auto: float32 up to 2048 positions on a CPU,
+            else bfloat16.
         max_seq_len: Positions of the cache. Default: as many as the workload needs; with --startup and --warm_up 2048,
             or 512 for the demo model, or as many as the longest prompt needs; with --drafter 2048, or 512 for the demo
             model; with --verify_cost 512.
@@ -84,6 +91,9 @@ def bench(
         mixed: Instead of the workload above: this many requests of mixed lengths share --batch slots, first all at
             once, then arriving at random at 80 % of that rate.
         slots: Slots of our engine. Default: as many as rows.
+        positions: Instead of the workload above: prefill one row up to each of these positions, such as 1024,2048,4096,
+            and decode --gen_len tokens there, with a cache of float32 and with one of bfloat16, or with --cache_dtype.
+            --compare llama.cpp too.
         scoring: Instead of the workload above: score this many items of four choices, with and without the prefix
             cache, and serve 32 requests with one system prompt; in --batch slots, default 1. --compare hf too.
         shots: With --scoring: demonstrations before an item. Default: 0,1,4,16.
@@ -115,7 +125,7 @@ def bench(
     Output:
         output: md, csv, json or jsonl; also -o. The last line is always one JSON object.
         plot: Write a PNG of tokens per second and time per step over the position to this file; with --startup of
-            the phases, with --drafter of the speed-ups.
+            the phases, with --drafter of the speed-ups, with --positions of tokens per second at each.
     """
     from llama.bench import report
     from llama.bench.workload import HEADS, RUNNERS, Workload
@@ -134,6 +144,7 @@ def bench(
         ckpt_dir,
         prompt_len=1,
         dtype=one_of("dtype", dtype, DTYPES[1:]),
+        cache_dtype=one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
         buckets=tuple(buckets) if buckets else None,
         bucket_policy=policy,
         vocab_size=vocab_size,
@@ -145,6 +156,7 @@ def bench(
         "batch": batch,
         "heads": heads,
         "mixed": mixed,
+        "positions": positions is not None,
         "scoring": scoring is not None,
         "shots": shots,
         "slots": slots,
@@ -183,6 +195,19 @@ def bench(
             raise FlagError("--mixed takes one number of slots: got several in --batch, expected one")
         work = replace(work, gen_len=2, batch=(batch or [8])[0], max_seq_len=max_seq_len)
         _bench_mixed(work, mixed, repetitions, {"prefill_budget": prefill_budget, "bucket_policy": policy})
+    elif positions is not None:
+        _refuse("positions", "decodes one row", given, "positions gen_len compare plot cache_dtype")
+        wanted = tuple(sorted(set(positions)))
+        if not wanted or wanted[0] < 1:
+            raise ConfigError(f"positions: got {positions}, expected 1 or more each, such as 1024,2048")
+        work = replace(
+            work,
+            prompt_len=wanted[-1],
+            gen_len=POSITIONS_GEN_LEN if gen_len is None else gen_len,
+            max_seq_len=max_seq_len,
+            depths=wanted,
+        )
+        _bench_positions(work, runners[1:], repetitions, output, plot)
     elif scoring is not None:
         _refuse("scoring", "scores prompts of its own", given, "scoring shots batch compare plot")
         if len(batch or ()) > 1:
@@ -337,6 +362,19 @@ def _bench_mixed(work: Workload, count: int, repetitions: int, settings: dict[st
     row = mixed.measure(work, count, repetitions, settings)
     write(mixed.report(row))
     write(json_line(row))
+
+
+def _bench_positions(work: Workload, compare: Sequence[str], repetitions: int, output: str, plot: str | None) -> None:
+    from llama.bench import positions, report
+
+    if set(compare) - {"llama.cpp"}:
+        raise FlagError(f"--positions: got --compare {' and '.join(compare)}, expected llama.cpp or none")
+    rows = positions.measure(work, compare, repetitions, _say)
+    compared = positions.ratios(rows)
+    write(report.written(rows, output, positions.COLUMNS, [positions.note(each) for each in compared]))
+    if plot is not None:
+        positions.plot(rows, Path(plot))
+    write(json_line({"measured": "positions", "rows": rows, "ratios": compared}))
 
 
 def _bench_scoring(
