@@ -15,11 +15,16 @@ from typing import Any, Literal
 from llama.errors import ConfigError, setting
 from llama.sampling_params import controls
 
-DType = Literal["auto", "float32", "bfloat16", "int8"]
+DType = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+CacheDType = Literal["auto", "float32", "bfloat16"]
 BucketPolicy = Literal["greedy", "pad"]
 RopeKind = Literal["llama3", "linear", "yarn", "dynamic", "longrope"]
 
-DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "int8")
+DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "int8", "int4")
+INT4_GROUPS = (64, 128)
+CACHE_DTYPES: tuple[CacheDType, ...] = ("auto", "float32", "bfloat16")
+ACTIVATIONS = ("int16", "float32")
+PREFILL_PRODUCTS = ("bfloat16", "float32")
 Overflow = Literal["refuse", "drop"]
 OVERFLOWS: tuple[Overflow, ...] = ("refuse", "drop")
 Schedule = Literal["fcfs", "shortest"]
@@ -31,6 +36,7 @@ BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
 SMALLEST_COPY = 64
+LONGEST_FLOAT32_CACHE = 2048  # positions; by default a longer cache is bfloat16
 DRAFTERS = ("auto", "lookup", "suffix", "model", "lookahead", "medusa", "retrieval")
 DRAFTER_OF = {  # which drafter a setting is for
     "draft_ckpt_dir": "model",
@@ -418,8 +424,17 @@ class EngineConfig:
             means powers of two.
         batch_invariant: a request's bits depend on nothing but the request itself: every decode step runs all slots and
             reads all positions. By default neighbours may change them by rounding.
-        dtype: how the weights are stored. ``auto`` is int8 where the checkpoint is, else float32 on the CPU device and
-            bfloat16 elsewhere. ``int8`` stores the linear layers with one scale per output channel.
+        dtype: how the weights are stored. ``auto`` keeps what the checkpoint has quantised, and is float32 on the CPU
+            device and bfloat16 elsewhere for the rest. ``int8`` stores the linear layers with one scale per output
+            channel, ``int4`` those within layers with one per group of numbers, and embedding and head as int8.
+        int4_group: how many numbers of an int4 weight share a scale, 64 or 128, where that divides a row; else the next
+            smaller of 64 and 32, or int8 where none does. Quantised checkpoints keep their own groups.
+        cache_dtype: how keys and values are stored, in half the memory as ``bfloat16``. ``auto`` is float32 up to
+            ``LONGEST_FLOAT32_CACHE`` positions where activations are float32, as on the CPU device, else bfloat16.
+        activations: what the input of a linear layer is rounded to before it meets an int8 or int4 weight, on the CPU
+            device: ``int16``, each row by a scale of its own, or ``float32`` for not at all, which is slower.
+        prefill_products: what the inputs of linear layers are rounded to where many positions of a prompt meet a
+            bfloat16 or int4 weight, on the CPU device: ``bfloat16``, or ``float32`` for not at all, which is slower.
         fail_on_recompile: a program compiled after warm-up is an error.
         read_every: the host reads generated tokens back once in so many decode steps (1 to 16). After a stop token at
             most this many steps, and the one in flight, are computed before the host learns of it.
@@ -466,6 +481,10 @@ class EngineConfig:
     lookahead: tuple[int, ...] = ()
     tensor_parallel: int = 1
     data_parallel: int = 1
+    cache_dtype: CacheDType = "auto"
+    activations: str = "int16"
+    prefill_products: str = "bfloat16"
+    int4_group: int = 64
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
@@ -476,9 +495,24 @@ class EngineConfig:
             )
         if 1 not in self.buckets or any(b < 1 for b in self.buckets):
             raise ConfigError(f"buckets: got {list(self.buckets)}, expected positive chunk lengths with 1 among them")
-        for name, allowed in (("bucket_policy", BUCKET_POLICIES), ("dtype", DTYPES), ("schedule", SCHEDULES)):
+        named = {
+            "bucket_policy": BUCKET_POLICIES,
+            "dtype": DTYPES,
+            "schedule": SCHEDULES,
+            "cache_dtype": CACHE_DTYPES,
+            "activations": ACTIVATIONS,
+            "prefill_products": PREFILL_PRODUCTS,
+        }
+        for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.int4_group not in INT4_GROUPS:
+            raise ConfigError(f"int4_group: got {self.int4_group}, expected {' or '.join(map(str, INT4_GROUPS))}")
+        if self.int4_group != EngineConfig.int4_group and self.dtype != "int4":
+            raise ConfigError(
+                f"int4_group: got {self.int4_group}, but {setting('dtype')} is {self.dtype}, not int4; leave one "
+                "of them out"
+            )
         if not 1 <= self.read_every <= 16:
             raise ConfigError(f"read_every: got {self.read_every}, expected 1 to 16")
         if any(k < 1 for k in self.key_buckets):

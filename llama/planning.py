@@ -2,20 +2,19 @@
 
 Bytes are counted as they are allocated. Times are predictions from public figures of bandwidth: nothing is measured.
 
-Dtypes are given by their names (``float32``, ``bfloat16``, ``int8``), so that no torch is needed.
+Dtypes are given by their names (``float32``, ``bfloat16``, ``int8``, ``int4``), so that no torch is needed.
 
 Names: T devices hold one model together (sharding.py), D such groups share the slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
 
-from llama.config import EngineConfig, ModelArgs
-from llama.errors import ConfigError, setting
+from llama.config import LONGEST_FLOAT32_CACHE, EngineConfig, ModelArgs
 from llama.sharding import (
     EMBEDDING,
     Collective,
@@ -23,16 +22,16 @@ from llama.sharding import (
     collectives,
     device_axis,
     fitting,
-    has_scale,
     local_args,
     local_shape,
     padded_vocab,
     weights_of,
     whole_shape,
 )
+from llama.storage import ITEMSIZE, Storage, WeightFormat, choose_storage
 
 GIB = 2**30
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+VALUE_BLOCK = 128  # positions whose values stand side by side in the cache (compiled/cache.py)
 Part = Literal["embedding", "attention", "feed_forward", "head"]
 PARTS: tuple[Part, ...] = ("embedding", "attention", "feed_forward", "head")
 
@@ -78,6 +77,7 @@ class MemoryPlan:
         activations: an upper estimate for the largest chunk: the stream, queries, keys, the feed-forward layer's two
             inputs, the scores before and after the softmax, and the logits.
         available: what the device has free; None where it does not say.
+        cache_dtype: of the cache, prefixes included.
     """
 
     weights: int
@@ -85,6 +85,7 @@ class MemoryPlan:
     prefixes: int
     activations: int
     available: int | None
+    cache_dtype: str
 
     @property
     def total(self) -> int:
@@ -98,7 +99,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         kept = f" + prefixes {gib(self.prefixes)}" if self.prefixes else ""
-        parts = f"weights {gib(self.weights)} + cache {gib(self.cache)}{kept} + activations {gib(self.activations)}"
+        cache = f"cache {gib(self.cache)} ({self.cache_dtype})"
+        parts = f"weights {gib(self.weights)} + {cache}{kept} + activations {gib(self.activations)}"
         parts = f"{parts} = {gib(self.total)}"
         return f"{parts} of {gib(self.available)} free" if self.available is not None else parts
 
@@ -108,25 +110,31 @@ def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
 
 
-def choose_dtypes(config: EngineConfig, *, on_cpu: bool, int8_stored: bool) -> tuple[str, str]:
-    """Storage dtype of the weights, and dtype of the activations: float32 on the CPU device, where bfloat16
+def choose_dtypes(
+    config: EngineConfig, *, on_cpu: bool, stored: Mapping[str, WeightFormat] | None = None
+) -> tuple[Storage, str]:
+    """How the weights are stored, and the dtype of the activations: float32 on the CPU device, where bfloat16
     arithmetic is slow.
 
     Args:
         on_cpu: the device is the CPU device.
-        int8_stored: the checkpoint's weights are int8 already.
-
-    Raises:
-        ConfigError: another dtype than int8 is asked of an int8 checkpoint.
+        stored: the checkpoint's quantised weights, by numberless names (storage.py).
     """
-    if int8_stored and config.dtype not in ("auto", "int8"):
-        raise ConfigError(
-            f"dtype: got {config.dtype}, but the checkpoint's weights are int8 already; "
-            f"leave {setting('dtype')} out, or take the original"
-        )
     wide = "float32" if on_cpu else "bfloat16"
-    storage = ("int8" if int8_stored else wide) if config.dtype == "auto" else config.dtype
-    return storage, wide if on_cpu or storage == "int8" else storage
+    storage = choose_storage(config.dtype, stored or {}, wide=wide, group=config.int4_group)
+    return storage, wide if on_cpu or storage.is_quantised else storage.dtype
+
+
+def choose_cache_dtype(config: EngineConfig, activation: str) -> str:
+    """The dtype of keys and values; see ``EngineConfig.cache_dtype``.
+
+    Args:
+        activation: dtype of the activations, which ``choose_dtypes`` settles by the device.
+    """
+    if config.cache_dtype != "auto":
+        return config.cache_dtype
+    is_wide = activation == "float32" and config.max_seq_len <= LONGEST_FLOAT32_CACHE
+    return "float32" if is_wide else "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -159,30 +167,25 @@ class WeightSplit:
         return "attention" if "attention" in self.name else "feed_forward"
 
 
-def split_weights(args: ModelArgs, storage: str, tensor: int = 1) -> list[WeightSplit]:
+def split_weights(args: ModelArgs, storage: str | Storage, tensor: int = 1) -> list[WeightSplit]:
     """Every weight's split over T devices, in the order of computation.
-
-    Under int8, linear layers have a float32 scale for each output feature, and the rest is float32 at most.
 
     Args:
         args: the whole model's shape, its vocabulary settled.
-        storage: dtype that the weights are kept in.
+        storage: how the weights are stored; scales are float32, and what stays as it is, is float32 at most.
         tensor: T.
     """
-    rows = []
+    storage, rows = Storage.of(storage), []
     for name in weights_of(args):
         count = args.n_layers if "{}" in name else 1
         local = local_shape(name, args, tensor)
-        itemsize = ITEMSIZE["float32"] if storage == "int8" and not has_scale(name) else ITEMSIZE[storage]
-        size = prod(local) * itemsize
-        if storage == "int8" and has_scale(name):
-            size += local[0] * ITEMSIZE["float32"]
+        size = storage.nbytes(name, args, tensor)
         axis = device_axis(name) if tensor > 1 else None
         rows.append(WeightSplit(name, count, axis, whole_shape(name, args), local, count * size))
     return rows
 
 
-def weight_bytes(args: ModelArgs, storage: str, tensor: int = 1) -> int:
+def weight_bytes(args: ModelArgs, storage: str | Storage, tensor: int = 1) -> int:
     """Bytes of a model's weights on one of T devices; see ``split_weights``."""
     return sum(row.size for row in split_weights(args, storage, tensor))
 
@@ -192,10 +195,24 @@ def parameter_count(args: ModelArgs) -> int:
     return sum(row.count * prod(row.whole) for row in split_weights(args, "int8"))
 
 
-def row_bytes(args: ModelArgs, config: EngineConfig, activation: str, tensor: int = 1) -> int:
-    """Bytes of one row of the cache (compiled/cache.py) on one of T devices: keys and values of a slot."""
+def row_bytes(args: ModelArgs, config: EngineConfig, dtype: str, tensor: int = 1) -> int:
+    """Bytes of one row of the cache (compiled/cache.py) on one of T devices: keys and values of a slot.
+
+    Args:
+        dtype: of the cache.
+    """
     heads = local_args(args, tensor).kv_heads
-    return 2 * args.n_layers * heads * config.positions * args.head_dim * ITEMSIZE[activation]
+    return args.n_layers * heads * cache_positions(config) * args.head_dim * ITEMSIZE[dtype]
+
+
+def cache_positions(config: EngineConfig) -> int:
+    """Positions of keys and those of values that a row of the cache has, together."""
+    return config.positions + value_blocks(config.positions) * VALUE_BLOCK
+
+
+def value_blocks(positions: int) -> int:
+    """How many blocks of ``VALUE_BLOCK`` positions hold the values of a row: always one more than full ones."""
+    return positions // VALUE_BLOCK + 1
 
 
 def activation_bytes(args: ModelArgs, config: EngineConfig, activation: str, slots: int, tensor: int = 1) -> int:
@@ -216,7 +233,7 @@ def activation_bytes(args: ModelArgs, config: EngineConfig, activation: str, slo
 def plan_memory(
     args: ModelArgs,
     config: EngineConfig,
-    storage: str,
+    storage: str | Storage,
     activation: str,
     available: int | None,
     *,
@@ -229,8 +246,8 @@ def plan_memory(
     Args:
         args: the checkpoint's shape, its vocabulary settled.
         config: ``max_batch_size`` slots are divided among the D groups.
-        storage: dtype that the weights are kept in.
-        activation: dtype of stream and cache.
+        storage: how the weights are stored.
+        activation: dtype of the activations.
         available: the device's free bytes, None where it does not say.
         mesh: which ``sharding.check`` has accepted; None for one device.
         slots: of each group; None for its part of those of ``config``.
@@ -238,13 +255,15 @@ def plan_memory(
     """
     mesh = mesh or Mesh()
     slots = _part(config.max_batch_size, mesh) if slots is None else slots
-    row = row_bytes(args, config, activation, mesh.tensor)
+    dtype = choose_cache_dtype(config, activation)
+    row = row_bytes(args, config, dtype, mesh.tensor)
     return MemoryPlan(
         weights=weight_bytes(args, storage, mesh.tensor),
         cache=row * slots,
         prefixes=row * _part(kept_rows, mesh),
         activations=activation_bytes(args, config, activation, slots, mesh.tensor),
         available=available,
+        cache_dtype=dtype,
     )
 
 
@@ -310,7 +329,7 @@ class DevicePlan:
         args: the whole model's shape, its vocabulary settled.
         mesh: which ``sharding.check`` has accepted.
         config: the engine's shapes; ``max_batch_size`` slots on all devices together, which D divides.
-        storage: dtype that the weights are kept in.
+        storage: how the weights are stored.
         activation: dtype of stream and cache.
         accelerator: the figures of each device.
     """
@@ -318,9 +337,23 @@ class DevicePlan:
     args: ModelArgs
     mesh: Mesh
     config: EngineConfig
-    storage: str
+    storage: str | Storage
     activation: str
     accelerator: Accelerator
+
+    @property
+    def weights_as(self) -> str:
+        """The dtype of the weights, the narrowest of several."""
+        return Storage.of(self.storage).label
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some weights are quantised."""
+        return Storage.of(self.storage).is_quantised
+
+    def storage_of(self, name: str) -> WeightFormat:
+        """How a weight is stored; what the checkpoint decides is taken for float32."""
+        return Storage.of(self.storage).format_of(name, self.args, self.mesh.tensor) or WeightFormat("float32")
 
     @property
     def weights(self) -> list[WeightSplit]:
@@ -354,7 +387,8 @@ class DevicePlan:
         """The most slots, on all devices together, that fit; None where the memory is not known, 0 where none does."""
         if self.accelerator.memory is None:
             return None
-        most = int(self.accelerator.memory) // row_bytes(self.args, self.config, self.activation, self.mesh.tensor) + 2
+        row = row_bytes(self.args, self.config, self.memory.cache_dtype, self.mesh.tensor)
+        most = int(self.accelerator.memory) // row + 2
         found = largest(1, most, lambda slots: self._memory(self.mesh, slots).fits)
         return (found or 0) * self.mesh.data
 
@@ -374,8 +408,8 @@ class DevicePlan:
             return None
         rows = [row for row in self.weights if row.name != EMBEDDING or self.args.tie_word_embeddings]
         numbers = sum(row.count * prod(row.local) for row in rows)
-        positions = self.config.max_seq_len / self.config.positions
-        read_bytes = sum(row.size for row in rows) + int(self.memory.cache * positions)
+        live = 2 * self.config.max_seq_len / cache_positions(self.config)
+        read_bytes = sum(row.size for row in rows) + int(self.memory.cache * live)
         return Prediction(
             read_bytes=read_bytes,
             read_s=read_bytes / figures.bandwidth,

@@ -18,6 +18,7 @@ os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(int(sys.argv[1]) * i
 import numpy as np
 
 from llama import DraftConfig, EngineConfig, LLaMA, ModelArgs, SamplingParams
+from llama.compiled.state import CACHE
 from llama.engine.runner import XlaRunner
 
 TENSOR, DATA = int(sys.argv[1]), int(sys.argv[2])
@@ -136,6 +137,20 @@ def narrow() -> Any:
     return found
 
 
+def halved() -> Any:
+    """A cache of bfloat16, with shared beginnings and rows that move, and its bytes on a device beside float32's."""
+    from llama.xla import mesh
+
+    held = {}
+    for dtype in ("float32", "bfloat16"):
+        llm = LLaMA.build(random_weights=ARGS, config=shapes(cache_dtype=dtype), seed=5)
+        held[dtype] = mesh.part_bytes([llm.engine.runner.tensor(name) for name in CACHE])
+    prompts = [prompt(70, 1) + prompt(4 + n, n)[1:] for n in range(7)]
+    params = [SamplingParams(limit, 0.0, logprobs=1, ignore_eos=True) for limit in (4, 60, 5, 3, 6, 50, 4)]
+    results = llm.generate(prompts, params=params)
+    return {"texts": told(results), "cached": [result.cached_tokens for result in results], "bytes": held}
+
+
 def drafts() -> Any:
     """Every drafter, on the demo model."""
     found = {}
@@ -163,7 +178,7 @@ def memory() -> Any:
     weights = [p for p in runner.model.parameters() if p.device.type == "xla"]
     if TENSOR * DATA > 1:  # else the stacks are made of the layers' own
         weights += [stack._whole for stack in runner.model.stacks.values()]
-    return [mesh.part_bytes(weights), mesh.part_bytes([runner.tensor("kv_cache")])]
+    return [mesh.part_bytes(weights), mesh.part_bytes([runner.tensor(name) for name in CACHE])]
 
 
 def files() -> Any:
@@ -206,7 +221,7 @@ def loading() -> Any:
 
 CASES: dict[str, Callable[[], Any]] = {
     case.__name__: case
-    for case in (controls, details, scores, prefixes, widths, threads, narrow, drafts, memory, files, loading)
+    for case in (controls, details, scores, prefixes, widths, threads, narrow, halved, drafts, memory, files, loading)
 }
 if __name__ == "__main__":
     print(json.dumps({name: CASES[name]() for name in sys.argv[3:] or CASES}))

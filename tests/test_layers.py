@@ -14,6 +14,7 @@ from conftest import LLMFactory
 from llama import EngineConfig, LLaMA, ModelArgs, SamplingParams, checkpoint
 from llama.bench.kernels import DTYPES
 from llama.compiled.model import Transformer
+from llama.compiled.state import CACHE
 from llama.engine.programs import Program
 from llama.engine.runner import XlaRunner
 from llama.engine.sequence import Sequence
@@ -56,7 +57,8 @@ def state_after(model: Transformer, layers_as: str, rows: int = 1) -> dict[str, 
     for keys in (384, 384):
         decode = Program("decode", rows=rows, key_len=384)
         runner._run(decode, slot=runner._number(0), keys=runner._number(keys))
-    return {name: transfers.fetch(runner.tensor(name)) for name in ("kv_cache", "hidden", "tokens", "start")}
+    names = (*CACHE, "hidden", "tokens", "start")
+    return {name: transfers.fetch(runner.tensor(name)) for name in names}
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -66,10 +68,11 @@ def test_a_loop_computes_what_the_layers_do(dtype: str, rows: int) -> None:
     model = model_of(DTYPES[dtype])
     assert len(model.stacks) == (16 if dtype == "int8" else 9)
     loop, unrolled = (state_after(model, each, rows) for each in ("loop", "unrolled"))
-    assert loop["kv_cache"].abs().amax(dim=(1, 2, 3, 4)).gt(0).all()  # every layer wrote keys and values
+    assert loop["key_cache"].abs().amax(dim=(1, 2, 3, 4)).gt(0).all()  # every layer wrote keys and values
+    assert loop["value_cache"].abs().amax(dim=(1, 2, 3, 4)).gt(0).all()
     for name in ("tokens", "start"):
         assert torch.equal(loop[name], unrolled[name])
-    for name in ("kv_cache", "hidden"):
+    for name in (*CACHE, "hidden"):
         torch.testing.assert_close(loop[name], unrolled[name], rtol=1e-5, atol=1e-6)
 
 

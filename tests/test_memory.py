@@ -23,17 +23,17 @@ def test_weights_and_cache_are_counted_to_the_byte(make_llm: LLMFactory) -> None
     llm.generate(["x"], max_gen_len=1)
     plan = plan_memory(TINY, llm.config, F32, F32, None)
     assert plan.weights == sum(p.numel() * p.element_size() for p in llm.engine.runner.model.parameters())
-    kv_cache = llm.engine.runner.tensor("kv_cache")
-    assert plan.cache == kv_cache.numel() * kv_cache.element_size()
+    runner = llm.engine.runner
+    assert plan.cache == runner.tensor("key_cache").nbytes + runner.tensor("value_cache").nbytes
 
 
 def test_known_sizes() -> None:
     """LLaMA 7B: 6,738,415,616 parameters, and half a gibibyte of bfloat16 keys and values per 1,024 positions; 7 more
-    at the end, because a chunk of 8 may be padded.
+    at the end, because a chunk of 8 may be padded. Values fill whole blocks of 128, and one more.
     """
     plan = plan_memory(SEVEN_B, EngineConfig(max_seq_len=1024), BF16, BF16, None)
     assert plan.weights == 6_738_415_616 * 2
-    assert plan.cache == 2 * 32 * 4096 * (1024 + 7) * 2
+    assert plan.cache == 32 * 4096 * (1024 + 7 + 9 * 128) * 2
     assert plan.fits
     assert "of" not in str(plan)
 
@@ -87,8 +87,9 @@ def test_kept_rows_are_counted_to_the_byte(make_llm: LLMFactory) -> None:
     llm.generate(["x"], max_gen_len=1)
     plan = plan_memory(TINY, llm.config, F32, F32, None)
     assert (plan.cache, plan.prefixes) == (2 * row, 3 * row)
-    kv_cache = llm.engine.runner.tensor("kv_cache")
-    assert plan.cache + plan.prefixes == kv_cache.numel() * kv_cache.element_size()
+    runner = llm.engine.runner
+    held = runner.tensor("key_cache").nbytes + runner.tensor("value_cache").nbytes
+    assert plan.cache + plan.prefixes == held
     assert " + prefixes " in str(plan)
 
 

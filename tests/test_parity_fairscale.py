@@ -172,14 +172,14 @@ def device_logits(
     for _ in checkpoint.place(model, weights.items(), torch.float32, device):
         pass
 
-    def run(ids: torch.Tensor, starts: torch.Tensor, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(ids: torch.Tensor, starts: torch.Tensor, *stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         positions = starts.unsqueeze(-1) + torch.arange(ids.shape[1], dtype=torch.int32, device=device)
         keys = starts.amax(dim=0, keepdim=True) + ids.shape[1]  # the first branch at the first chunks, then the last
-        view = CacheView(stacked, starts[:1] * 0, starts, keys, (PROMPT_LEN // 2, CONFIG.max_seq_len))
+        view = CacheView(*stacked, starts[:1] * 0, starts, keys, (PROMPT_LEN // 2, CONFIG.max_seq_len))
         logits = model.head(model(ids, positions, view))
-        return logits, view.kv_cache
+        return logits, *view.cache
 
-    stacked = kv_cache.allocate(args, CONFIG, torch.float32, device)
+    stacked = list(kv_cache.allocate(args, CONFIG, torch.float32, device))
     compiled: dict[int, programs.Program] = {}
     found = torch.full((BATCH, PROMPT_LEN, args.vocab_size), float("nan"))
     for chunk, length in enumerate(CHUNKS):
@@ -187,8 +187,8 @@ def device_logits(
         pieces = torch.stack([ids[row, start : start + length] for row, start in enumerate(starts)])
         inputs = [transfers.upload(t.to(torch.int32), device) for t in (pieces, torch.tensor(starts))]
         if length not in compiled:
-            compiled[length] = programs.compile_program(f"chunk of {length}", run, (*inputs, stacked), donated=(2,))
-        logits, stacked = compiled[length](*inputs, stacked)
+            compiled[length] = programs.compile_program(f"chunk of {length}", run, (*inputs, *stacked), donated=(2, 3))
+        logits, *stacked = compiled[length](*inputs, *stacked)
         for row, (start, values) in enumerate(zip(starts, transfers.fetch(logits), strict=True)):
             found[row, start : start + length] = values
     return [found[row, : PROMPT_LEN - lag] for row, lag in enumerate(lags)]

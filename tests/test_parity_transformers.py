@@ -252,24 +252,24 @@ def host_model(args: ModelArgs, weights: dict[str, torch.Tensor]) -> Transformer
 
 @cache
 def chunk_program(model: Transformer, length: int, key_len: int) -> programs.Program:
-    """One row's chunk: a program from (ids [1, T], starts [1], cache) to (logits [1, T, V], cache)."""
+    """One row's chunk: a program from (ids [1, T], starts [1], keys, values) to (logits [1, T, V], keys, values)."""
 
-    def run(ids: torch.Tensor, starts: torch.Tensor, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(ids: torch.Tensor, starts: torch.Tensor, *stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         positions = starts.unsqueeze(-1) + torch.arange(length, dtype=torch.int32, device=starts.device)
         keys = starts * 0 + key_len  # the branch of exactly so many keys, beside one of all positions
-        view = CacheView(stacked, starts * 0, starts, keys, tuple(sorted({key_len, POSITIONS})))
+        view = CacheView(*stacked, starts * 0, starts, keys, tuple(sorted({key_len, POSITIONS})))
         logits = model.head(model(ids, positions, view))
-        return logits, view.kv_cache
+        return logits, *view.cache
 
-    example = (*on_device(torch.zeros(1, length), torch.zeros(1)), fresh_cache(model))
-    return programs.compile_program(f"chunk of {length}, {key_len} keys", run, example, donated=(2,))
+    example = (*on_device(torch.zeros(1, length), torch.zeros(1)), *fresh_cache(model))
+    return programs.compile_program(f"chunk of {length}, {key_len} keys", run, example, donated=(2, 3))
 
 
 def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [transfers.upload(tensor.to(torch.int32), backend.init()) for tensor in tensors]
 
 
-def fresh_cache(model: Transformer) -> torch.Tensor:
+def fresh_cache(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
     return kv_cache.allocate(model.args, EngineConfig(max_seq_len=POSITIONS), torch.float32, backend.init())
 
 
@@ -277,12 +277,12 @@ def device_logits(model: Transformer, ids: torch.Tensor, plan: Sequence[buckets.
     """One prompt [1, T] in chunks, through the cache, on the device: [1, T, V]. A padded chunk is filled up with id
     0.
     """
-    stacked, parts = fresh_cache(model), []
+    stacked, parts = list(fresh_cache(model)), []
     for chunk in plan:
         piece = torch.zeros(1, chunk.length)
         piece[:, : chunk.valid] = ids[:, chunk.start : chunk.end]
         inputs = on_device(piece, torch.full((1,), chunk.start))
-        logits, stacked = chunk_program(model, chunk.length, chunk.key_len)(*inputs, stacked)
+        logits, *stacked = chunk_program(model, chunk.length, chunk.key_len)(*inputs, *stacked)
         parts.append(transfers.fetch(logits)[:, : chunk.valid])
     return torch.cat(parts, dim=1)
 

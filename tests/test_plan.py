@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from llama import EngineConfig, ModelArgs, planning
 from llama.compiled import cache, memory
 from llama.compiled.model import Linear, Transformer
-from llama.config import DEMO_DIR
+from llama.config import DEMO_DIR, DTYPES
 from llama.errors import CheckpointError, ConfigError
 from llama.planning import ACCELERATORS, GIB, Accelerator, DevicePlan
 from llama.settings import read_params, read_planned
@@ -70,7 +70,7 @@ def test_more_devices_than_key_heads_hold_them_twice() -> None:
     assert planning.weight_bytes(args, "bfloat16", 16) == 2 * (divided // 16 + keys_and_values // 8 + norms)
     config = EngineConfig(max_seq_len=2048)
     rows = [planning.row_bytes(args, config, "bfloat16", tensor) for tensor in (1, 8, 16, 64)]
-    assert rows[0] == 2 * 80 * 8 * 128 * (2048 + 7) * 2
+    assert rows[0] == 80 * 8 * 128 * (2048 + 7 + 17 * 128) * 2
     assert rows[1:] == [rows[0] // 8] * 3
 
 
@@ -125,7 +125,7 @@ def test_the_plan_of_one_device_is_that_of_loading(slots: int, storage: str) -> 
     assert kept > 1
     assert planning.plan_memory(SMALL, config, storage, "float32", 2**30, kept_rows=kept) == theirs
     allocated = cache.allocate(SMALL, config, torch.float32, torch.device("cpu"))
-    assert theirs.cache + theirs.prefixes == allocated.nbytes
+    assert theirs.cache + theirs.prefixes == sum(each.nbytes for each in allocated)
 
 
 def test_loading_plans_for_each_device() -> None:
@@ -166,12 +166,12 @@ def test_what_is_advised_for_several_devices_fits() -> None:
 
 
 def test_the_dtypes_are_those_of_loading() -> None:
-    for dtype in ("auto", "float32", "bfloat16", "int8"):
-        config = EngineConfig(dtype=dtype)  # type: ignore[arg-type]
+    for dtype in DTYPES:
+        config = EngineConfig(dtype=dtype)
         for on_cpu in (False, True):
-            names = planning.choose_dtypes(config, on_cpu=on_cpu, int8_stored=False)
-            both = memory.dtypes_for(config, on_cpu=on_cpu, int8_stored=False)
-            assert tuple(str(each) for each in both) == tuple(f"torch.{name}" for name in names)
+            storage, activation = planning.choose_dtypes(config, on_cpu=on_cpu)
+            assert memory.dtypes_for(config, on_cpu=on_cpu) == (storage, getattr(torch, activation))
+            assert dtype in ("auto", storage.label)
 
 
 # --------------------------------------------------------------------------------------------- what fits
@@ -396,9 +396,10 @@ def test_int8_weights_are_seen_in_the_header(run: Run, tmp_path: Path) -> None:
     directory = params_of(SMALL, tmp_path)
     flags = ["--tensor_parallel", "2", "--ckpt_dir", str(directory)]
     assert planned(run, *flags)["dtype"] == "bfloat16"
-    save_file({"layers.0.attention.wq.weight": np.zeros((64, 64), np.int8)}, directory / "model.safetensors")
+    weight = {"layers.0.attention.wq.weight": np.zeros((64, 64), np.int8)}
+    save_file({**weight, "layers.0.attention.wq.scale": np.ones(64, np.float32)}, directory / "model.safetensors")
     assert planned(run, *flags)["dtype"] == "int8"
-    refused_at_once(run("plan", *flags, "--dtype", "float32"), "--dtype: got float32", "int8 already")
+    assert planned(run, *flags, "--dtype", "float32")["dtype"] == "float32"
 
 
 def test_a_config_json_is_planned(run: Run, tmp_path: Path) -> None:

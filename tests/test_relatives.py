@@ -481,7 +481,7 @@ def test_what_a_window_leaves() -> None:
 def test_positions_of_a_jacobi_window() -> None:
     """Token j of level l stands 1 + l + j positions behind the last known one, at ``starts``."""
     starts = torch.tensor([2, 5], dtype=torch.int32)
-    view = LookaheadView(3, torch.empty(0), torch.zeros(1), starts, torch.zeros(1), (16,))
+    view = LookaheadView(3, torch.empty(0), torch.empty(0), torch.zeros(1), starts, torch.zeros(1), (16,))
     found = view.key_positions(starts, 7, 12)[:, 0].tolist()
     behind = [0] + [1 + level + column for level in range(2) for column in range(3)]
     for start, row in zip((2, 5), found, strict=True):

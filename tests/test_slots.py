@@ -182,11 +182,11 @@ def appended(chosen: list[list[int]], count: list[int], limit: list[int], stop: 
 
     def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         *fields, packed, chosen, count = given
-        row = State(packed, *fields)
-        return tuple(steps.append(row, CONTROLS.unpack(packed), chosen, count))[1:]
+        row = State(packed, packed, *fields)
+        return tuple(steps.append(row, CONTROLS.unpack(packed), chosen, count))[2:]
 
     program = programs.compile_program("append", run, args)
-    return State(torch.zeros(0), *map(transfers.fetch, program(*args)))
+    return State(torch.zeros(0), torch.zeros(0), *map(transfers.fetch, program(*args)))
 
 
 def test_a_step_may_write_several_tokens() -> None:

@@ -1,12 +1,13 @@
-"""The keys and values of all positions so far: one stacked, preallocated tensor, donated from program to program.
+"""The keys and values of all positions so far: two stacked, preallocated tensors, donated from program to program.
 
-    [2 x n_layers, rows, kv_heads, positions, head_dim]
+    keys      [n_layers, rows, kv_heads, positions, head_dim]
+    values    [n_layers, rows, kv_heads, blocks x head_dim, 128]     xla/kv_cache.py says why
 
-Its first rows are the slots. Behind them may stand kept rows, which no step runs: prefixes are copied there and back.
+The first rows are the slots. Behind them may stand kept rows, which no step runs: prefixes are copied there and back.
 
-One tensor and not one per layer, because XLA matches donated inputs to outputs by size alone: with several of the same
-size it crosses them and copies whole caches every step. Positions before heads' columns, because a step reads a prefix
-of positions of every head, and that order reads memory in a line.
+Two tensors and not two per layer, because XLA matches donated inputs to outputs by size alone: with several of the same
+size it crosses them and copies whole caches every step. So these two never have the same size: the values have one
+block more than the keys would fill.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from llama import planning
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError
 from llama.sharding import local_args
-from llama.xla import ops, transfers
+from llama.xla import kv_cache, ops, transfers
 from llama.xla.control_flow import Tensors, switch
 from llama.xla.mesh import Split
 
 
 def row_bytes(args: ModelArgs, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Bytes of one row of the cache, of all devices that hold the model together."""
+    """Bytes of one row of a cache of this dtype, of all devices that hold the model together."""
     return planning.row_bytes(args, config, str(dtype).removeprefix("torch."))
 
 
@@ -54,17 +55,22 @@ def split(parts: int) -> Split:
 
 def allocate(
     args: ModelArgs, config: EngineConfig, dtype: torch.dtype, device: torch.device, parts: int = 1
-) -> torch.Tensor:
-    """A zeroed cache on the device. Zeroed, so that positions never written hold finite numbers: they are masked,
-    not skipped.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroed keys and values on the device. Zeroed, so that positions never written hold finite numbers: they are
+    masked, not skipped.
 
     Args:
+        dtype: of keys and values; see ``memory.cache_dtype_for``. The CPU device holds bfloat16 as its bits, int16
+            (``ops.HALVES``): xla/kv_cache.py knows.
         parts: T, over how many devices the model is split.
     """
     rows = config.max_batch_size + kept_rows(args, config, dtype)
     heads = local_args(args, parts).kv_heads * parts  # with more devices than key heads several hold the same
-    shape = (2 * args.n_layers, rows, heads, config.positions, args.head_dim)
-    return transfers.zeros(shape, dtype, device, split(parts))
+    held, every = ops.held_as(dtype, device), (args.n_layers, rows, heads)
+    columns = planning.value_blocks(config.positions) * args.head_dim
+    keys = transfers.zeros((*every, config.positions, args.head_dim), held, device, split(parts))
+    values = transfers.zeros((*every, columns, planning.VALUE_BLOCK), held, device, split(parts))
+    return keys, values
 
 
 def up_to(positions: torch.Tensor, key_len: int) -> torch.Tensor:
@@ -118,7 +124,7 @@ class CacheView:
     """One program's access to the cache while its layers run: each writes its chunk and attends to a prefix.
 
     Args:
-        kv_cache: the stacked cache.
+        key_cache, value_cache: the stacked cache.
         first: [1] int32; row r of the program is slot ``first + r``.
         starts: [B] int32, the position of the chunk's first token in each row.
         keys: [1] int32, how many leading positions the layers have to read: at least ``starts + T`` for every row that
@@ -129,20 +135,20 @@ class CacheView:
 
     def __init__(
         self,
-        kv_cache: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
         first: torch.Tensor,
         starts: torch.Tensor,
         keys: torch.Tensor,
         key_lens: tuple[int, ...],
     ) -> None:
-        self.kv_cache = kv_cache
+        self.key_cache, self.value_cache = key_cache, value_cache
         self.first, self.starts, self.keys, self.key_lens = first, starts, keys, key_lens
 
-    def with_tensors(
-        self, kv_cache: torch.Tensor, first: torch.Tensor, starts: torch.Tensor, keys: torch.Tensor
-    ) -> CacheView:
-        """The same access through the tensors that a loop's body gets for the cache and for ``tensors``."""
-        return CacheView(kv_cache, first, starts, keys, self.key_lens)
+    def with_tensors(self, *tensors: torch.Tensor) -> CacheView:
+        """The same access through the tensors that a loop's body gets for ``cache`` and for ``tensors``."""
+        key_cache, value_cache, first, starts, keys = tensors
+        return CacheView(key_cache, value_cache, first, starts, keys, self.key_lens)
 
     def seen(self, positions: torch.Tensor, starts: torch.Tensor, key_len: int) -> torch.Tensor:
         """What each token of the chunk attends to of the first keys, [B, T, key_len] bool.
@@ -163,15 +169,19 @@ class CacheView:
         return torch.arange(key_len, dtype=torch.int32, device=starts.device).view(1, 1, -1)
 
     @property
+    def cache(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cache as it is now."""
+        return self.key_cache, self.value_cache
+
+    @property
     def tensors(self) -> Tensors:
         """What it reads beside the cache."""
         return self.first, self.starts, self.keys
 
     def write(self, layer: int | torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write a layer's ``keys`` and ``values`` [B, K, T, D]."""
-        dtype = self.kv_cache.dtype
-        keys, values = keys.to(dtype), values.to(dtype)
-        self.kv_cache = ops.write_cache(self.kv_cache, keys, values, self.first, self.starts, layer)
+        """Write a layer's ``keys`` [B, K, T, D] and ``values`` [B, K, D, T]."""
+        self.key_cache = kv_cache.write_keys(self.key_cache, keys, self.first, self.starts, layer)
+        self.value_cache = kv_cache.write_values(self.value_cache, values, self.first, self.starts, layer)
 
     def attend(
         self,
@@ -181,8 +191,8 @@ class CacheView:
         positions: torch.Tensor,
         window: SlidingWindow | None = None,
     ) -> torch.Tensor:
-        """``attention(queries, keys, values, seen)`` with a layer's first keys and values, [B, K, key_len, D] each in
-        the queries' dtype.
+        """``attention(queries, keys, values, seen)`` with a layer's first keys [B, K, key_len, D] and the blocks of
+        values [B, K, N, D, W] that hold as many, in the queries' dtype.
 
         Args:
             window: limits what is seen; None where the model has none.
@@ -191,25 +201,28 @@ class CacheView:
 
         def branch(key_len: int) -> Callable[..., Tensors]:
             def attended(
-                kv_cache: torch.Tensor,
+                key_cache: torch.Tensor,
+                value_cache: torch.Tensor,
                 first: torch.Tensor,
                 starts: torch.Tensor,
                 queries: torch.Tensor,
                 positions: torch.Tensor,
                 *at: Any,
             ) -> Tensors:
-                read = ops.read_cache(kv_cache, first, *(at or (layer,)), rows=len(queries), key_len=key_len)
-                keys, values = (each.to(queries.dtype) for each in read)
+                place, rows = at[0] if at else layer, len(queries)
+                sizes, columns = {"rows": rows, "key_len": key_len}, key_cache.shape[-1]
+                keys = kv_cache.read_keys(key_cache, first, place, **sizes).to(queries.dtype)
+                values = kv_cache.read_values(value_cache, first, place, **sizes, columns=columns).to(queries.dtype)
                 seen = self.seen(positions, starts, key_len)
                 if window is not None:
                     key_positions = self.key_positions(starts, positions.shape[1], key_len)
-                    seen = window.limit(seen, positions, key_positions, at[0] if at else layer)
+                    seen = window.limit(seen, positions, key_positions, place)
                 return (attention(queries, keys, values, seen),)
 
             return attended
 
         enough = torch.stack([self.keys > key_len for key_len in self.key_lens]).int().sum()
-        inputs = (self.kv_cache, self.first, self.starts, queries, positions, *in_loop)
+        inputs = (*self.cache, self.first, self.starts, queries, positions, *in_loop)
         (result,) = switch(enough, [branch(key_len) for key_len in self.key_lens], inputs)
         return result
 
@@ -229,11 +242,9 @@ class LookaheadView(CacheView):
         super().__init__(*access)
         self.width = width
 
-    def with_tensors(
-        self, kv_cache: torch.Tensor, first: torch.Tensor, starts: torch.Tensor, keys: torch.Tensor
-    ) -> LookaheadView:
-        """The same access through the tensors that a loop's body gets for the cache and for ``tensors``."""
-        return LookaheadView(self.width, kv_cache, first, starts, keys, self.key_lens)
+    def with_tensors(self, *tensors: torch.Tensor) -> LookaheadView:
+        """The same access through the tensors that a loop's body gets for ``cache`` and for ``tensors``."""
+        return LookaheadView(self.width, *tensors, self.key_lens)
 
     def seen(self, positions: torch.Tensor, starts: torch.Tensor, key_len: int) -> torch.Tensor:
         """What each token of the window attends to, [B, T, key_len] bool; keys lie in the chunk's order."""

@@ -28,7 +28,8 @@ from llama.config import ModelArgs, RopeScaling
 from llama.sharding import local_args
 from llama.xla import mesh, transfers
 from llama.xla.control_flow import Tensors, repeat
-from llama.xla.linear import attention_scores, choose_layers, linear
+from llama.xla.linear import attention_scores, attention_values, choose_layers, linear
+from llama.xla.quantized import dequantized
 from llama.xla.stacks import LayerWeight, StackedWeight
 
 
@@ -111,8 +112,9 @@ class Linear(nn.Module):
     """A linear layer.
 
     Attributes:
-        weight: [out, in] as checkpoints keep it, in the storage dtype.
-        scale: [out] float32 beside an int8 weight, else None.
+        weight: [out, in] as checkpoints keep it, in the storage dtype; int4 as [out, in / 2] uint8, two numbers a byte
+            (checkpoint/quantize.py).
+        scale: float32 beside a quantised weight: [out], or [out, in / G] for groups of G numbers; else None.
         bias: [out], or None.
     """
 
@@ -143,7 +145,7 @@ class RowParallelLinear(Linear):
 
 
 class Embedding(nn.Module):
-    """A table of one vector a token id: ``weight`` is [vocab, dim].
+    """A table of one vector a token id: ``weight`` is [vocab, dim], quantised with its ``scale`` as in ``Linear``.
 
     With its ids split over T devices, ``weight`` is [ceil(vocab / T), dim] and ``first_id`` [1] int64 the id of its
     first row: the devices' vectors are summed, of which one is not zero.
@@ -155,14 +157,23 @@ class Embedding(nn.Module):
         super().__init__()
         self.parts = parts
         self.weight = nn.Parameter(torch.empty(vocab_size, dim), requires_grad=False)
+        self.scale: nn.Parameter | None = None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.parts == 1:
-            return F.embedding(ids, self.weight)
+            return self._rows(ids)
         rows = ids - self.first_id.to(ids.dtype)
         is_here = (rows >= 0) & (rows < len(self.weight))
-        found = F.embedding(rows.clamp(0, len(self.weight) - 1), self.weight)
+        found = self._rows(rows.clamp(0, len(self.weight) - 1))
         return mesh.all_reduce(torch.where(is_here.unsqueeze(-1), found, torch.zeros_like(found)))
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors of ids that are all in the table: [..., dim]."""
+        if self.scale is None:
+            return F.embedding(ids, self.weight)
+        ids, shape = ids.reshape(-1), ids.shape
+        scale = self.scale.index_select(0, ids)
+        return dequantized(F.embedding(ids, self.weight), scale, scale.dtype).reshape(*shape, -1)
 
 
 class RMSNorm(nn.Module):
@@ -212,7 +223,7 @@ class Attention(nn.Module):
         xk = self.wk(x).view(bsz, seqlen, self.kv_heads, self.head_dim)
         xk = apply_rotary(xk if self.k_norm is None else self.k_norm(xk), cos, sin)
         xv = self.wv(x).view(bsz, seqlen, self.kv_heads, self.head_dim)
-        keys, values = xk.transpose(1, 2), xv.transpose(1, 2)  # [B, K, T, D]
+        keys, values = xk.transpose(1, 2), xv.permute(0, 2, 3, 1)  # [B, K, T, D] and [B, K, D, T]
         if cache is not None:
             cache.write(layer, keys, values)
             attended = cache.attend(layer, self._attend, xq, positions, self.window)
@@ -220,12 +231,14 @@ class Attention(nn.Module):
             seen = up_to(positions, seqlen)
             if self.window is not None:
                 seen = self.window.limit(seen, positions, torch.arange(seqlen, device=x.device).view(1, 1, -1), layer)
-            attended = self._attend(xq, keys, values, seen)
+            attended = self._attend(xq, keys, values.unsqueeze(2), seen)
         out: torch.Tensor = self.wo(attended)
         return out
 
     def _attend(self, xq: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Attend from queries [B, T, H, D] to those keys [B, K, S, D] that ``seen`` [B, T, S] bool says."""
+        """Attend from queries [B, T, H, D] to those keys [B, K, S, D] that ``seen`` [B, T, S] bool says; their values
+        are blocks [B, K, N, D, W] of W positions each, S in all or more.
+        """
         bsz, seqlen, _ = seen.shape
         group = self.n_heads // self.kv_heads
         # head h reads key head h // G: put the G queries of a key head side by side in the time axis
@@ -234,7 +247,7 @@ class Attention(nn.Module):
         scores = attention_scores(xq, keys) * (self.head_dim**-0.5)
         seen = seen.unsqueeze(1).expand(bsz, group, seqlen, -1).reshape(bsz, 1, group * seqlen, -1)
         probs = torch.softmax(scores.float().masked_fill(~seen, float("-inf")), dim=-1).to(xq.dtype)
-        out = torch.einsum("bkts,bksd->bktd", probs, values)  # [B, K, G T, D]
+        out = attention_values(probs, values)  # [B, K, G T, D]
         out = out.view(bsz, self.kv_heads, group, seqlen, self.head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(bsz, seqlen, self.n_heads * self.head_dim)
 
@@ -347,14 +360,15 @@ class Transformer(nn.Module):
     def _loop(self, h: torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor, cache: CacheView) -> torch.Tensor:
         """The layers as one loop of the program, which is compiled in the same time whatever their number."""
 
-        def one_layer(layer: torch.Tensor, h: torch.Tensor, kv_cache: torch.Tensor, *given: torch.Tensor) -> Tensors:
-            positions, rotary, first, starts, keys = given
-            view = cache.with_tensors(kv_cache, first, starts, keys)
+        def one_layer(layer: torch.Tensor, h: torch.Tensor, *given: torch.Tensor) -> Tensors:
+            key_cache, value_cache, positions, rotary, *access = given
+            view = cache.with_tensors(key_cache, value_cache, *access)
             h = self._block_at(layer)(h, positions, rotary, view)
-            return h, view.kv_cache
+            return h, *view.cache
 
         constants = (positions, rotary, *cache.tensors)
-        h, cache.kv_cache = repeat(self.args.n_layers, one_layer, (h, cache.kv_cache), constants)
+        h, *changed = repeat(self.args.n_layers, one_layer, (h, *cache.cache), constants)
+        cache.key_cache, cache.value_cache = changed
         return h
 
     def _block_at(self, layer: torch.Tensor) -> TransformerBlock:
@@ -390,7 +404,8 @@ class Transformer(nn.Module):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocab] float32 of the residual stream ``hidden`` [..., dim]."""
         normed = self.norm(hidden)
-        logits = linear(normed, self.tok_embeddings.weight) if self.args.tie_word_embeddings else self.output(normed)
+        tied = self.tok_embeddings if self.args.tie_word_embeddings else None
+        logits = self.output(normed) if tied is None else linear(normed, tied.weight, tied.scale)
         if self.parts > 1:  # the last device's part is filled up
             logits = mesh.all_gather(logits)[..., : self.args.vocab_size]
         return logits.float()

@@ -20,13 +20,14 @@ from llama.sampling_params import MAX_BIASED_IDS
 from llama.xla import ops
 
 MOST = float(np.finfo(np.float32).max)
+CACHE = ("key_cache", "value_cache")  # the first tensors of a State
 
 
 class State(NamedTuple):
     """What one program run hands to the next; all on the device.
 
     Attributes:
-        kv_cache: [2 L, B, K, S, D], the stacked cache (cache.py); donated, so each run's input is dead after it.
+        key_cache, value_cache: the stacked cache (cache.py); donated, so each run's input is dead after it.
         tokens: [B, S] int32, prompt and generated tokens.
         start: [B] int32, the position of the next token to run.
         ready: [B] int32, the position from which decode steps run the slot's tokens; chunks run those before.
@@ -36,7 +37,8 @@ class State(NamedTuple):
         report: [B, R + 2] int32, what the host reads: the last R generated tokens, ``length``, ``done``.
     """
 
-    kv_cache: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
     tokens: torch.Tensor
     start: torch.Tensor
     ready: torch.Tensor
@@ -47,8 +49,8 @@ class State(NamedTuple):
 
     def rows(self, first: torch.Tensor, count: int) -> State:
         """The state of slots [first, first + count); the cache stays whole."""
-        taken = (ops.take_rows(each, first, count) for each in self[1:])
-        return State(self.kv_cache, *taken)
+        taken = (ops.take_rows(each, first, count) for each in self[len(CACHE) :])
+        return State(*self.cache, *taken)
 
     def with_rows(self, rows: State, taken: State, first: torch.Tensor) -> State:
         """The state with changed rows, and their cache, in place of its own.
@@ -59,9 +61,14 @@ class State(NamedTuple):
         """
         put = (
             whole if new is old else ops.put_rows(whole, new, first)
-            for whole, new, old in zip(self[1:], rows[1:], taken[1:], strict=True)
+            for whole, new, old in zip(*(each[len(CACHE) :] for each in (self, rows, taken)), strict=True)
         )
-        return State(rows.kv_cache, *put)
+        return State(*rows.cache, *put)
+
+    @property
+    def cache(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all slots."""
+        return self.key_cache, self.value_cache
 
 
 class Controls(NamedTuple):

@@ -32,7 +32,7 @@ from llama.compiled.logits_processors import process_logits
 from llama.compiled.medusa import MedusaHeads
 from llama.compiled.model import Transformer
 from llama.compiled.state import CONTROLS, Controls, Details, LogitsControls, State, logits_controls
-from llama.xla import ops
+from llama.xla import kv_cache, ops
 from llama.xla.control_flow import when
 
 Tensors = tuple[torch.Tensor, ...]
@@ -62,10 +62,10 @@ def chunk(
     """
     row = state.rows(slot, 1)
     offsets = torch.arange(length, dtype=torch.int32, device=row.start.device)
-    stream, kv_cache = _run(model, row, slot, row.start.unsqueeze(-1) + offsets, keys, key_lens)
+    stream, row = _run(model, row, slot, row.start.unsqueeze(-1) + offsets, keys, key_lens)
     end = torch.minimum(row.start + length, row.length)
     last = (end - 1 - row.start).long().view(-1, 1, 1).expand(-1, 1, stream.shape[-1])
-    ran = row._replace(kv_cache=kv_cache, start=end, hidden=stream.gather(1, last).squeeze(1))
+    ran = row._replace(start=end, hidden=stream.gather(1, last).squeeze(1))
     return state.with_rows(ran, row, slot), stream
 
 
@@ -94,9 +94,8 @@ def decode(
     row = state.rows(first, rows)
     controls = CONTROLS.unpack(ops.take_rows(packed, first, rows))
     active = ~row.done & (row.start >= row.ready)
-    stream, kv_cache = _run(model, row, first, row.start.unsqueeze(-1), keys, key_lens)
+    stream, row = _run(model, row, first, row.start.unsqueeze(-1), keys, key_lens)
     ran = row._replace(
-        kv_cache=kv_cache,
         start=torch.where(active, row.start + 1, row.start),
         hidden=torch.where(active.unsqueeze(-1), stream.squeeze(1), row.hidden),
     )
@@ -185,7 +184,7 @@ def verify(
     row = taken._replace(tokens=_written(taken.tokens, guesses, taken.length, count))
     active = ~row.done & (row.start >= row.ready)
     order = torch.arange(length, dtype=torch.int32, device=row.start.device)
-    stream, kv_cache = _run(model, row, first, row.start.unsqueeze(-1) + order, keys, key_lens)
+    stream, row = _run(model, row, first, row.start.unsqueeze(-1) + order, keys, key_lens)
     before = known.unsqueeze(-1) - 1 + order  # the places in the chunk after which tokens may be chosen
     hidden = _taken(stream, before)  # [B, T, dim]
     raw = model.head(hidden)  # [B, T, V]
@@ -195,7 +194,7 @@ def verify(
     differs = (chosen[:, :-1] != guesses) | (order[:-1] >= count.unsqueeze(-1))
     agreed = (differs.int().cumsum(dim=1) == 0).int().sum(dim=1).int()
     ran = torch.minimum(known, torch.full_like(known, length))
-    row = row._replace(kv_cache=kv_cache, start=torch.where(active, row.start + ran, row.start))
+    row = row._replace(start=torch.where(active, row.start + ran, row.start))
     row = append(row, controls, chosen, torch.where(active & (known <= length), 1 + agreed, 0))
     added = row.length - taken.length
     last = _taken(stream, (torch.where(added > 0, known + added - 1, ran) - 1).unsqueeze(-1)).squeeze(1)
@@ -215,7 +214,7 @@ def lookahead(
     levels: int,
     width: int,
     key_lens: tuple[int, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One Jacobi iteration of lookahead decoding (Fu et al. 2024, arXiv 2402.02057): what would follow each column of a
     window of guesses behind a row's last known token.
 
@@ -231,8 +230,8 @@ def lookahead(
         rows: how many slots.
 
     Returns:
-        The cache, and [B, width] int32: the token after the last level of each column, chosen as a step would choose it
-        in that position, but for penalties, bias and bans.
+        Keys and values of the cache, and [B, width] int32: the token after the last level of each column, chosen as a
+        step would choose it in that position, but for penalties, bias and bans.
     """
     row = state.rows(first, rows)
     controls = CONTROLS.unpack(ops.take_rows(packed, first, rows))
@@ -241,12 +240,12 @@ def lookahead(
     last = row.tokens.gather(1, row.start.unsqueeze(-1).long())
     ids = torch.cat((last, ops.take_rows(jacobi, first, rows)), dim=1)
     positions = row.start.unsqueeze(-1) + behind
-    view = LookaheadView(width, row.kv_cache, first, row.start, keys, key_lens)
+    view = LookaheadView(width, *row.cache, first, row.start, keys, key_lens)
     stream = model(ids, positions, view)[:, -width:]
     following = positions[:, -width:] + 1
     own = Controls(*(_spread(each, width) for each in controls))
     chosen = _greedy_or_drawn(model.head(stream).flatten(0, 1), following.flatten(), own, own.temperature > 0)
-    return view.kv_cache, chosen.view(rows, width)
+    return *view.cache, chosen.view(rows, width)
 
 
 def medusa(
@@ -302,11 +301,12 @@ def _run(
     positions: torch.Tensor,
     keys: torch.Tensor,
     key_lens: tuple[int, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the tokens at ``positions`` [B, T]; return the residual stream [B, T, dim] and the cache."""
+) -> tuple[torch.Tensor, State]:
+    """Run the tokens at ``positions`` [B, T]; return the residual stream [B, T, dim], and the row with its cache."""
     ids = row.tokens.gather(1, positions.long())
-    view = CacheView(row.kv_cache, first, row.start, keys, key_lens)
-    return model(ids, positions, view), view.kv_cache
+    view = CacheView(*row.cache, first, row.start, keys, key_lens)
+    stream = model(ids, positions, view)
+    return stream, row._replace(key_cache=view.key_cache, value_cache=view.value_cache)
 
 
 # --- choosing and appending -------------------------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def admit(state: State, row: torch.Tensor, slot: torch.Tensor) -> State:
     report = torch.zeros(1, state.report.shape[1], dtype=torch.int32, device=row.device)
     report = torch.cat((report[:, :-2], length.unsqueeze(-1), report[:, -1:]), dim=-1)
     old = state.rows(slot, 1)
-    new = State(state.kv_cache, row[:, 3:], start, ready, length, old.hidden, torch.zeros_like(old.done), report)
+    new = State(*state.cache, row[:, 3:], start, ready, length, old.hidden, torch.zeros_like(old.done), report)
     return state.with_rows(new, old, slot)
 
 
@@ -479,9 +479,15 @@ def end(done: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
     return done | ended
 
 
-def copy(kv_cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, *, key_len: int) -> torch.Tensor:
+def copy(
+    key_cache: torch.Tensor, value_cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, *, key_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy a slot's first ``key_len`` keys and values to another slot; both [1] int32."""
-    return ops.copy_cache(kv_cache, source, target, key_len)
+    columns = key_cache.shape[-1] * -(-key_len // value_cache.shape[-1])
+    return (
+        kv_cache.copy_row(key_cache, source, target, key_len),
+        kv_cache.copy_row(value_cache, source, target, columns),
+    )
 
 
 def move(state: State, source: torch.Tensor, target: torch.Tensor) -> State:

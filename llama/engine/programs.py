@@ -15,12 +15,12 @@ import torch
 
 from llama.compiled import cache, steps
 from llama.compiled.model import Transformer
-from llama.compiled.state import Details, State
+from llama.compiled.state import CACHE, Details, State
 from llama.config import EngineConfig
 from llama.engine import chunks
 from llama.engine.sequence import Sequence
 from llama.xla import mesh
-from llama.xla.linear import rows_alike
+from llama.xla.linear import Rules, ruled
 
 GROUPS: dict[str, Any] = {"state": State, "details": Details}  # one name for several tensors
 
@@ -45,10 +45,8 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "chunk": Kind(steps.chunk, ("state", "slot", "keys"), ("state", "stream"), ("kv_cache",), ("length", "key_lens")),
-    "decode": Kind(
-        steps.decode, ("state", "controls", "slot", "keys"), ("state",), ("kv_cache",), ("rows", "key_lens")
-    ),
+    "chunk": Kind(steps.chunk, ("state", "slot", "keys"), ("state", "stream"), CACHE, ("length", "key_lens")),
+    "decode": Kind(steps.decode, ("state", "controls", "slot", "keys"), ("state",), CACHE, ("rows", "key_lens")),
     "choose": Kind(steps.choose, ("state", "controls", "slot"), ("state",)),
     "full": Kind(
         steps.full, ("state", "controls", "logits_controls", "allowed", "slot"), ("state", "details"), (), ("rows",)
@@ -57,22 +55,20 @@ KINDS: dict[str, Kind] = {
         steps.verify,
         ("state", "controls", "logits_controls", "allowed", "drafts", "draft_allowed", "slot", "keys"),
         ("state", "details"),
-        ("kv_cache",),
+        CACHE,
         ("rows", "length", "key_lens"),
     ),
     "lookahead": Kind(
         steps.lookahead,
         ("state", "controls", "jacobi", "slot", "keys"),
-        ("kv_cache", "following"),
-        ("kv_cache",),
+        (*CACHE, "following"),
+        CACHE,
         ("rows", "levels", "width", "key_lens"),
     ),
     "score": Kind(steps.score, ("tokens", "slot", "position", "stream"), ("details",), (), ("length",)),
     "admit": Kind(steps.admit, ("state", "row", "slot"), ("state",), runs_model=False),
     "end": Kind(steps.end, ("done", "ended"), ("done",), runs_model=False),
-    "copy": Kind(
-        steps.copy, ("kv_cache", "slot", "target"), ("kv_cache",), ("kv_cache",), ("key_len",), runs_model=False
-    ),
+    "copy": Kind(steps.copy, (*CACHE, "slot", "target"), CACHE, CACHE, ("key_len",), runs_model=False),
     "move": Kind(steps.move, ("state", "slot", "target"), ("state",), runs_model=False),
 }
 
@@ -135,8 +131,10 @@ class Program:
         sizes = {name: every[name] for name in kind.sizes}
         leading = (model,) if kind.runs_model else ()
 
+        rules = Rules(config.batch_invariant, config.activations, config.prefill_products)
+
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            with rows_alike(config.batch_invariant), model.as_parts():
+            with ruled(rules), model.as_parts():
                 found = kind.function(*leading, *_gathered(kind.takes, tensors), **sizes)
             parts = found if len(kind.returns) > 1 else (found,)
             return tuple(
@@ -149,7 +147,7 @@ class Program:
 
     def splits(self, parts: int) -> tuple[mesh.Split, ...]:
         """How each tensor that it returns is split over a mesh, with the model over ``parts`` devices."""
-        return tuple(cache.split(parts) if name == "kv_cache" else mesh.ROWS for name in self.returns)
+        return tuple(cache.split(parts) if name in CACHE else mesh.ROWS for name in self.returns)
 
 
 def _spread(names: Iterable[str]) -> tuple[str, ...]:

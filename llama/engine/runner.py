@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from llama.compiled import cache
+from llama.compiled.memory import cache_dtype_for
 from llama.compiled.model import Transformer
 from llama.compiled.state import CONTROLS, Details, State, logits_controls
 from llama.config import LONGEST_DRAFT, EngineConfig, word_count
@@ -227,7 +228,11 @@ class XlaRunner:
     @property
     def kept_rows(self) -> int:
         """Rows of the cache behind the slots, which keep prefixes."""
-        return cache.kept_rows(self.model.args, self.config, self.model.activation_dtype)
+        return cache.kept_rows(self.model.args, self.config, self._cache_dtype)
+
+    @property
+    def _cache_dtype(self) -> torch.dtype:
+        return cache_dtype_for(self.config, self.model.activation_dtype)
 
     # --- compiling ----------------------------------------------------------------------------------------------------
 
@@ -347,8 +352,8 @@ class XlaRunner:
             torch.zeros(slots, REPORT_WINDOW + 2, dtype=torch.int32),
         )
         model = self.model
-        kv_cache = cache.allocate(model.args, self.config, model.activation_dtype, self.device, model.parts)
-        return State(kv_cache, *(transfers.upload_rows(t, self.device) for t in host))
+        keys_and_values = cache.allocate(model.args, self.config, self._cache_dtype, self.device, model.parts)
+        return State(*keys_and_values, *(transfers.upload_rows(t, self.device) for t in host))
 
     @property
     def _groups(self) -> int:

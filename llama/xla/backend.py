@@ -9,18 +9,16 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from llama.environment import check_environment
 from llama.errors import ConfigError, EngineError
 from llama.sharding import Mesh
 from llama.xla import mesh
@@ -34,6 +32,9 @@ CPU_FLAGS = (
     # and sums of products, as attention's of one row are, split in two would be written to memory before they are added
     # up
     "--xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion,tree_reduction_rewriter",
+    # LLVM: as many numbers in a register as the narrowest fit, so that integers are multiplied in pairs, and no loop
+    # over a group of a few numbers unrolled before it could use registers (docs/log.md, 2026-11-26)
+    "--xla_backend_extra_options=-vectorizer-maximize-bandwidth=true,-unroll-full-max-count=8",
 )
 
 # A run of a program allocates its scratch memory anew, and glibc would map it and give it back each time: the kernel
@@ -50,11 +51,6 @@ MALLOC_AT_START = {"M_ARENA_MAX": 1}
 # Weights are copied to the devices of a mesh, and what has been copied is given back at once.
 MALLOC_FOR_MESH = {"M_MMAP_THRESHOLD": 2**18}
 MALLOC_FOR_RUNS = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": 2**31 - 1}
-
-LIBRARIES = {"TPU": "libtpu", "NEURON": "libneuronxla"}  # that torch_xla finds by itself, by their PJRT device
-LIBTPU_PATHS = ("TPU_LIBRARY_PATH", "PTXLA_TPU_LIBRARY_PATH")  # environment variables, read before the library
-BRINGS_NO_LIBRARY = {"XPU"}  # an entry point of torch_xla itself; whether there is a library shows at the start
-PLUGINS = "torch_xla.plugins"  # the group of entry points that add further devices
 
 _started_in: int | None = None  # the process that started the PJRT client
 
@@ -133,53 +129,6 @@ def prepare() -> ModuleType:
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # torch_xla's default, which a parent process may have set
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA warns at every compile for a mesh of its next version
     return import_torch_xla()
-
-
-def check_environment(environment: Mapping[str, str]) -> None:
-    """Check the variables that choose the device: torch_xla answers wrong ones with a stack trace or a crash.
-
-    Args:
-        environment: the process's variables.
-
-    Raises:
-        ConfigError: PJRT_DEVICE names no device whose library is installed, or CPU_NUM_DEVICES is no count.
-    """
-    device = environment.get("PJRT_DEVICE")
-    count = environment.get("CPU_NUM_DEVICES")
-    if device not in (None, "CPU"):
-        _check_library(device, environment)
-    elif count is not None and not re.fullmatch(r"0*[1-9][0-9]{0,3}", count.strip(), re.ASCII):
-        raise ConfigError(
-            f"CPU_NUM_DEVICES: got {count!r:.60}, expected how many devices the CPU is, 1 to 9999; unset it to have one"
-        )
-
-
-def _check_library(device: str, environment: Mapping[str, str]) -> None:
-    """Check that the library of a device other than the CPU is installed.
-
-    Raises:
-        ConfigError: it is not, or the device is unknown.
-    """
-    path = next((environment[name] for name in LIBTPU_PATHS if environment.get(name)), None)
-    if device == "TPU" and path is not None:
-        if not os.path.isfile(path):
-            raise ConfigError(f"TPU_LIBRARY_PATH: got {path!r:.200}, expected the file libtpu.so; unset it")
-        return
-    libraries = [name for name, library in LIBRARIES.items() if find_spec(library) is not None]
-    plugins = {point.name.upper() for point in entry_points(group=PLUGINS)} - LIBRARIES.keys()
-    if device in (*libraries, *plugins):
-        return
-    if device == "TPU":
-        reason = "but its library libtpu is not installed; on a TPU VM install it with pip install -e .[tpu]"
-    elif device in LIBRARIES:
-        reason = f"but its library {LIBRARIES[device]} is not installed"
-    else:
-        reason = "which torch_xla does not know"
-    known = ", ".join(["CPU", *libraries, *sorted(plugins - BRINGS_NO_LIBRARY)])
-    raise ConfigError(
-        f"PJRT_DEVICE: got {device!r:.60}, {reason}; expected what is installed here ({known}, in capitals), "
-        "or no such variable, to have the device found"
-    )
 
 
 def set_malloc(options: Mapping[str, int]) -> None:

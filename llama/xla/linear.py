@@ -13,52 +13,98 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from llama.xla import backend, modules
 from llama.xla.ops import materialised, written
+from llama.xla.quantized import dequantized, linear_int16
 from llama.xla.stacks import LayerWeight, part
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
 WIDEST_ROW = 4080  # numbers: XLA:CPU fuses no row of 16 KiB into the loop, and transposes the weight at every step
-FIRST_CACHE = 16384  # bytes of a core's first cache that rows of x may take while a loop reads the weight beside them
-MOST_LOOP_ROWS = 4  # so many rows of float32 take as long as one
+MOST_LOOP_ROWS = 4  # of float32, which a loop multiplies with a weight's row while it is in the cache
+NARROW = 1024  # up to so many numbers a row two such loops beat oneDNN
 MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
 WIDE = 1024  # from so many numbers a row on, turning the weight into panels costs less than it saves
 PANEL = 8  # output channels side by side
 MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product would first have widened in memory
-_ROWS_ALIKE: ContextVar[bool] = ContextVar("rows_alike", default=False)
+MOST_BFLOAT16_ROWS = 32  # with more, XNNPACK's product of bfloat16 wins, which turns the weight into panels first
+MOST_INT4_ROWS = 64  # with more, the sums of the groups would take more memory than the weight
 FEW_QUERIES = 8  # of a key head, up to which attention is sums
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Tensor | None = None) -> torch.Tensor:
+class Rules(NamedTuple):
+    """What a model's configuration says of its linear layers on the CPU device; see ``EngineConfig``.
+
+    Attributes:
+        rows_alike: a row's product is the same to the last bit whichever of the rows it is. The loop over a float32
+            weight is left out then: LLVM unrolls it over the rows and sums them in different orders, at least on
+            processors without AVX-512 (docs/log.md, 2026-11-25).
+        activations: what rows are rounded to before they meet int8 and int4 weights: ``int16``, or ``float32`` for not
+            at all.
+        prefill_products: what many rows are rounded to before they meet bfloat16 and int4 weights.
+    """
+
+    rows_alike: bool = False
+    activations: str = "int16"
+    prefill_products: str = "bfloat16"
+
+
+_RULES: ContextVar[Rules] = ContextVar("rules", default=Rules())  # noqa: B039  (it is immutable)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Tensor | LayerWeight | None = None
+) -> torch.Tensor:
     """``x @ weight.T`` in the dtype of x, written the way the device's compiler does best.
 
     Args:
         x: [..., in], the activations' dtype.
         weight: [out, in] as checkpoints keep it, any storage dtype; XLA fuses the conversion into the product. In a
             loop over layers that of the layer, which XLA fuses, too, or a library's product reads where it is.
-        scale: [out] float32, of an int8 weight (quantize.py): multiplies the product.
+        scale: of a quantised weight (quantize.py), float32: [out] multiplies the product of an int8 weight, [out, in /
+            G] the groups of an int8 or int4 one.
 
     Returns:
         [..., out] in x's dtype.
     """
-    if scale is not None:
-        return (linear(x, weight) * scale).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     lowering = choose_lowering(len(rows), x.shape[-1], weight.dtype, x.device)
-    if not isinstance(weight, LayerWeight):
-        product = LOWERINGS[lowering](rows, weight)
-    elif lowering == "onednn" and weight.has_each:
-        product = _layer_onednn(rows, weight)
-    elif lowering == "row_by_row":
-        product = _layer_row_by_row(rows, weight)
+    if scale is not None and (lowering == "int16" or len(scale.shape) > 1):
+        product = _quantized(rows, weight, scale, lowering)
     else:
-        product = LOWERINGS[lowering](rows, weight.taken())
-    return product.reshape(*x.shape[:-1], weight.shape[0])
+        product = _product(rows, weight, lowering)
+        product = product if scale is None else product * _taken(scale)
+    return product.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _quantized(
+    x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Tensor | LayerWeight, lowering: str
+) -> torch.Tensor:
+    """The product with an int4 weight, or of integers: [rows, out]."""
+    numbers, per_group = _taken(weight), _taken(scale)
+    if lowering == "int16":
+        return linear_int16(x, numbers, per_group)
+    if x.device.type == "xla":  # no sooner than x is there
+        numbers = waiting_for(x, numbers)
+    dtype = torch.bfloat16 if lowering == "xnnpack" else x.dtype
+    return LOWERINGS[lowering](x, dequantized(numbers, per_group, dtype))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor | LayerWeight, lowering: str) -> torch.Tensor:
+    """``LOWERINGS[lowering]``, which two of them know how to do with the weight of a loop's layer."""
+    if isinstance(weight, LayerWeight) and lowering == "onednn" and weight.has_each:
+        return _layer_onednn(x, weight)
+    if isinstance(weight, LayerWeight) and lowering == "row_by_row":
+        return _layer_row_by_row(x, weight)
+    return LOWERINGS[lowering](x, _taken(weight))
+
+
+def _taken(weight: torch.Tensor | LayerWeight) -> torch.Tensor:
+    return weight.taken() if isinstance(weight, LayerWeight) else weight
 
 
 def _layer_onednn(x: torch.Tensor, weight: LayerWeight) -> torch.Tensor:
@@ -84,30 +130,42 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
     """
     if not _on_cpu_device(device):
         return "plain"
+    rules = _RULES.get()
+    if dtype == torch.int8 and rules.activations == "int16":
+        return "int16"
+    if dtype == torch.uint8:
+        return _choose_for_int4(rows, width, rules)
     if rows == 1:
         return "one_row"
     if dtype != torch.float32:
+        if rows > MOST_BFLOAT16_ROWS and dtype == torch.bfloat16 and rules.prefill_products == "bfloat16":
+            return "xnnpack"
         if rows <= MOST_NARROW_ROWS:
             return "row_by_row"
-    elif rows <= 2 * loop_rows(width):
-        return "row_by_row" if _ROWS_ALIKE.get() else "loop"
+    elif rows <= MOST_LOOP_ROWS * (2 if width <= NARROW else 1):
+        return "row_by_row" if rules.rows_alike else "loop"
     elif rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64":
         return "onednn"
     return "panels" if width >= WIDE else "matrix"
 
 
-@contextmanager
-def rows_alike(wanted: bool) -> Iterator[None]:
-    """Within: where ``wanted``, a row's product is the same to the last bit whichever of the rows it is.
+def _choose_for_int4(rows: int, width: int, rules: Rules) -> str:
+    """As ``choose_lowering``, for an int4 weight, which all lowerings but int16 take as the numbers it stands for."""
+    if rows <= MOST_INT4_ROWS and rules.activations == "int16":
+        return "int16"
+    if rows > MOST_BFLOAT16_ROWS and rules.prefill_products == "bfloat16":
+        return "xnnpack"
+    return choose_lowering(rows, width, torch.float32, torch.device("xla"))
 
-    The loop over the weight is left out: LLVM unrolls it over the rows and sums them in different orders, at least on
-    processors without AVX-512 (docs/log.md, 2026-11-25).
-    """
-    token = _ROWS_ALIKE.set(wanted)
+
+@contextmanager
+def ruled(rules: Rules) -> Iterator[None]:
+    """Within: lowerings are chosen by these rules."""
+    token = _RULES.set(rules)
     try:
         yield
     finally:
-        _ROWS_ALIKE.reset(token)
+        _RULES.reset(token)
 
 
 def choose_layers(device: torch.device) -> str:
@@ -124,11 +182,6 @@ def _on_cpu_device(device: torch.device) -> bool:
     devices.
     """
     return device.type == "xla" and backend.device_kind() == "CPU"
-
-
-def loop_rows(width: int) -> int:
-    """How many rows of x of so many float32 numbers stay in a core's first cache beside the weight."""
-    return min(FIRST_CACHE // (4 * width), MOST_LOOP_ROWS)
 
 
 def attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -156,6 +209,26 @@ def scored_by_sums(queries: int, device: torch.device) -> bool:
 def scores_by_sums(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """``attention_scores`` as sums of products; what makes the queries is kept out of the loop over the keys."""
     return (materialised(queries).unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
+
+
+def attention_values(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The sum of the values of every query's keys, weighted by its probabilities.
+
+    Args:
+        probs: [B, K, T, S].
+        values: [B, K, N, D, W], in blocks of W positions (kv_cache.py); numbers behind S, which are finite, do not
+            count.
+
+    Returns:
+        [B, K, T, D]. On XLA:CPU for few queries as sums: of each block, read in a line where it is, then of the blocks.
+    """
+    *_, blocks, columns, width = values.shape
+    per_block = F.pad(probs, (0, blocks * width - probs.shape[-1])).reshape(*probs.shape[:3], blocks, width)
+    if scored_by_sums(probs.shape[2], probs.device):
+        parts = (materialised(per_block).unsqueeze(4) * values.unsqueeze(2)).sum(-1)  # [B, K, T, N, D]
+        return materialised(parts).sum(3)
+    in_line = values.transpose(3, 4).reshape(*values.shape[:2], blocks * width, columns)
+    return torch.einsum("bkts,bksd->bktd", per_block.flatten(-2), in_line)
 
 
 def linear_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -204,9 +277,10 @@ def linear_loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
-    whole, group = materialised(x), max(loop_rows(x.shape[-1]), 1)
+    whole = materialised(x)
     wide, product = widened(weight, whole), _product_op("loop")
-    return torch.cat([product(wide, whole[a : a + group]).t() for a in range(0, len(whole), group)])
+    groups = range(0, len(whole), MOST_LOOP_ROWS)
+    return torch.cat([product(wide, whole[a : a + MOST_LOOP_ROWS]).t() for a in groups])
 
 
 def linear_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -233,6 +307,20 @@ def linear_panels(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ri,bio->rbo", whole, panels).reshape(-1, channels)
 
 
+def linear_xnnpack(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product by XNNPACK with x rounded to bfloat16: a bfloat16 weight, or one that is widened to it without loss.
+
+    The library runs on one core, so the rows go in two halves, which XLA runs side by side.
+    """
+    if x.device.type != "xla":
+        return F.linear(x.bfloat16().float(), weight.float()).to(x.dtype)
+    whole = materialised(materialised(x).bfloat16())
+    narrow = weight if weight.dtype == torch.bfloat16 else waiting_for(whole, weight).bfloat16()
+    middle = -(-len(whole) // 2)
+    halves = [materialised(half) for half in (whole[:middle], whole[middle:]) if len(half)]
+    return torch.cat([_bfloat16_product_op()(half, narrow) for half in halves]).to(x.dtype)
+
+
 def widened(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The weight in the dtype of x, written to memory where it is narrower, but no sooner than x is there."""
     return weight if weight.dtype == x.dtype else waiting_for(x, weight).to(x.dtype)
@@ -255,7 +343,13 @@ LOWERINGS = {
     "onednn": linear_onednn,
     "matrix": linear_matrix,
     "panels": linear_panels,
+    "xnnpack": linear_xnnpack,
+    "int16": linear_int16,
 }
+ROUNDING = {
+    "xnnpack": (torch.bfloat16, torch.int8),
+    "int16": (torch.int8,),
+}  # those that round x: the weights they take
 
 
 @cache
@@ -269,6 +363,19 @@ def _product_op(kind: modules.ProductKind) -> Any:
         return xb.Op.call(computation, (weight, x))
 
     return registry.register(f"llama_product_{kind}", lower)
+
+
+@cache
+def _bfloat16_product_op() -> Any:
+    """The registered XLA operation of ``modules.bfloat16_product``."""
+    import torch_xla.core.xla_builder as xb
+    import torch_xla.core.xla_op_registry as registry
+
+    def lower(x: Any, weight: Any) -> Any:
+        computation = modules.bfloat16_product(tuple(x.shape().sizes), tuple(weight.shape().sizes))
+        return xb.Op.call(computation, (x, weight))
+
+    return registry.register("llama_bfloat16_product", lower)
 
 
 @cache

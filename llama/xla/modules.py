@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 from llama.wire_format import nested, number, packed
 
-FLOAT32, INT32, TUPLE = 11, 4, 13  # xla_data.proto's PrimitiveType
+FLOAT32, BFLOAT16, INT32, TUPLE = 11, 16, 4, 13  # xla_data.proto's PrimitiveType
 ProductKind = Literal["loop", "onednn"]
-ONEDNN = '{"fusion_config":{"kind":"__onednn_fusion"}}'  # how XLA:CPU's own rewriter marks what oneDNN shall run
+# how XLA:CPU's own rewriters mark what a library shall run
+ONEDNN = '{"fusion_config":{"kind":"__onednn_fusion"}}'
+XNNPACK = '{"fusion_config":{"kind":"__xnn_fusion"}}'
 
 
 @cache
@@ -65,6 +67,30 @@ def product(weight: tuple[int, int], x: tuple[int, int], *, kind: ProductKind, l
         pairs = [entry.add("tuple", pair, [each, of_x]) for each in weights]
         root = entry.add("conditional", result, [which, *pairs], packed(38, branches))
     return xb.computation_from_module_proto("product", module.serialised(entry, root, result))
+
+
+@cache
+def bfloat16_product(x: tuple[int, int], weight: tuple[int, int]) -> Any:
+    """A computation of one matrix product by XNNPACK: bfloat16 [n, in] and [out, in], summed up in float32 [n, out].
+
+    It runs on one core: products of parts of x run side by side.
+
+    Args:
+        x, weight: their shapes.
+
+    Returns:
+        What ``Op.call`` of torch_xla's builder takes. Its parameters are (x, weight).
+    """
+    import torch_xla.core.xla_builder as xb
+
+    module, shapes, result = Module(), [shape(x, BFLOAT16), shape(weight, BFLOAT16)], shape((x[0], weight[0]))
+    inner = Computation(module, shapes)
+    dot = inner.add("dot", result, inner.parameters, nested(30, packed(1, [1]) + packed(2, [1])))
+    fused = inner.ended(dot, result)
+    entry = Computation(module, shapes)
+    how = nested(11, b"kCustom") + packed(38, [fused]) + nested(43, XNNPACK.encode())
+    root = entry.add("fusion", result, entry.parameters, how)
+    return xb.computation_from_module_proto("bfloat16_product", module.serialised(entry, root, result))
 
 
 @cache

@@ -1,6 +1,6 @@
 """XLA operations that torch lacks, or writes in a way that XLA does not do well.
 
-Shapes: B rows, T chunk length, L layers, K key/value heads, S cache positions, D head size.
+Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +12,34 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llama.xla import mesh
+from llama.xla import backend, mesh
 
+# XLA:CPU slices and updates bfloat16 by way of float32 and back, number by number: of a cache all of it, at every write
+# (docs/log.md, 2026-11-26). As integers the numbers are only moved.
+HALVES = {torch.bfloat16: torch.int16}
+LEAST = {"s16": -(2**15), "s32": -(2**31)}  # of XLA's integers; of floats it is -inf
 LANES = 64  # partial reductions over a vocabulary that run side by side
+
+
+def held_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a tensor on the device that holds numbers of ``dtype`` and is sliced or updated: see ``HALVES``."""
+    on_cpu = device.type == "xla" and backend.device_kind() == "CPU"
+    return HALVES.get(dtype, dtype) if on_cpu else dtype
+
+
+def as_held(x: Any, like: Any) -> Any:
+    """The builder's numbers x as a tensor ``like`` this one holds them: in its dtype, or as their bits."""
+    import torch_xla.core.xla_builder as xb
+
+    dtype = like.shape().dtype
+    return x.cast(xb.Type.BF16).bitcast(dtype) if dtype == xb.Type.S16 else x.cast(dtype)
+
+
+def numbers(x: Any) -> Any:
+    """The builder's numbers that a slice x of a held tensor stands for."""
+    import torch_xla.core.xla_builder as xb
+
+    return x.bitcast(xb.Type.BF16) if x.shape().dtype == xb.Type.S16 else x
 
 
 def materialised(x: torch.Tensor) -> torch.Tensor:
@@ -41,75 +66,17 @@ def written(x: Any) -> Any:
     """The builder's part of ``materialised``, for x [1, n]."""
     import torch_xla.core.xla_builder as xb
 
-    least = xb.Op.scalar(x.builder(), float("-inf"), dtype=x.shape().dtype)
+    dtype = x.shape().dtype
+    least = xb.Op.scalar(x.builder(), LEAST.get(dtype, float("-inf")), dtype=dtype)
     return x.reduce_window(least, lambda a, b: a.max(b), [2, 1], [1, 1], "same")
 
 
-@cache
-def _cache_write_op() -> Any:
-    """The registered XLA operation behind ``write_cache``; built on first use: importing starts nothing."""
-    import torch_xla.core.xla_builder as xb
-    import torch_xla.core.xla_op_registry as registry
-
-    def lower(kv_cache: Any, keys: Any, values: Any, first: Any, starts: Any, layer: Any, may_lack: bool) -> Any:
-        """One DynamicUpdateSlice per row and kind: XLA runs them in place where a scatter would be a loop.
-
-        Keys and values apart, although one slice could hold both: XLA:CPU fuses the joining into the update and then
-        takes 174 microseconds a layer for it instead of 10 (docs/log.md).
-        """
-        builder = kv_cache.builder()
-        int32, first = starts.shape().dtype, first.reshape([])
-        all_slots = kv_cache.shape().sizes[1] == starts.shape().sizes[0]
-        zero = xb.Op.scalar(builder, 0, dtype=int32)
-        for kind, update in enumerate((keys, values)):
-            stacked = update.reshape([1, *update.shape().sizes])
-            place = _place(builder, layer, kind)
-            for row in range(update.shape().sizes[0]):
-                start = starts.slice([row], [row + 1]).reshape([])
-                slot = xb.Op.scalar(builder, row, dtype=int32)
-                slot = slot if all_slots else first + slot
-                at, new = (place, slot, zero, start, zero), stacked.slice_in_dim(row, row + 1, 1)
-                new = _unless_lacking(kv_cache, new, first, at) if may_lack else new
-                kv_cache = kv_cache.dynamic_update_slice(new, at)
-        return kv_cache
-
-    return registry.register("llama_cache_write", lower)
-
-
-def write_cache(
-    kv_cache: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    first: torch.Tensor,
-    starts: torch.Tensor,
-    layer: int | torch.Tensor,
-) -> torch.Tensor:
-    """Write one layer's new keys and values into the stacked cache, each row at its own position.
-
-    Args:
-        kv_cache: [2 L, slots, K, S, D], the keys of layer l at 2 l and its values at 2 l + 1.
-        keys, values: [B, K, T, D] in the cache's dtype.
-        first: int32 of one element; row r goes to slot ``first + r``. On a mesh, -1 where the group has no row: nothing
-            is written.
-        starts: [B] int32, the first position of each row. The caller keeps ``starts + T <= S``: XLA clamps a start that
-            does not fit and would overwrite the last positions without a word.
-        layer: l; in a loop over layers its int32 scalar.
-
-    Returns:
-        The cache with the update in it: use it and forget the argument. In place where the argument is donated to the
-        program.
-    """
-    tensors = (kv_cache, keys, values, first, starts)
-    result: torch.Tensor = _with_layer(_cache_write_op(), tensors, layer, may_lack=_may_lack(len(starts)))
-    return result
-
-
-def _may_lack(rows: int) -> bool:
+def may_lack_rows(rows: int) -> bool:
     """Whether a program that runs so many rows of each group may have none for some: one that runs a single row."""
     return rows == 1 and mesh.current().data > 1
 
 
-def _unless_lacking(x: Any, new: Any, first: Any, at: Sequence[Any]) -> Any:
+def unless_lacking(x: Any, new: Any, first: Any, at: Sequence[Any]) -> Any:
     """The builder's update of x at some place: ``new``, or what is there already where ``first`` is -1."""
     import torch_xla.core.xla_builder as xb
 
@@ -117,78 +84,6 @@ def _unless_lacking(x: Any, new: Any, first: Any, at: Sequence[Any]) -> Any:
     old = x.dynamic_slice(list(at), sizes)
     has_row = first >= xb.Op.scalar(x.builder(), 0, dtype=xb.Type.S32)
     return has_row.broadcast(sizes).select(new, old)
-
-
-def _with_layer(op: Any, tensors: Sequence[torch.Tensor], layer: int | torch.Tensor, **sizes: int | bool) -> Any:
-    """Call a registered operation whose lowering takes a layer's number, which is known or a loop's count."""
-    if isinstance(layer, int):
-        return op(*tensors, layer=layer, **sizes)
-    return op(*tensors, layer, **sizes)
-
-
-def _place(builder: Any, layer: Any, kind: int) -> Any:
-    """Where in the stacked cache a layer's keys (kind 0) or values (1) are: the builder's int32."""
-    import torch_xla.core.xla_builder as xb
-
-    if isinstance(layer, int):
-        return xb.Op.scalar(builder, 2 * layer + kind, dtype=xb.Type.S32)
-    two, offset = (xb.Op.scalar(builder, each, dtype=xb.Type.S32) for each in (2, kind))
-    return layer * two + offset
-
-
-@cache
-def _cache_read_op() -> Any:
-    """The registered XLA operation behind ``read_cache``."""
-    import torch_xla.core.xla_builder as xb
-    import torch_xla.core.xla_op_registry as registry
-
-    def lower(kv_cache: Any, first: Any, layer: Any, kind: int, rows: int, key_len: int) -> Any:
-        _, slots, heads, _, columns = kv_cache.shape().sizes
-        zero = xb.Op.scalar(kv_cache.builder(), 0, dtype=xb.Type.S32)
-        place, slot = _place(kv_cache.builder(), layer, kind), zero if slots == rows else first.reshape([])
-        found = kv_cache.dynamic_slice([place, slot, zero, zero, zero], [1, rows, heads, key_len, columns])
-        return found.reshape([rows, heads, key_len, columns])
-
-    return registry.register("llama_cache_read", lower)
-
-
-def read_cache(
-    kv_cache: torch.Tensor, first: torch.Tensor, layer: int | torch.Tensor, *, rows: int, key_len: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer's first ``key_len`` keys and values of ``rows`` slots from ``first`` on: [rows, K, key_len, D] each."""
-    if kv_cache.shape[1] == rows and isinstance(layer, int):  # all slots: XLA does better with a slice that it knows
-        pair = kv_cache[2 * layer : 2 * layer + 2, :, :, :key_len]
-        return pair[0], pair[1]
-    read, tensors = _cache_read_op(), (kv_cache, first)
-    keys, values = (_with_layer(read, tensors, layer, kind=kind, rows=rows, key_len=key_len) for kind in (0, 1))
-    return keys, values
-
-
-@cache
-def _cache_copy_op() -> Any:
-    """The registered XLA operation behind ``copy_cache``."""
-    import torch_xla.core.xla_builder as xb
-    import torch_xla.core.xla_op_registry as registry
-
-    def lower(kv_cache: Any, source: Any, target: Any, key_len: int) -> Any:
-        layers, _, heads, _, columns = kv_cache.shape().sizes
-        zero = xb.Op.scalar(kv_cache.builder(), 0, dtype=xb.Type.S32)
-        live = kv_cache.dynamic_slice(
-            [zero, source.reshape([]), zero, zero, zero], [layers, 1, heads, key_len, columns]
-        )
-        return kv_cache.dynamic_update_slice(live, (zero, target.reshape([]), zero, zero, zero))
-
-    return registry.register("llama_cache_copy", lower)
-
-
-def copy_cache(kv_cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, key_len: int) -> torch.Tensor:
-    """Copy the first ``key_len`` positions of slot ``source`` to slot ``target``, each an int32 of one element.
-
-    Returns:
-        The cache with the copy in it, in place where the argument is donated.
-    """
-    result: torch.Tensor = _cache_copy_op()(kv_cache, source, target, key_len=key_len)
-    return result
 
 
 @cache
@@ -224,7 +119,7 @@ def _put_rows_op() -> Any:
     def lower(x: Any, rows: Any, first: Any, may_lack: bool) -> Any:
         zero, place = xb.Op.scalar(x.builder(), 0, dtype=xb.Type.S32), first.reshape([])
         at = (place, *[zero] * (len(x.shape().sizes) - 1))
-        return x.dynamic_update_slice(_unless_lacking(x, rows, place, at) if may_lack else rows, at)
+        return x.dynamic_update_slice(unless_lacking(x, rows, place, at) if may_lack else rows, at)
 
     return registry.register("llama_put_rows", lower)
 
@@ -233,7 +128,7 @@ def put_rows(x: torch.Tensor, rows: torch.Tensor, first: torch.Tensor) -> torch.
     """x with ``rows`` in the place of its rows from ``first`` on; ``first`` is an int32 of one element. On a mesh, -1
     where the group has no row: x as it is.
     """
-    may_lack = x.device.type == "xla" and _may_lack(len(rows))
+    may_lack = x.device.type == "xla" and may_lack_rows(len(rows))
     if x.shape == rows.shape and not may_lack:
         return rows
     if x.device.type != "xla":

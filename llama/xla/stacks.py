@@ -20,9 +20,6 @@ import torch
 
 from llama.xla import backend, mesh, modules, ops, programs, transfers
 
-# XLA:CPU slices bfloat16 by way of float32 and back, number by number; as integers they are only moved
-HALVES = {torch.bfloat16: torch.int16}
-
 
 def spans_layers(device: torch.device) -> bool:
     """Whether stacks are ranges of memory that holds the layers' own tensors; else they are tensors of their own."""
@@ -68,7 +65,7 @@ class StackedWeight:
         # a range of addresses and not an allocation: only the weights' places in it are read, and it owns them
         memory: Any = (ctypes.c_uint8 * size).from_address(first)
         memory.owns = tuple(each)
-        whole = torch.frombuffer(memory, dtype=HALVES.get(dtype, dtype))
+        whole = torch.frombuffer(memory, dtype=ops.HALVES.get(dtype, dtype))
         places = torch.tensor([(address - first) // dtype.itemsize for address in addresses])
         return cls(transfers.adopt(whole, device), transfers.upload(places, device), each)
 
@@ -168,7 +165,7 @@ def part(source: Sequence[Any], sizes: Sequence[int]) -> Any:
     whole, places = stack
     place = places.dynamic_slice([layer], [1]).reshape([])
     taken = whole.dynamic_slice([place], [torch.Size(sizes).numel()]).reshape(list(sizes))
-    return taken.bitcast(xb.Type.BF16) if taken.shape().dtype == xb.Type.S16 else taken  # HALVES
+    return ops.numbers(taken)
 
 
 @cache
