@@ -32,6 +32,7 @@ from collections.abc import Callable
 
 _MARK = "\x1f"  # ASCII's unit separator, which no other part of a message contains
 _SETTING = re.compile(f"{_MARK}(\\w+){_MARK}")
+_CONTROL = re.compile(f"(?!{_MARK})[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LEADING = re.compile(r"^\w+(?=: )")
 
 
@@ -40,18 +41,24 @@ def setting(name: str) -> str:
     return f"{_MARK}{name}{_MARK}"
 
 
+def on_one_line(text: str) -> str:
+    """Write control characters as escapes: those of names in files could break a line, or command a terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class LLaMAError(Exception):
     """The root of the tree; catch it to catch all of them.
 
     Args:
-        message: one line; names that ``setting`` marked become plain in ``str(error)``.
+        message: one line, for control characters are written as escapes; names that ``setting`` marked become plain in
+            ``str(error)``.
     """
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(_SETTING.sub(r"\1", message))
-        self._message = message
+        self._message = on_one_line(message)
+        super().__init__(_SETTING.sub(r"\1", self._message))
 
     def shown(self, spell: Callable[[str], str]) -> str:
         """Return the message with the name of each setting as ``spell`` writes it."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from llama.config import LARGEST_SIZE
 from llama.errors import CheckpointError
+from llama.regular_files import check_regular, hint
 
 SUFFIX = ".gguf"
 OTHER_WEIGHTS = (".safetensors", ".pth", ".bin")
@@ -59,7 +60,7 @@ def gguf_in(path: Path) -> Path | None:
 
     It is the file itself, or the only one of a directory that holds no weights of another format.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return path if path.suffix.lower() == SUFFIX or _magic(path) == MAGIC else None
     try:
         files = list(path.iterdir())
@@ -77,6 +78,7 @@ def read_header(path: Path) -> GGUFHeader:
             several parts.
     """
     try:
+        check_regular(path)
         status = path.stat()
         return _read_header(path, status.st_mtime_ns, status.st_size, status.st_ino)
     except OSError as error:
@@ -88,7 +90,7 @@ def _read_header(path: Path, changed: int, size: int, inode: int) -> GGUFHeader:
     """``read_header``; the other arguments tell a file that was changed."""
     magic = _magic(path)
     if magic != MAGIC:
-        raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}")
+        raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}{hint(path)}")
     try:
         with path.open("rb") as file:
             cursor = _Cursor(file.read, size)
@@ -106,6 +108,7 @@ def _read_header(path: Path, changed: int, size: int, inode: int) -> GGUFHeader:
 
 def _magic(path: Path) -> bytes:
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return file.read(len(MAGIC))
     except OSError:

@@ -7,6 +7,7 @@ unsupported way are refused by name, and so are unknown ones.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,28 @@ from typing import Any
 
 from llama.config import ModelArgs, RopeScaling
 from llama.errors import CheckpointError, ConfigError
-from llama.gguf_header import GGUFHeader, read_floats, read_header
-from llama.settings import DEFAULT_THETA, Settings
+from llama.gguf_header import GGUFHeader, StoredTensor, read_floats, read_header
+from llama.settings import DEFAULT_THETA, Planned, Settings
+from llama.sharding import LAYER, numberless
+from llama.storage import WeightFormat, formats_of, scale_of
 
+TO_GGUF = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "layers.{}.attention.wq.weight": "blk.{}.attn_q.weight",
+    "layers.{}.attention.wk.weight": "blk.{}.attn_k.weight",
+    "layers.{}.attention.wv.weight": "blk.{}.attn_v.weight",
+    "layers.{}.attention.wo.weight": "blk.{}.attn_output.weight",
+    "layers.{}.feed_forward.w1.weight": "blk.{}.ffn_gate.weight",
+    "layers.{}.feed_forward.w2.weight": "blk.{}.ffn_down.weight",
+    "layers.{}.feed_forward.w3.weight": "blk.{}.ffn_up.weight",
+    "layers.{}.attention_norm.weight": "blk.{}.attn_norm.weight",
+    "layers.{}.ffn_norm.weight": "blk.{}.ffn_norm.weight",
+    "norm.weight": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+FROM_GGUF = {theirs: ours for ours, theirs in TO_GGUF.items()}
+_BLOCK = re.compile(r"^blk\.(0|[1-9][0-9]*)\.")
+KEPT = {"Q4_0": WeightFormat("int4", 32), "Q8_0": WeightFormat("int8", 32)}  # types of matrices that stay as they are
 ARCHITECTURE = "llama"
 EMBEDDING, HEAD, FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 NEEDED = {
@@ -84,6 +104,36 @@ def read_gguf(path: Path) -> Settings:
     if window is not None and (type(window) is not int or window < 0):
         raise CheckpointError(f"{path}: llama.attention.sliding_window is {window}, expected a number of positions")
     return Settings(args, path, sliding_window=window or None)
+
+
+def read_planned_gguf(path: Path) -> Planned:
+    """``read_gguf``, with the quantised weights that stay so.
+
+    Raises:
+        CheckpointError: see there.
+    """
+    settings, tensors = read_gguf(path), read_header(path).tensors
+    kept: dict[str, tuple[tuple[int, ...], str]] = {}
+    for theirs, stored in tensors.items():
+        if (name := to_meta(theirs)) is not None:
+            kept |= kept_tensors(name, stored)
+    return Planned(settings, formats_of(kept))
+
+
+def kept_tensors(name: str, stored: StoredTensor) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the tensors that a stored one is read as, by Meta's names: a matrix of Q4_0 or Q8_0 and its
+    scales, or a single one.
+
+    Args:
+        name: Meta's, of the stored one.
+    """
+    is_matrix = len(stored.shape) == 2 and name.endswith(".weight")
+    kind = KEPT.get(stored.kind) if is_matrix else None
+    if kind is None:
+        return {name: (stored.shape, "other")}
+    rows, width = stored.shape
+    scales = {scale_of(name): ((rows, width // kind.group), "float16")}
+    return {name: ((rows, width // 2), "uint8") if kind.dtype == "int4" else (stored.shape, "int8"), **scales}
 
 
 def _check_settings(path: Path, values: Mapping[str, Any]) -> None:
@@ -195,3 +245,18 @@ def factors(scaling: RopeScaling, args: ModelArgs) -> list[float]:
         share = min(max((turns - low) / (high - low), 0.0), 1.0)  # of the frequency that stays
         found.append(1 / ((1 - share) / scaling.factor + share))
     return found
+
+
+def to_gguf(name: str) -> str | None:
+    """GGUF's name for one of Meta's, or None for a name that is not in the table."""
+    theirs, layer = TO_GGUF.get(numberless(name)), LAYER.search(name)
+    return theirs and theirs.format(layer and layer[1])
+
+
+def to_meta(name: str) -> str | None:
+    """Meta's name for one of GGUF's, or None for a name that is not in the table."""
+    layer = _BLOCK.match(name)
+    if layer is None:
+        return None if "{" in name else FROM_GGUF.get(name)
+    ours = FROM_GGUF.get(_BLOCK.sub("blk.{}.", name))
+    return ours and ours.format(layer[1])

@@ -6,6 +6,7 @@ added to a list, and the rest is still reported.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint import Source, is_finite, is_scale, open_checkpoint
+from llama.checkpoint import Source, is_finite, open_checkpoint
 from llama.checkpoint.checksums import differences, differing_samples, recorded_sums
+from llama.checkpoint.source import BLANK, is_blank
 from llama.compiled.memory import check_fits, dtypes_for, gib, plan_memory
 from llama.config import EngineConfig
-from llama.errors import CheckpointError, TokenizerError, UserError
-from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llama.errors import CheckpointError, TokenizerError, UserError, on_one_line
+from llama.planning import parameter_count
+from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, mismatch
 from llama.xla import backend
 
 SPECIAL_SHOWN = 6
@@ -74,7 +77,7 @@ def inspect_checkpoint(
         if check_tensors:
             found.problems += bad_tensors(source)
             found.facts["tensors_checked"] = len(source.infos())
-    if directory.exists():
+    if os.path.exists(directory):
         try:
             _check_sums(found, source, check_sums, check_tensors)
         except UserError as error:
@@ -101,12 +104,13 @@ def _check_sums(found: Inspection, source: Source | None, needed: bool, wanted: 
 
 def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
     """Add the memory plan, and problems that weights, tokenizer and config only show together."""
-    dtypes = dtypes_for(config, on_cpu=True, int8_stored=source.is_int8)
+    dtypes = dtypes_for(config, on_cpu=True, stored=source.stored)
     planned = (source.args, config, *dtypes, backend.host_memory())  # this machine's CPU device; none is started
     plan = plan_memory(*planned)
     found.facts["memory_plan"] = {
         "max_seq_len": config.max_seq_len,
         "max_batch_size": config.max_batch_size,
+        "cache_dtype": plan.cache_dtype,
         **{name: getattr(plan, name) for name in ("weights", "cache", "activations", "total", "available")},
     }
     try:
@@ -119,6 +123,8 @@ def _look_together(found: Inspection, source: Source, tokenizer: Tokenizer | Non
                 f"the tokenizer has {tokenizer.n_words} ids but the embedding only {source.args.vocab_size} rows"
             )
         )
+    if tokenizer is not None and (doubt := mismatch(tokenizer, source.args.vocab_size)) is not None:
+        found.problems.append(TokenizerError(doubt))
     try:
         source.args.check_positions(config.max_seq_len, source.directory)
     except UserError as error:
@@ -130,7 +136,8 @@ def weight_facts(source: Source) -> dict[str, Any]:
     args, infos = source.args, source.infos()
     counts: Counter[str] = Counter()
     for info in infos.values():
-        counts[str(info.dtype).removeprefix("torch.")] += torch.Size(info.shape).numel() * info.dtype.itemsize
+        dtype = "int4" if info.dtype == torch.uint8 else str(info.dtype).removeprefix("torch.")
+        counts[dtype] += torch.Size(info.shape).numel() * info.dtype.itemsize
     rope: dict[str, Any] = {"theta": args.rope_theta}
     if args.rope_scaling is not None:
         rope |= {"scaling": args.rope_scaling.kind, "factor": args.rope_scaling.factor}
@@ -144,8 +151,9 @@ def weight_facts(source: Source) -> dict[str, Any]:
         "format": source.format,
         "files": [path.name for path in source.files],
         "shape": shape | {"norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_word_embeddings},
-        "parameters": sum(torch.Size(info.shape).numel() for name, info in infos.items() if not is_scale(name)),
+        "parameters": parameter_count(args),
         "bytes_by_dtype": dict(counts),
+        **({"quantised": dict(Counter(source.rounded().values()))} if source.rounded() else {}),
         "rope": rope,
         "sliding_window": source.sliding_window,
     }
@@ -166,22 +174,25 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def bad_tensors(source: Source) -> Iterator[UserError]:
-    """Read every weight; yield an error for each that cannot be read or is not finite."""
+    """Read every weight; yield an error for each that cannot be read, is not finite, or is zero throughout."""
     for name, info in source.infos().items():
         try:
-            finite = is_finite(source.read(name))
+            tensor = source.read(name)
+            finite, blank = is_finite(tensor), is_blank(name, tensor)
         except UserError as error:
             yield error
             continue
         if not finite:
             yield CheckpointError(f"{info.file.name}: tensor {source.label(name)} holds NaN or infinity")
+        elif blank:
+            yield CheckpointError(f"{info.file.name}: tensor {source.label(name)} {BLANK}")
 
 
 def report(found: Inspection, spell: Callable[[UserError], str] = str) -> Iterator[str]:
     """Yield the lines that people read; ``spell`` writes a problem's message."""
     yield f"{found.directory}"
     for label, value in found.facts.items():
-        yield f"  {label.replace('_', ' ') + ':':<16} {_shown(label, value)}"
+        yield f"  {label.replace('_', ' ') + ':':<16} {on_one_line(_shown(label, value))}"
     yield "  no problems found" if not found.problems else "  problems:"
     for problem in found.problems:
         yield f"    - {spell(problem)}"
@@ -192,9 +203,13 @@ def _shown(label: str, value: Any) -> str:
         return f"{value:,}"
     if label == "bytes_by_dtype":
         return ", ".join(f"{dtype} {gib(count)}" for dtype, count in value.items())
+    if label == "quantised":
+        return ", ".join(f"{count} weights in {kind}" for kind, count in value.items())
     if label == "memory_plan":
+        notes = {"cache": f" ({value['cache_dtype']})"}
         sizes = ", ".join(
-            f"{name} {gib(value[name])}" for name in ("weights", "cache", "activations", "total", "available")
+            f"{name} {gib(value[name])}{notes.get(name, '')}"
+            for name in ("weights", "cache", "activations", "total", "available")
         )
         return f"for {value['max_batch_size']} x {value['max_seq_len']} positions: {sizes}"
     if label == "special_tokens":

@@ -13,7 +13,7 @@ from llama.compiled.memory import check_fits, dtypes_for
 from llama.compiled.model import Transformer
 from llama.config import EngineConfig, ModelArgs
 from llama.errors import ConfigError, TokenizerError, setting
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, mismatch
 from llama.xla import backend, mesh
 
 log = logging.getLogger("llama")
@@ -43,10 +43,11 @@ def load_model(
         CheckpointError: a tensor is damaged.
         ConfigError: the model does not fit; nothing has been read then.
     """
-    dtype, activation_dtype = dtypes_for(
-        config, on_cpu=backend.device_kind() == "CPU", int8_stored=source is not None and source.is_int8
-    )
-    memory = check_fits(args, config, dtype, activation_dtype, backend.free_memory(device))
+    stored = None if source is None else source.stored
+    storage, activation_dtype = dtypes_for(config, on_cpu=backend.device_kind() == "CPU", stored=stored)
+    memory = check_fits(args, config, storage, activation_dtype, backend.free_memory(device))
+    if source is not None:
+        source.log_losses(storage, config.tensor_parallel)
     log.debug("Memory%s: %s", "" if mesh.current().is_single else " on each device", memory)
     with torch.device("meta"):
         model = Transformer(args, config.positions, activation_dtype, config.tensor_parallel)
@@ -54,7 +55,7 @@ def load_model(
     with tqdm(
         total=memory.weights, desc="Loading", unit="B", unit_scale=True, disable=not progress, leave=False
     ) as bar:
-        for loaded in checkpoint.place(model, named, dtype, device):
+        for loaded in checkpoint.place(model, named, storage, device):
             bar.update(loaded)
     return model
 
@@ -110,4 +111,6 @@ def matched(
             f"the tokenizer has {tokenizer.n_words} ids but the model's embedding only {args.vocab_size} rows: "
             f"it belongs to another model; give the right one with {setting('tokenizer_path')}"
         )
+    if source is not None and (doubt := mismatch(tokenizer, args.vocab_size)) is not None:
+        log.warning("%s", TokenizerError(doubt))
     return args

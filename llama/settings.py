@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 from llama.config import LARGEST_SIZE, ModelArgs, RopeKind, RopeScaling, check_number
 from llama.errors import CheckpointError, ConfigError
+from llama.quantization import KEYS, SUFFIXES, Quantization, packed_group, packed_layer, read_quantization
+from llama.regular_files import check_regular, hint, mistaken, read_bytes, reason_of
+from llama.sharding import HEAD, SHAPES, has_scale
+from llama.storage import WeightFormat, formats_of
 
 PARAMS, CONFIG = "params.json", "config.json"
+QUANTIZE_CONFIG = "quantize_config.json"  # where older versions of AutoGPTQ keep the quantization_config
 
 
 class Family(NamedTuple):
@@ -77,6 +83,7 @@ READ = {
     *("architectures", "intermediate_size", "num_key_value_heads", "head_dim", "tie_word_embeddings", "sliding_window"),
     *("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"),
     *("use_sliding_window", "max_window_layers"),
+    *KEYS,
 }
 # Settings that change the computation, and the values with which it is LLaMA's; None is always allowed
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -99,7 +106,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1.0,),
     "qk_layernorm": (False,),
     "quantization": (),
-    "quantization_config": (),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
     "rope_interleaved": (False,),
@@ -153,6 +159,7 @@ class Settings(NamedTuple):
             written that a version without windows made; or None.
         embedding_axis: the axis that the embedding is, or was, split along; None if unknown.
         is_fused: see Family.
+        quantization: how linear layers are quantised, or None.
     """
 
     args: ModelArgs
@@ -160,6 +167,7 @@ class Settings(NamedTuple):
     sliding_window: int | None = None
     embedding_axis: int | None = None
     is_fused: bool = False
+    quantization: Quantization | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -176,9 +184,14 @@ def read_json(path: Path) -> dict[str, Any]:
         return made
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {first_line(error)}") from error
+        content = json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=unique)
+    except OSError as error:
+        raise CheckpointError(f"{path} is not readable: {reason_of(error)}") from error
+    except (ValueError, RecursionError) as error:
+        found = mistaken(path)
+        raise CheckpointError(
+            f"{path} is not readable as JSON: {found or f'{first_line(error)}; mend it, or download it again'}"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, expected an object")
     return content
@@ -197,8 +210,9 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         CheckpointError: no such directory or file, not JSON, an unknown key, or a value out of its range.
     """
     path = ckpt_dir / PARAMS
-    if not path.is_file():
-        found = ", ".join(sorted(p.name for p in ckpt_dir.iterdir())[:10]) if ckpt_dir.is_dir() else "no such directory"
+    if not os.path.lexists(path):
+        there = sorted(path.name for path in ckpt_dir.iterdir()) if os.path.isdir(ckpt_dir) else ["no such directory"]
+        found = ", ".join(there[:10])
         raise CheckpointError(
             f"{ckpt_dir} has no params.json (found: {found or 'nothing'}), which Meta's format "
             "and that of llama-xla convert need"
@@ -215,7 +229,14 @@ def read_config(path: Path) -> Settings:
     Raises:
         CheckpointError: damaged, of another architecture, without a required setting, or with an unsupported one.
     """
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{path.parent} has no {CONFIG}, which Hugging Face's format needs: download it from the same repository"
+        )
     config = read_json(path)
+    beside = path.parent / QUANTIZE_CONFIG
+    if not any(config.get(key) for key in KEYS) and os.path.lexists(beside):
+        config |= {KEYS[0]: {"quant_method": "gptq", **read_json(beside)}}
     family = _check_settings(path, config)
     missing = [key for key in (*NEEDED, "intermediate_size") if config.get(key) is None]
     if missing:
@@ -233,7 +254,8 @@ def read_config(path: Path) -> Settings:
         args = replace(args, **_windows(path, config, family), **_rope(path, config, family, args.head_dim))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error} (in Meta's names)") from error
-    return Settings(args, path, is_fused=family.is_fused)
+    quantization = read_quantization(path, config)
+    return Settings(args, path, is_fused=family.is_fused, quantization=quantization)
 
 
 def _check_settings(path: Path, config: Mapping[str, Any]) -> Family:
@@ -353,6 +375,8 @@ def _rope(path: Path, config: Mapping[str, Any], family: Family, head_dim: int) 
     named = [str(rope[key]) for key in ("rope_type", "type") if key in rope] or ["default"]
     kinds = {family.rope_kinds.get(kind, kind) for kind in named}
     kind = kinds.pop()
+    for theta in thetas:
+        check_number("rope_theta", theta)
     if kinds or any(theta != thetas[0] for theta in thetas):
         raise CheckpointError(f"{path}: two different values of rope_theta or of the rope type, expected one")
     if kind not in ROPE_FIELDS:
@@ -452,11 +476,11 @@ class Planned(NamedTuple):
 
     Attributes:
         settings: the shape; its vocabulary size is -1 where neither the settings nor a safetensors header say it.
-        is_int8: some weights are stored as int8.
+        stored: the quantised weights by numberless names (storage.py).
     """
 
     settings: Settings
-    is_int8: bool
+    stored: Mapping[str, WeightFormat]
 
 
 def read_planned(directory: Path) -> Planned:
@@ -465,9 +489,9 @@ def read_planned(directory: Path) -> Planned:
     Raises:
         CheckpointError: no such directory, no settings in it, settings of two formats, or a damaged file.
     """
-    found = [name for name in (PARAMS, CONFIG) if (directory / name).is_file()]
+    found = [name for name in (PARAMS, CONFIG) if os.path.isfile(directory / name)]
     if not found:
-        there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else ["no such directory"]
+        there = sorted(path.name for path in directory.iterdir()) if os.path.isdir(directory) else ["no such directory"]
         raise CheckpointError(
             f"{directory} has neither {PARAMS} nor {CONFIG} (found: {', '.join(there[:10]) or 'nothing'}), "
             "expected one of them"
@@ -483,7 +507,21 @@ def read_planned(directory: Path) -> Planned:
     shape = headers[embeddings[name]].shape if embeddings[name] in headers else ()
     if settings.args.vocab_size == -1 and len(shape) == 2 and 0 < shape[0] <= LARGEST_SIZE:
         settings = settings._replace(args=settings.args.with_vocab_size(shape[0]))
-    return Planned(settings, any(header.dtype == "I8" for header in headers.values()))
+    return Planned(settings, _stored(settings, headers))
+
+
+def _stored(settings: Settings, headers: Mapping[str, StoredTensor]) -> dict[str, WeightFormat]:
+    """The quantised weights that headers show: our own format's, or those of layers that others have packed."""
+    if settings.quantization is None:
+        return formats_of(headers)
+    method, numbers = settings.quantization.method, SUFFIXES[settings.quantization.method][0]
+    layers = [place[0] for name in headers if (place := packed_layer(name, method)) and place[1] == numbers]
+    found = {group for layer in layers if (group := packed_group(layer, method, headers))}
+    if not found or not settings.quantization.is_symmetric:
+        return {}
+    own = WeightFormat("int4", min(found))  # of every layer's, as all quantisers do by default
+    packed = [name for name in SHAPES if "{}" in name and has_scale(name)]
+    return dict.fromkeys([*packed, *([HEAD] if "lm_head" in layers else [])], own)
 
 
 class StoredTensor(NamedTuple):
@@ -504,10 +542,13 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     headers: dict[str, StoredTensor] = {}
     for path in sorted(directory.glob("model*.safetensors")):
         try:
+            check_regular(path)
             with cast(Any, safe_open(path, framework="np")) as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     part = file.get_slice(name)
                     headers[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file, or a damaged one: {first_line(error)}") from error
+            raise CheckpointError(
+                f"{path} is not a safetensors file, or a damaged one: {first_line(error)}{hint(path)}"
+            ) from error
     return headers

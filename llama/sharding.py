@@ -65,7 +65,7 @@ SHAPES: dict[
     "norm.weight": ("dim",),
     "output.weight": ("vocab", "dim"),
 }
-EMBEDDING = "tok_embeddings.weight"
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 OPTIONAL = re.compile(r"(?P<qkv_bias>.*\.bias)|(?P<qk_norm>.*\.[qk]_norm\.weight)|(?P<head>output\.weight)")
 LAYER = re.compile(r"\blayers\.(0|[1-9][0-9]*)\.")
 FLOAT32_BYTES = 4
@@ -315,7 +315,7 @@ def whole_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
 
 
 def local_shape(name: str, args: ModelArgs, tensor: int) -> tuple[int, ...]:
-    """The shape of a weight, or of an int8 weight's scales, on one of T devices.
+    """The shape of a weight, or of the scales of an int8 weight's rows, on one of T devices.
 
     Scales have one number for each output feature: they are split with a column-parallel weight, and whole for a
     row-parallel one.
@@ -353,7 +353,7 @@ def weight_of_scales(name: str) -> str:
 
 
 def has_scale(name: str) -> bool:
-    """Whether a weight has scales as int8: those of linear layers have, embedding, biases and norms have not.
+    """Whether a weight has scales under int8: those of linear layers have, embedding, biases and norms have not.
 
     Raises:
         KeyError: ``name`` is no weight of the model.

@@ -28,8 +28,9 @@ from hypothesis import given, settings, strategies as st
 
 from llama import ModelArgs
 from llama.chat import choose_format, find_template
-from llama.checkpoint import checked, open_checkpoint
+from llama.checkpoint import checked, open_checkpoint, with_scales
 from llama.checkpoint.gguf_file import BLOCKS, IN_ONE_GO, to_gguf, to_meta
+from llama.checkpoint.quantize import dequantize
 from llama.checkpoint.reshard import convert
 from llama.config import RopeScaling
 from llama.errors import CheckpointError, TokenizerError, UserError
@@ -70,7 +71,10 @@ def test_weights_of_every_type(kind: Kind, tmp_path: Path, tokenizer_path: Path)
     assert source.args == replace(
         files.ARGS, ffn_hidden_dim=files.ARGS.hidden_dim, norm_eps=float(np.float32(files.ARGS.norm_eps))
     )
-    found = dict(checked(source))
+    found = {
+        name: tensor if scale is None else dequantize(tensor, scale)
+        for name, tensor, scale in with_scales(checked(source))
+    }
     assert found.keys() == weights.keys()
     for number, (name, weight) in enumerate(weights.items()):
         own = kind if weight.dim() == 2 else Kind.F32
@@ -146,7 +150,7 @@ def test_weights_are_widened_a_few_rows_at_a_time(tmp_path: Path) -> None:
     """Reading a weight takes the memory of its result and little else."""
     args = ModelArgs(dim=256, n_layers=1, n_heads=8, vocab_size=32768, multiple_of=256)
     weights = random_weights(args)
-    path = files.write(tmp_path / "model.gguf", args, weights, Kind.Q8_0)
+    path = files.write(tmp_path / "model.gguf", args, weights, Kind.Q5_1)
     source = open_checkpoint(path)
     source.read("layers.0.attention.wq.weight")
     tracemalloc.start()
@@ -301,7 +305,7 @@ def test_infinite_scales_are_found(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[stored.start : stored.start + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.w3\.weight .* holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.w3\.scale .* holds NaN or infinity"):
         dict(checked(open_checkpoint(path)))
 
 
@@ -506,7 +510,7 @@ def test_commands_without_a_device(small: Path, tmp_path: Path, run: Run) -> Non
     plan = run("plan", "--tensor_parallel", "2", "--ckpt_dir", str(small), "--json")
     assert plan.code == 0, plan.err
     assert run("convert", str(small), str(tmp_path / "int8"), "--dtype", "int8").code == 0
-    assert open_checkpoint(tmp_path / "int8").is_int8
+    assert open_checkpoint(tmp_path / "int8").is_quantised
     assert run("reshard", str(small), str(tmp_path / "two"), "--model_parallel", "2").code == 0
     assert_equal(open_checkpoint(tmp_path / "two").tensors(), random_weights(SMALL))
     assert load_tokenizer(find_tokenizer(tmp_path / "two")).n_words == 320

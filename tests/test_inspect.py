@@ -211,7 +211,7 @@ def test_inspect_refuses_positions_that_are_not_computed(run: Run, made: Path, t
         (["inspect", "x", "--check_tensor"], ["did you mean --check_tensors?"]),
         (["convert", "x"], ["--dst is needed"]),
         (["convert", "nowhere", "out"], ["nowhere", "no such directory"]),
-        (["convert", "x", "y", "--dtype", "int4"], ["dtype", "'int4'"]),
+        (["convert", "x", "y", "--dtype", "int3"], ["dtype", "'int3'"]),
         (["convert", "x", "y", "--max_shard_size", "5XB"], ["max_shard_size", "'5XB'", "5GB"]),
         (["reshard", "x", "y"], ["--model_parallel is needed"]),
         (["reshard", "x", "y", "--model_parallel", "0"], ["model_parallel"]),

@@ -263,8 +263,8 @@ def test_no_sizes(text: str | int) -> None:
 
 
 def test_unknown_dtypes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dtype: got 'int4', expected one of float32"):
-        convert(one_file(tmp_path / "src"), tmp_path / "native", dtype="int4")
+    with pytest.raises(ConfigError, match="dtype: got 'int3', expected one of float32"):
+        convert(one_file(tmp_path / "src"), tmp_path / "native", dtype="int3")
 
 
 # Whole or not at all

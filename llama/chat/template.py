@@ -22,6 +22,7 @@ from llama.chat.formats import ChatFormat, Dialog, Message, begun_answer, check_
 from llama.chat.renderer import Limits, Rendered, Renderer
 from llama.errors import ChatError, TokenizerError, setting
 from llama.gguf_header import gguf_in
+from llama.regular_files import read_bytes
 from llama.tokenizer import Part, Tokenizer
 from llama.tokenizer.files import read_object
 from llama.tokenizer.gguf_kind import chat_template_of
@@ -49,7 +50,7 @@ def find_template(directory: Path) -> Found | None:
         return _in_metadata(gguf)
     path = directory / "chat_template.jinja"
     try:
-        return Found(path.read_text(encoding="utf-8"), path)
+        return Found(read_bytes(path).decode(), path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

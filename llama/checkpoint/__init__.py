@@ -5,9 +5,10 @@
     recognise.py   which format a directory holds     source.py      an opened checkpoint of any format
     meta_pth.py, hf_safetensors.py, native.py         the formats
     files.py       one file: JSON or mapped tensors   names.py       one table: names and shapes of the weights
-    partition.py   cutting weights for several ranks  quantize.py    int8 weights
+    partition.py   cutting weights for several ranks  quantize.py    int8 and int4 weights
     reshard.py     writing whole checkpoints          writing.py     writing files
     checksums.py   comparing files with their sums   duplicates.py  a shard that is there twice
+    packed.py      weights that others quantised
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import torch
 from torch import nn
 
 from llama.checkpoint.checksums import check_files
-from llama.checkpoint.names import is_scale
+from llama.checkpoint.names import is_scale, scale_of
 from llama.checkpoint.partition import device_parts
-from llama.checkpoint.quantize import quantize
+from llama.checkpoint.quantize import in_format
 from llama.checkpoint.recognise import open_checkpoint
 from llama.checkpoint.source import Source, TensorInfo, checked, is_finite
-from llama.compiled.model import Linear, Transformer
+from llama.compiled.memory import storage_of
+from llama.compiled.model import Transformer
 from llama.config import ModelArgs
 from llama.sharding import LAYER
+from llama.storage import Storage, WeightFormat
 from llama.xla import backend, transfers
 from llama.xla.stacks import StackInTheMaking, spans_layers
 
@@ -45,7 +48,10 @@ WAIT_AFTER = 64 * 2**20  # bytes on their way to the device
 
 
 def place(
-    model: Transformer, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
+    model: Transformer,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    storage: torch.dtype | Storage,
+    device: torch.device,
 ) -> Iterator[int]:
     """Move tensors into a model built on the meta device, one at a time, and stack its layers (xla/stacks.py).
 
@@ -55,19 +61,20 @@ def place(
 
     Args:
         model: its parameters are replaced.
-        tensors: (name, host tensor) for every parameter.
-        dtype: storage dtype on the device; int8 quantises the linear layers (quantize.py) and keeps the rest.
+        tensors: (name, host tensor) for every parameter; a quantised weight's scales come after it.
+        storage: how the weights are stored on the device; a dtype is that without anything kept, torch's int4 int4.
 
     Yields:
         The number of bytes of each tensor, when it is on the device, for a progress bar.
     """
+    storage = storage_of(storage)
     on_the_way, in_ranges = 0, spans_layers(device)
     filling: dict[str, StackInTheMaking] = {}  # by name in a layer
-    for name, tensor in tensors:
+    for name, tensor, scale in with_scales(tensors):
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
-        stored = stored_as(tensor, leaf, dtype, isinstance(owner, Linear))
-        del tensor  # or it would stay in memory while the next one is read
+        stored = stored_as(tensor, scale, leaf, storage.format_of(name, model.args, model.parts))
+        del tensor, scale  # or they would stay in memory while the next one is read
         size = 0
         for part, host in stored.items():
             if in_ranges:
@@ -101,21 +108,38 @@ def place(
         model.tok_embeddings.register_buffer("first_id", transfers.upload_parts(first_ids, 0), persistent=False)
 
 
-def stored_as(tensor: torch.Tensor, leaf: str, dtype: torch.dtype, is_linear: bool) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's tensor as the model stores it, by parameter name.
+def with_scales(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Join quantised weights with their scales, which come next: (name, weight, scale), or (name, tensor, None)."""
+    waiting: tuple[str, torch.Tensor] | None = None
+    for name, tensor in tensors:
+        if waiting is not None:
+            assert name == scale_of(waiting[0])
+            yield (*waiting, tensor)
+            waiting = None
+        elif tensor.is_floating_point():
+            yield name, tensor, None
+        else:
+            waiting = name, tensor
+        del tensor  # or it would stay in memory while the next one is read
 
-    With int8, a linear layer's weight comes with its scale.
+
+def stored_as(
+    tensor: torch.Tensor, scale: torch.Tensor | None, leaf: str, wanted: WeightFormat | None
+) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensor as the model stores it, by parameter name: a quantised weight with its scale.
 
     Args:
-        tensor: a weight, or the scale of one that is int8 already.
-        leaf: the parameter that it is for: ``weight`` or ``scale``.
-        dtype: storage dtype; int8 is for linear layers, and leaves embedding, norms and scales as they are.
+        tensor: a weight or a bias.
+        scale: of a weight that is quantised, else None.
+        leaf: the parameter that it is for.
+        wanted: how it is stored; None leaves floating point as it is.
     """
-    if dtype != torch.int8:
-        return {leaf: tensor.to(dtype)}
-    if is_linear and tensor.is_floating_point() and leaf == "weight":
-        return dict(zip(("weight", "scale"), quantize(tensor), strict=True))
-    return {leaf: tensor.clone() if tensor.is_floating_point() else tensor}  # or it would keep the whole file mapped
+    made, scale = in_format(tensor, scale, wanted)
+    if scale is not None:
+        return {leaf: made, "scale": scale.to(torch.float32, copy=True)}  # a view would keep the whole file mapped
+    return {leaf: made.clone() if wanted is None else made}  # likewise
 
 
 def random_tensors(args: ModelArgs, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import CheckpointError
+from llama.regular_files import read_bytes
 from llama.settings import read_json
 
 CHECKSUMS = "checksums.json"
@@ -69,7 +70,7 @@ def read_checksums(directory: Path) -> dict[str, str]:
         CheckpointError: there is no such file, it is damaged, or it names a file of another directory.
     """
     path = directory / CHECKSUMS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"{directory} has no {CHECKSUMS} and no other list of sums ({', '.join(LISTS)}), so its files cannot be "
             "compared; llama-xla convert and reshard write one"
@@ -90,7 +91,7 @@ def read_list(path: Path) -> dict[str, str]:
         CheckpointError: the file cannot be read, or a line is not a sum and a name.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not a readable list of sums: {error}") from error
     sums = {}
@@ -110,8 +111,8 @@ def recorded_sums(directory: Path) -> dict[str, dict[str, str]]:
     Raises:
         CheckpointError: one of these files is damaged.
     """
-    found = {CHECKSUMS: read_checksums(directory)} if (directory / CHECKSUMS).is_file() else {}
-    paths = sorted({path for pattern in LISTS for path in directory.glob(pattern) if path.is_file()})
+    found = {CHECKSUMS: read_checksums(directory)} if os.path.isfile(directory / CHECKSUMS) else {}
+    paths = sorted({path for pattern in LISTS for path in directory.glob(pattern) if os.path.isfile(path)})
     return found | {path.name: read_list(path) for path in paths}
 
 
@@ -125,12 +126,12 @@ def differing_files(directory: Path, sums: Mapping[str, str], given_by: str = CH
         sums: by file name; the number of digits says which sum it is.
         given_by: the file that gives the sums.
     """
-    files = {path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")}
+    files = {path.name for path in directory.iterdir() if os.path.isfile(path) and not path.name.startswith(".")}
     added = files - {CHECKSUMS} if given_by == CHECKSUMS else set()
     for name in sorted(sums.keys() | added):
         if name not in sums:
             yield f"{name} has no sum in {CHECKSUMS}: it was added after the checkpoint had been written"
-        elif not (directory / name).is_file():
+        elif not os.path.isfile(directory / name):
             yield f"{name} is missing: {given_by} names it"
         else:
             yield from _difference(directory / name, sums)
@@ -217,11 +218,11 @@ def check_files(directory: Path, files: Iterable[Path], whole: bool = False) -> 
     Raises:
         CheckpointError: names the files; or there are no sums to compare whole files with.
     """
-    directory = directory if directory.is_dir() else directory.parent
+    directory = directory if os.path.isdir(directory) else directory.parent
     found = list(differences(directory) if whole else differing_samples(files))
     if found:
         listed = "; ".join(found[:NAMED_AT_MOST]) + ("; ..." if len(found) > NAMED_AT_MOST else "")
-        lists = ", ".join([*recorded_sums(directory), *([SIZES] if (directory / SIZES).exists() else [])])
+        lists = ", ".join([*recorded_sums(directory), *([SIZES] if os.path.lexists(directory / SIZES) else [])])
         raise CheckpointError(
             f"{directory}: {listed}. Restore these files"
             + ("" if whole else " (llama-xla inspect --check_sums compares every byte)")

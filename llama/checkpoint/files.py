@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from llama.checkpoint.pickles import check_names, would_run
 from llama.errors import CheckpointError
+from llama.regular_files import check_regular, hint, reason_of
 from llama.settings import first_line
 
 SMALLEST_REMAP = 4 * 2**20  # bytes
@@ -33,9 +34,9 @@ FLOATING = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }  # by safetensors' names
-KNOWN = {**FLOATING, "I8": torch.int8}
+INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}  # of quantised weights
+KNOWN = {**FLOATING, **INTEGERS}
 LONGEST_REASON = 120  # characters of what torch says about a pickle
-GIT_LFS = b"version https://git-lfs"
 
 
 class Header(NamedTuple):
@@ -63,6 +64,10 @@ class TensorFile(ABC):
         self.path = path
         self.metadata: Mapping[str, str] = {}
         self._touched = 0
+        try:
+            check_regular(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
         self._get: Callable[[str], torch.Tensor] | None = self._open()
         self.headers = self._headers()
         try:
@@ -122,7 +127,7 @@ class SafetensorsFile(TensorFile):
             self.metadata = self._handle.metadata() or {}
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path} is not a safetensors file, or a damaged one: {first_line(error)}{_hint(self.path)}"
+                f"{self.path} is not a safetensors file, or a damaged one: {first_line(error)}{hint(self.path)}"
             ) from error
         get: Callable[[str], torch.Tensor] = self._handle.get_tensor
         return get
@@ -146,13 +151,14 @@ class PickleFile(TensorFile):
     """A .pth or .bin file that torch.save wrote."""
 
     def _open(self) -> Callable[[str], torch.Tensor]:
-        if self.path.is_file() and not zipfile.is_zipfile(self.path):
+        if not zipfile.is_zipfile(self.path):
             with self.path.open("rb") as file:
                 start = file.read(16)
+            warning = _warning(self.path)
             raise CheckpointError(
                 f"{self.path} is not a checkpoint: got {self.path.stat().st_size} bytes that begin with {start!r}, "
-                f"expected the zip archive that torch.save writes since 1.6; it may be cut short"
-                f"{_hint(self.path)}{_warning(self.path)}"
+                "expected the zip archive that torch.save writes since 1.6"
+                + (f"; it may be cut short{warning}" if warning else hint(self.path))
             )
         try:
             check_names(self.path)
@@ -221,13 +227,3 @@ def _unpickling_failed(error: Exception) -> str:
         return line  # of the file, or the archive
     line = "no reason given" if not line or "weights_only" in line else line
     return f"its pickle is damaged, or none that torch.save writes ({type(error).__name__}: {line})"
-
-
-def _hint(path: Path) -> str:
-    """Return a hint if the file is a Git LFS pointer."""
-    try:
-        with path.open("rb") as file:
-            pointer = file.read(len(GIT_LFS)) == GIT_LFS
-    except OSError:
-        return ""
-    return "; it is a Git LFS pointer: fetch the file itself with git lfs pull" if pointer else ""

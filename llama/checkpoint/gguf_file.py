@@ -1,14 +1,14 @@
 """GGUF, llama.cpp's format: one file with settings, tokenizer and weights, most of them in blocks of narrow integers.
 
-A weight in blocks is read as float32 (the library gguf knows the blocks), the others as they are stored: as views of
-the mapped file. wq and wk have Meta's order of rotary pairs already: the converters from Hugging Face's order restore
-it.
+Matrices of Q4_0 and Q8_0 are read as int4 and int8 in groups of 32 with their scales (quantize.py), which they are but
+for the order of their bytes. Other weights in blocks are read as float32 (the library gguf knows the blocks), the rest
+as it is stored: as views of the mapped file. wq and wk have Meta's order of rotary pairs already: the converters from
+Hugging Face's order restore it.
 """
 
 from __future__ import annotations
 
 import mmap
-import re
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -17,31 +17,17 @@ import numpy as np
 import torch
 
 from llama.checkpoint.files import Header, TensorFile
+from llama.checkpoint.names import is_scale
 from llama.checkpoint.source import Found, Source
 from llama.errors import CheckpointError
 from llama.gguf_header import StoredTensor, gguf_in, read_header
-from llama.gguf_settings import FREQUENCIES, read_gguf
-from llama.sharding import LAYER, numberless
+from llama.gguf_settings import FREQUENCIES, KEPT, kept_tensors, read_gguf, to_gguf as to_gguf, to_meta
+from llama.sharding import weight_of_scales
+from llama.storage import scale_of
 
 WIDE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 IN_ONE_GO = 2**20  # numbers widened at a time, which bounds the temporary memory
-TO_GGUF = {
-    "tok_embeddings.weight": "token_embd.weight",
-    "layers.{}.attention.wq.weight": "blk.{}.attn_q.weight",
-    "layers.{}.attention.wk.weight": "blk.{}.attn_k.weight",
-    "layers.{}.attention.wv.weight": "blk.{}.attn_v.weight",
-    "layers.{}.attention.wo.weight": "blk.{}.attn_output.weight",
-    "layers.{}.feed_forward.w1.weight": "blk.{}.ffn_gate.weight",
-    "layers.{}.feed_forward.w2.weight": "blk.{}.ffn_down.weight",
-    "layers.{}.feed_forward.w3.weight": "blk.{}.ffn_up.weight",
-    "layers.{}.attention_norm.weight": "blk.{}.attn_norm.weight",
-    "layers.{}.ffn_norm.weight": "blk.{}.ffn_norm.weight",
-    "norm.weight": "output_norm.weight",
-    "output.weight": "output.weight",
-}
-FROM_GGUF = {theirs: ours for ours, theirs in TO_GGUF.items()}
-_LAYER = re.compile(r"^blk\.(0|[1-9][0-9]*)\.")
 
 
 class GGUFSource(Source):
@@ -56,36 +42,55 @@ class GGUFSource(Source):
     """
 
     format = "gguf"
+    may_be_quantised = True
 
     def __init__(self, directory: Path) -> None:
         path = gguf_in(directory) or directory
         settings = read_gguf(path)
         self._file = GGUFFile(path)
         found = {
-            to_meta(theirs) or f"{theirs} (no weight of LLaMA's)": Found(header.shape, header.dtype, path)
+            self._ours(theirs) or f"{theirs} (no weight of LLaMA's)": Found(header.shape, header.dtype, path)
             for theirs, header in self._file.headers.items()
             if theirs != FREQUENCIES  # the settings hold what it says
         }
         super().__init__(directory, settings, found, (path,))
 
+    @staticmethod
+    def _ours(theirs: str) -> str | None:
+        """Meta's name of a tensor in the file, or of a weight's scales; None for an unknown one."""
+        name = to_meta(weight_of_scales(theirs))
+        return name and (scale_of(name) if is_scale(theirs) else name)
+
+    def rounded(self) -> dict[str, str]:
+        """Also those of the other types in blocks, by their type."""
+        infos = self.infos()
+        kinds = {to_meta(theirs): stored.kind for theirs, stored in self._file.stored.items() if stored.kind in BLOCKS}
+        return {name: kind for name, kind in kinds.items() if name in infos} | super().rounded()
+
     def label(self, name: str) -> str:
         """A weight's name in Meta's and in this file."""
-        theirs = to_gguf(name)
+        theirs = to_gguf(weight_of_scales(name))
         return f"{name} ({theirs})" if theirs else name
 
     def _let_go(self, name: str) -> None:
         self._file.let_go()
 
     def _read(self, name: str) -> torch.Tensor:
-        return self._file.read(to_gguf(name) or name)
+        theirs = to_gguf(weight_of_scales(name)) or name
+        return self._file.read(scale_of(theirs) if is_scale(name) else theirs)
 
 
 class GGUFFile(TensorFile):
-    """The tensors of a GGUF file; those in blocks are read as float32."""
+    """The tensors of a GGUF file: those in blocks as float32, or those that are kept as numbers and scales, by names in
+    ``.weight`` and ``.scale``.
+
+    Attributes:
+        stored: every tensor as the header describes it, by name.
+    """
 
     def _open(self) -> Callable[[str], torch.Tensor]:
-        self._stored = read_header(self.path).tensors
-        for name, stored in self._stored.items():
+        self.stored = read_header(self.path).tensors
+        for name, stored in self.stored.items():
             if stored.kind not in WIDE and stored.kind not in BLOCKS:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has the type {stored.kind}, expected one of "
@@ -102,18 +107,47 @@ class GGUFFile(TensorFile):
         self._mapped = None  # views keep it; the last one closes it
 
     def _headers(self) -> dict[str, Header]:
-        return {name: Header(t.shape, WIDE.get(t.kind, torch.float32)) for name, t in self._stored.items()}
+        headers: dict[str, Header] = {}
+        for name, stored in self.stored.items():
+            for each, (shape, dtype) in kept_tensors(name, stored).items():
+                if each in headers or (each != name and each in self.stored):
+                    raise CheckpointError(
+                        f"{self.path} has the tensor {each} beside {name}, whose scales have that name"
+                    )
+                wide = WIDE.get(stored.kind, torch.float32)
+                headers[each] = Header(shape, wide if dtype == "other" else getattr(torch, dtype))
+        return headers
 
     def _tensor(self, name: str) -> torch.Tensor:
-        stored = self._stored[name]
+        stored = self.stored[weight_of_scales(name)]
         assert self._mapped is not None
         if len(self._mapped) < stored.start + stored.size:
             raise CheckpointError(f"{self.path} was changed while it was being read: it is shorter now")
         if stored.kind not in WIDE:
-            return widened(stored, np.frombuffer(self._mapped, np.uint8, stored.size, stored.start))
+            data = np.frombuffer(self._mapped, np.uint8, stored.size, stored.start)
+            is_kept = is_scale(name) or scale_of(name) in self.headers
+            return kept(stored, data, is_scale(name)) if is_kept else widened(stored, data)
         dtype = WIDE[stored.kind]
         count = stored.size // dtype.itemsize
         return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=stored.start).view(stored.shape)
+
+
+def kept(stored: StoredTensor, data: np.ndarray[tuple[int], np.dtype[np.uint8]], scales: bool) -> torch.Tensor:
+    """Return a matrix of Q4_0 or Q8_0 as int4 or int8 in groups of 32, or its scales: a copy of its bytes.
+
+    A block is a float16 scale, then 16 bytes of Q4_0 in int4's order, or 32 integers of Q8_0.
+
+    Args:
+        stored: its type and shape.
+        data: its bytes.
+        scales: return those, [rows, width / 32] float16.
+    """
+    rows = stored.shape[0]
+    blocks = torch.from_numpy(data).view(rows, stored.shape[1] // KEPT[stored.kind].group, -1)
+    if scales:
+        return blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    numbers = blocks[..., 2:].reshape(rows, -1)
+    return numbers if KEPT[stored.kind].dtype == "int4" else numbers.view(torch.int8)
 
 
 def widened(stored: StoredTensor, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> torch.Tensor:
@@ -133,18 +167,3 @@ def widened(stored: StoredTensor, data: np.ndarray[tuple[int], np.dtype[np.uint8
         for first in range(0, len(rows), step):
             wide[first : first + step] = dequantize(rows[first : first + step], kind)
     return torch.from_numpy(wide).view(stored.shape)
-
-
-def to_gguf(name: str) -> str | None:
-    """GGUF's name for one of Meta's, or None for a name that is not in the table."""
-    theirs, layer = TO_GGUF.get(numberless(name)), LAYER.search(name)
-    return theirs and theirs.format(layer and layer[1])
-
-
-def to_meta(name: str) -> str | None:
-    """Meta's name for one of GGUF's, or None for a name that is not in the table."""
-    layer = _LAYER.match(name)
-    if layer is None:
-        return None if "{" in name else FROM_GGUF.get(name)
-    ours = FROM_GGUF.get(_LAYER.sub("blk.{}.", name))
-    return ours and ours.format(layer[1])

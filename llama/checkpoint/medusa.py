@@ -9,6 +9,7 @@ file has 5. Names and shapes are compared from the header, before any weight is 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch import nn
 
 from llama.checkpoint import stored_as
 from llama.checkpoint.files import FLOATING, Header, PickleFile, SafetensorsFile, TensorFile
-from llama.checkpoint.source import NAMED_AT_MOST, check_finite
+from llama.checkpoint.source import NAMED_AT_MOST, check_finite, dtype_name
 from llama.compiled.medusa import MedusaHeads
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
 from llama.settings import read_json
+from llama.storage import WeightFormat
 from llama.xla import backend, transfers
 
 log = logging.getLogger("llama")
@@ -83,7 +85,7 @@ class MedusaFile:
         total = 0
         for shape in self._shapes().values():
             size = torch.Size(shape).numel()
-            total += 4 * size if len(shape) == 1 else size * dtype.itemsize + 4 * shape[0] * (dtype == torch.int8)
+            total += 4 * size if len(shape) == 1 else _format(dtype).nbytes(shape)
         return total
 
     def tensors(self, allow_nan: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,7 +116,7 @@ class MedusaFile:
 
     def _compare_config(self, path: Path) -> str | None:
         """Log what a config.json says otherwise than the tensors; return the name of the base model."""
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         config = read_json(path)
         for key, found in (("medusa_num_heads", self.n_heads), ("medusa_num_layers", self.n_layers)):
@@ -144,7 +146,8 @@ def load_medusa(
 
     Args:
         args: of the model that they are for.
-        dtype: storage dtype of the weights, as of the model's linear layers; int8 quantises them. Biases are float32.
+        dtype: storage dtype of the weights, as of the model's linear layers; int8 quantises them, and so does int4, as
+            it does vocabulary heads. Biases are float32.
         allow_nan: go on where a weight holds NaN or infinity.
 
     Raises:
@@ -156,8 +159,7 @@ def load_medusa(
     for name, tensor in file.tensors(allow_nan):
         module, _, leaf = name.rpartition(".")
         owner = heads.get_submodule(module)
-        is_weight = leaf == "weight"
-        parts = stored_as(tensor, leaf, dtype if is_weight else torch.float32, is_linear=is_weight)
+        parts = stored_as(tensor, None, leaf, _format(dtype) if leaf == "weight" else WeightFormat("float32"))
         del tensor
         for part, host in parts.items():
             setattr(owner, part, nn.Parameter(transfers.adopt(host, device), requires_grad=False))
@@ -166,16 +168,23 @@ def load_medusa(
     return heads
 
 
+def _format(dtype: torch.dtype) -> WeightFormat:
+    """How a weight is stored under a model's dtype."""
+    name = dtype_name(dtype)
+    return WeightFormat("int8" if name == "int4" else name)
+
+
 def _open_weights(directory: Path) -> TensorFile:
     """Open the file that holds the heads: safetensors before a pickle."""
     for name, kind in KINDS.items():
         path = directory / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         if kind is PickleFile:
             log.warning("%s is a pickle; load it from people you trust only, or take safetensors", path)
         return kind(path)
-    found = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) if directory.is_dir() else "no such directory"
+    there = sorted(path.name for path in directory.iterdir()) if os.path.isdir(directory) else ["no such directory"]
+    found = ", ".join(there[:10])
     raise CheckpointError(
         f"{directory} has no Medusa heads (found: {found or 'nothing'}), expected one of {', '.join(KINDS)}"
     )

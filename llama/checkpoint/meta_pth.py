@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -199,7 +200,7 @@ def _embedding_axis(path: Path, shape: tuple[int, ...], args: ModelArgs, count: 
 def _read_notes(directory: Path) -> tuple[int | None, int | None]:
     """Return (sliding window, axis that the embedding was split along); None if not noted."""
     path = directory / NOTES
-    if not path.exists():
+    if not os.path.lexists(path):
         return None, None
     notes = read_json(path)
     window, axis = notes.get("sliding_window"), notes.get("embedding_axis")

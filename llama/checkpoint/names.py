@@ -11,7 +11,16 @@ from typing import NamedTuple
 
 from llama import sharding
 from llama.config import ModelArgs
-from llama.sharding import LAYER, SHAPES, has_scale, numberless, weights_of, whole_shape
+from llama.sharding import (
+    LAYER,
+    SHAPES,
+    has_scale,
+    numberless as numberless,
+    weight_of_scales as weight_of_scales,
+    weights_of as weights_of,
+    whole_shape,
+)
+from llama.storage import scale_of as scale_of
 
 
 class Weight(NamedTuple):
@@ -26,8 +35,7 @@ def _row(meta: str, hugging_face: str) -> Weight:
     return Weight(meta, hugging_face, SHAPES[meta])
 
 
-EMBEDDING = sharding.EMBEDDING
-HEAD = "output.weight"
+EMBEDDING, HEAD = sharding.EMBEDDING, sharding.HEAD
 BEFORE_LAYERS = (_row(EMBEDDING, "model.embed_tokens.weight"),)
 IN_LAYER = (
     _row("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
@@ -110,17 +118,12 @@ def expected_weights(args: ModelArgs) -> Iterator[tuple[str, Weight]]:
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a weight can be int8: those of linear layers can, embedding, biases and norms cannot."""
+    """Whether a weight becomes int8 under that dtype: a linear layer's does, embedding, biases and norms do not."""
     return weight_of(name) is not None and has_scale(name)
 
 
-def scale_of(name: str) -> str:
-    """The name of an int8 weight's scales."""
-    return name.removesuffix("weight") + "scale"
-
-
 def is_scale(name: str) -> bool:
-    """Whether a name is that of an int8 weight's scales."""
+    """Whether a name is that of a quantised weight's scales."""
     return name.endswith(".scale")
 
 

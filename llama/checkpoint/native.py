@@ -19,13 +19,14 @@ import torch
 
 from llama.checkpoint.files import SafetensorsFile, TensorFile
 from llama.checkpoint.hf_safetensors import open_weights
-from llama.checkpoint.source import Found, Source
+from llama.checkpoint.names import is_scale
+from llama.checkpoint.source import Found, Source, TensorInfo, dtype_name
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
 from llama.settings import Settings, read_params
 
 FORMAT = "llama-xla"
-VERSION = "1"
+VERSION, GROUPS_VERSION = "1", "2"  # the second has weights in groups, int4 or int8: readers of the first refuse it
 INDEX = "model.safetensors.index.json"
 
 
@@ -40,7 +41,7 @@ class NativeSource(Source):
     """
 
     format = FORMAT
-    may_be_int8 = True
+    may_be_quantised = True
 
     def __init__(self, directory: Path) -> None:
         args = read_params(directory)
@@ -70,11 +71,11 @@ def make_metadata(notes: Mapping[str, str], table: Mapping[str, Any], args: Mode
     """The metadata of one file.
 
     Args:
-        notes: ``source``, ``dtype``, and if known ``sliding_window`` and ``embedding_axis``.
+        notes: ``version``, ``source``, ``dtype``, and if known ``sliding_window`` and ``embedding_axis``.
         table: the header's entries: dtype, shape and data_offsets by name.
         args: the content of params.json.
     """
-    metadata = {"format": FORMAT, "version": VERSION, **notes, "params": json.dumps(args.to_params(), sort_keys=True)}
+    metadata = {"format": FORMAT, **notes, "params": json.dumps(args.to_params(), sort_keys=True)}
     return {**metadata, "digest": _digest(metadata, table)}
 
 
@@ -88,9 +89,10 @@ def _checked_metadata(file: TensorFile, args: ModelArgs, directory: Path) -> dic
     if not isinstance(file, SafetensorsFile) or not is_native(file):
         raise CheckpointError(f"{file.path} was not written by llama-xla convert, other files of {directory} were")
     metadata = dict(file.metadata)
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in (VERSION, GROUPS_VERSION):
         raise CheckpointError(
-            f"{file.path}: got format version {metadata.get('version')}, expected {VERSION}: update llama-xla"
+            f"{file.path}: got format version {metadata.get('version')}, expected {VERSION} or {GROUPS_VERSION}: "
+            "update llama-xla"
         )
     digest = metadata.pop("digest", None)
     if digest != _digest(metadata, file.table()):
@@ -105,9 +107,15 @@ def _checked_metadata(file: TensorFile, args: ModelArgs, directory: Path) -> dic
     return metadata
 
 
+def version_of(infos: Mapping[str, TensorInfo]) -> str:
+    """The format's version that holds some weights."""
+    has_groups = any(is_scale(name) and len(info.shape) > 1 for name, info in infos.items())
+    return GROUPS_VERSION if has_groups else VERSION
+
+
 def dtype_label(dtypes: set[torch.dtype]) -> str:
-    """Join the dtypes of a checkpoint in one word: ``bfloat16``, or ``bfloat16+float32``."""
-    return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    """Join the dtypes of a checkpoint in one word: ``bfloat16``, or ``bfloat16+float32``; bytes are int4's."""
+    return "+".join(sorted("int4" if dtype == torch.uint8 else dtype_name(dtype) for dtype in dtypes))
 
 
 def shards_of(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:

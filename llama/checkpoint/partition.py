@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from llama.checkpoint import names
+from llama.checkpoint.quantize import ZERO
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
-from llama.sharding import device_axis, local_shape, span, weight_of_scales
+from llama.sharding import device_axis, local_shape, span, weight_of_scales, whole_shape
+
+ZEROS = ZERO | ZERO << 4  # a byte of int4
 
 
 def piece(size: int, rank: int, parts: int) -> tuple[int, int]:
@@ -57,27 +60,30 @@ def replicates_heads(weight: names.Weight, args: ModelArgs, parts: int) -> bool:
 
 
 def device_parts(name: str, tensor: torch.Tensor, args: ModelArgs, parts: int) -> tuple[list[torch.Tensor], int | None]:
-    """What each of T devices holds of a weight, or of an int8 weight's scales, and the axis that it is split along.
+    """What each of T devices holds of a weight, or of a quantised weight's scales, and the axis that it is split along.
 
     Args:
         name: Meta's.
-        tensor: the whole.
+        tensor: the whole; of groups none is cut (storage.py).
         args: of the whole model.
         parts: T, which ``sharding.check`` has accepted.
 
     Returns:
         Views, but where something is filled up with zeros. One part and None where every device holds the whole.
     """
-    shape = local_shape(name, args, parts)
-    axis = device_axis(weight_of_scales(name))
-    if axis is None or axis == len(shape) or parts == 1:  # scales have no axis 1
+    weight = weight_of_scales(name)
+    axis = device_axis(weight)
+    if axis is None or axis == tensor.dim() or parts == 1:  # scales of rows have no axis 1
         return [tensor], None
+    numbers = whole_shape(weight, args)[axis] // tensor.shape[axis]  # 2 in a byte of int4, a group for its scale
+    shape = list(tensor.shape)
+    shape[axis] = local_shape(weight, args, parts)[axis] // numbers
     found = []
     for rank in range(parts):
-        first, length = span(name, args, parts, rank)
+        first, length = (each // numbers for each in span(weight, args, parts, rank))
         part = tensor.narrow(axis, first, length)
-        if part.shape != shape:
-            part, held = tensor.new_zeros(shape), part
+        if list(part.shape) != shape:
+            part, held = tensor.new_full(shape, ZEROS if tensor.dtype == torch.uint8 else 0), part
             part.narrow(axis, 0, length).copy_(held)
         found.append(part)
     return found, axis

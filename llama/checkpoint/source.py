@@ -8,6 +8,7 @@ checks that its tensors are exactly those of the model that its settings describ
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,13 +18,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from llama.checkpoint import names
+from llama.checkpoint.files import INTEGERS
 from llama.config import GenerationDefaults, ModelArgs
 from llama.errors import CheckpointError, ConfigError, setting
 from llama.settings import Settings, read_json
+from llama.storage import GROUPS, INT8_GROUP, QUANTISED, Storage, WeightFormat, formats_of, group_of
 
 log = logging.getLogger("llama")
 
 NAMED_AT_MOST = 10
+LONGEST_NAME = 200  # characters of a tensor's name in a message
+MAY_BE_ZERO = (".wo.weight", ".w2.weight", ".bias")
+BLANK = "is zero throughout: the download stopped before it, or nothing was trained; download the file again"
 CHUNK = 2**22  # numbers compared in one go
 
 
@@ -73,7 +79,7 @@ class Source(ABC):
     """
 
     format: str
-    may_be_int8: ClassVar[bool] = False
+    may_be_quantised: ClassVar[bool] = False
 
     def __init__(
         self, directory: Path, settings: Settings, found: Mapping[str, Found], files: tuple[Path, ...]
@@ -88,12 +94,49 @@ class Source(ABC):
         self.defaults = read_defaults(directory)
         weights = dict(found)
         self._spare_head = weights.pop(names.HEAD, None) if self.args.tie_word_embeddings else None
-        self._infos = match(self.args, weights, settings.file, self.label, self.may_be_int8)
+        self._infos = match(self.args, weights, settings.file, self.label, self.may_be_quantised)
 
     @property
-    def is_int8(self) -> bool:
-        """Whether linear layers are stored as int8 with scales."""
-        return any(info.dtype == torch.int8 for info in self._infos.values())
+    def is_quantised(self) -> bool:
+        """Whether some weights are stored as int8 or int4, with scales."""
+        return any(names.is_scale(name) for name in self._infos)
+
+    @property
+    def stored(self) -> dict[str, WeightFormat]:
+        """The quantised weights by numberless names, those left out whose layers differ."""
+        return formats_of({name: (info.shape, dtype_name(info.dtype)) for name, info in self._infos.items()})
+
+    def rounded(self) -> dict[str, str]:
+        """The weights that were rounded to a few bits once, by Meta's names, and to what."""
+        return {
+            weight: str(WeightFormat(QUANTISED[dtype], group_of(info.shape, QUANTISED[dtype], scale.shape)))
+            for name, scale in self._infos.items()
+            if names.is_scale(name)
+            for weight in [names.weight_of_scales(name)]
+            for info in [self._infos[weight]]
+            for dtype in [dtype_name(info.dtype)]
+        }
+
+    def log_losses(self, storage: Storage, tensor: int = 1) -> None:
+        """Log which weights, rounded already, a storage rounds once more.
+
+        Args:
+            storage: that the weights are about to be brought into.
+            tensor: over how many devices they will be split.
+        """
+        again: dict[str, set[str]] = {}
+        for name, before in self.rounded().items():
+            after = storage.format_of(name, self.args, tensor)
+            kept = storage.kept.get(names.numberless(name))
+            if after is not None and after.is_quantised and (kept is None or kept.dtype != after.dtype):
+                again.setdefault(str(after), set()).add(before)
+        for after_label, each in again.items():
+            log.warning(
+                "%s: weights in %s are rounded again, to %s, which adds to their error; dtype float32 keeps them exact",
+                self.directory,
+                ", ".join(sorted(each)),
+                after_label,
+            )
 
     def infos(self) -> dict[str, TensorInfo]:
         """Shape, dtype and file of every weight by Meta's name, in the model's order."""
@@ -139,7 +182,7 @@ class Source(ABC):
 def checked(
     source: Source, allow_nan: bool = False, order: Iterable[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) for every weight of a source; refuse NaN and infinity.
+    """Yield (name, tensor) for every weight of a source; refuse NaN, infinity, and weights of zeros only.
 
     Args:
         source: an opened checkpoint.
@@ -147,11 +190,15 @@ def checked(
         order: of the names; None for the model's.
 
     Raises:
-        CheckpointError: the first weight that is not finite, with its file.
+        CheckpointError: the first weight that is not finite, or is zero throughout, with its file.
     """
     for name, tensor in source.tensors(order):
         where = f"{source.infos()[name].file}: tensor {source.label(name)}"
         check_finite(tensor, where, "the checkpoint is damaged, or its training went wrong", allow_nan)
+        if is_blank(name, tensor):
+            if not allow_nan:
+                raise CheckpointError(f"{where} {BLANK}; {setting('allow_nan')} loads it all the same")
+            log.warning("%s %s", where, BLANK)
         yield name, tensor
         del tensor  # or it would stay in memory while the next one is read
 
@@ -183,6 +230,16 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
+def is_blank(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a weight that no training leaves at zero is zero throughout.
+
+    Downloads that reserve a file's whole length leave zeros where they stop. wo, w2 and biases may be zero, and so may
+    their scales: layers that were added to a trained model begin so.
+    """
+    may_be = names.weight_of_scales(name).endswith(MAY_BE_ZERO)
+    return not may_be and not tensor.reshape(-1)[:1].any() and not tensor.any()
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are equal in shape, dtype and every bit, also where they hold NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -211,7 +268,7 @@ def match(
     found: Mapping[str, Found],
     settings_file: Path,
     label: Callable[[str], str] = str,
-    may_be_int8: bool = False,
+    may_be_quantised: bool = False,
 ) -> dict[str, TensorInfo]:
     """Compare the tensors that were found with those of the model.
 
@@ -220,7 +277,7 @@ def match(
         found: by Meta's names.
         settings_file: the file that declares the shape, for errors.
         label: returns a weight's name for errors.
-        may_be_int8: linear layers may be int8 with scales.
+        may_be_quantised: matrices may be int8 or int4, with scales (quantize.py).
 
     Returns:
         ``found`` in the model's order.
@@ -237,8 +294,8 @@ def match(
     shapes: dict[str, tuple[int, ...]] = {}
     for name, weight in names.expected_weights(args):
         shapes[name] = names.shape_of(weight, args)
-        if may_be_int8 and name in found and found[name].dtype == torch.int8 and names.is_quantised(name):
-            shapes[names.scale_of(name)] = shapes[name][:1]
+        if may_be_quantised and name in found and len(shapes[name]) == 2:
+            shapes |= _quantised_shapes(name, shapes[name], found)
     found = {
         name: info._replace(dtype=_allowed(info.dtype, names.scale_of(name) in shapes)) for name, info in found.items()
     }
@@ -266,25 +323,56 @@ def match(
     if any(problems.values()):
         listed = "; ".join(f"{len(each)} {kind}: {_first_of(each)}" for kind, each in problems.items() if each)
         where = f"{settings_file.parent} ({_first_of(files)})"
-        raise CheckpointError(f"{where}: the tensors do not match {settings_file.name}; {listed}")
+        raise CheckpointError(
+            f"{where}: the tensors do not match {settings_file.name}, so one of them is another model's or damaged and "
+            f"must be downloaded again; {listed}"
+        )
     return matched
 
 
+def _quantised_shapes(name: str, shape: tuple[int, ...], found: Mapping[str, Found]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a quantised weight and of its scales, by their names, those of the groups that it has, or the usual
+    ones; none for a weight in floating point.
+    """
+    dtype, scale = found[name].dtype, names.scale_of(name)
+    if dtype not in (torch.int8, torch.uint8):
+        return {}
+    channels, width = shape
+    if dtype == torch.int8:
+        possible = [(channels,), (channels, width // INT8_GROUP)]
+    else:
+        possible = [(channels, width // group) for group in GROUPS if width % group == 0]
+        shape = (channels, width // 2)
+    has = found[scale].shape if scale in found else None
+    return {name: shape, scale: has if has in possible else possible[0] if possible else (channels, 0)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _allowed(dtype: torch.dtype | str, with_scale: bool) -> torch.dtype | str:
-    """Return the dtype, as a string if it is not supported; int8 needs scales."""
-    return "I8" if dtype == torch.int8 and not with_scale else dtype
+    """Return the dtype, as a string if it is not supported: of integers only int8 and int4's bytes, with scales."""
+    if dtype in (torch.int8, torch.uint8) and with_scale:
+        return dtype
+    return next((name for name, each in INTEGERS.items() if each == dtype), dtype)
 
 
 def _first_of(items: Sequence[str]) -> str:
-    return ", ".join(items[:NAMED_AT_MOST]) + (", ..." if len(items) > NAMED_AT_MOST else "")
+    named = ", ".join(item[:LONGEST_NAME] for item in items[:NAMED_AT_MOST])
+    return named + (", ..." if len(items) > NAMED_AT_MOST else "")
 
 
 def _mixed_halves(found: Mapping[str, Found]) -> list[str]:
     """Return the less frequent of float16 and bfloat16 tensors if both occur.
 
-    No checkpoint has both, but a damaged header can say so.
+    No checkpoint has both, but a damaged header can say so. Scales may be of another dtype.
     """
-    halves = [[n for n, info in found.items() if info.dtype == dtype] for dtype in (torch.float16, torch.bfloat16)]
+    halves = [
+        [n for n, info in found.items() if info.dtype == dtype and not names.is_scale(n)]
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
     return min(halves, key=len)
 
 
@@ -297,7 +385,7 @@ def read_defaults(directory: Path) -> GenerationDefaults:
         CheckpointError: the file is damaged, or a value is out of its range.
     """
     path = directory / "generation_config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return GenerationDefaults()
     content = read_json(path)
     eos: Any = content.get("eos_token_id")

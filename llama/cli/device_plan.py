@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llama.planning import GIB, ITEMSIZE, DevicePlan, gib, parameter_count
-from llama.sharding import padded_vocab
+from llama.planning import GIB, DevicePlan, gib, parameter_count
+from llama.sharding import EMBEDDING, padded_vocab
+from llama.storage import ITEMSIZE
 
 COLUMNS_DRAWN = 16
 COLOURS = {
@@ -34,8 +35,8 @@ def lines(plan: DevicePlan, notes: list[str]) -> Iterator[str]:
         f"{args.kv_heads} key heads, feed-forward {args.hidden_dim}, vocabulary {args.vocab_size}"
     )
     yield (
-        f"engine   weights {plan.storage}, activations {plan.activation}, max_seq_len {config.max_seq_len}, "
-        f"max_batch_size {config.max_batch_size}"
+        f"engine   weights {plan.weights_as}, activations {plan.activation}, cache {plan.memory.cache_dtype}, "
+        f"max_seq_len {config.max_seq_len}, max_batch_size {config.max_batch_size}"
     )
     yield ""
     yield from _weight_lines(plan)
@@ -122,8 +123,9 @@ def assumptions(plan: DevicePlan) -> list[str]:
         found.append(f"the vocabulary is padded from {plan.args.vocab_size} to {vocab} rows")
     if mesh.tensor > plan.args.kv_heads:
         found.append(f"{mesh.tensor // plan.args.kv_heads} devices hold the same key head")
-    if plan.storage == "int8":
-        found.append("embedding and norms are float32, as a float32 checkpoint has them")
+    if plan.is_quantised:
+        wide = "norms" if plan.storage_of(EMBEDDING).is_quantised else "embedding and norms"
+        found.append(f"{wide} are float32, as a float32 checkpoint has them")
     if figures.memory is not None:
         found.append("all memory of a device is free; its runtime, the programs and the rotary table take some of it")
     if plan.prediction is None:
@@ -149,8 +151,9 @@ def as_json(plan: DevicePlan, notes: list[str]) -> dict[str, Any]:
     return {
         "mesh": {"data": plan.mesh.data, "tensor": plan.mesh.tensor, "devices": plan.mesh.devices},
         "parameters": parameter_count(plan.args),
-        "dtype": plan.storage,
+        "dtype": plan.weights_as,
         "activation_dtype": plan.activation,
+        "cache_dtype": memory.cache_dtype,
         "max_seq_len": plan.config.max_seq_len,
         "max_batch_size": plan.config.max_batch_size,
         "weights": [asdict(row) for row in plan.weights],
@@ -196,7 +199,7 @@ def draw(plan: DevicePlan, title: str, path: Path) -> None:
     axes.set_xlabel("device" + (f" (the first {count} of {mesh.devices}, all alike)" if count < mesh.devices else ""))
     shape = f"data_parallel {mesh.data} x tensor_parallel {mesh.tensor}"
     verdict = "" if memory.available is None else ", fits" if memory.fits else ", does not fit"
-    figure.suptitle(f"{title}, {plan.storage}, {shape}: {gib(memory.total)} each{verdict}", fontsize=10, wrap=True)
+    figure.suptitle(f"{title}, {plan.weights_as}, {shape}: {gib(memory.total)} each{verdict}", fontsize=10, wrap=True)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda place: (not labels[place].startswith("memory"), -place))

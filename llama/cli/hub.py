@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llama.errors import CheckpointError
 from llama.gguf_header import gguf_in
+from llama.regular_files import read_bytes
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 MODEL = "models--"
@@ -39,7 +40,7 @@ def locate(name: str) -> str:
         return name
     if is_hub_name(name):
         cached = hub_cache() / (MODEL + name.replace("/", "--"))
-        if not cached.is_dir():
+        if not os.path.isdir(cached):
             raise CheckpointError(
                 f"no such directory: {name}, and no model of this name in {hub_cache()}; if it is one on the Hugging "
                 f"Face hub, download it: {download(name)}"
@@ -55,7 +56,7 @@ def is_hub_name(name: str) -> bool:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is a GGUF file, by its name or its first bytes."""
-    return path.is_file() and gguf_in(path) is not None
+    return os.path.isfile(path) and gguf_in(path) is not None
 
 
 def hub_cache() -> Path:
@@ -85,9 +86,9 @@ def _within(directory: Path) -> str:
 
 def _snapshot(model: Path) -> Path:
     """Return the snapshot that refs/main names, or the only one that there is."""
-    snapshots = sorted(path for path in (model / "snapshots").glob("*") if path.is_dir())
+    snapshots = sorted(path for path in (model / "snapshots").glob("*") if os.path.isdir(path))
     try:
-        main = (model / "refs" / "main").read_text(encoding="utf-8").strip()
+        main = read_bytes(model / "refs" / "main").decode().strip()
     except (OSError, UnicodeDecodeError):
         main = ""
     chosen = [path for path in snapshots if path.name == main] or snapshots

@@ -5,6 +5,7 @@ loading itself.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from llama.cli.devices import SECTION as DEVICES, devices_of
 from llama.cli.flags import Command, one_of, with_flags
 from llama.cli.output import ending_at_once
-from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_CONTEXT, DEMO_DIR, DTYPES, EngineConfig
+from llama.config import (
+    ACTIVATIONS,
+    BUCKET_POLICIES,
+    CACHE_DTYPES,
+    DEFAULT_BUCKETS,
+    DEMO_CONTEXT,
+    DEMO_DIR,
+    DTYPES,
+    PREFILL_PRODUCTS,
+    EngineConfig,
+)
+from llama.environment import check_environment
 from llama.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -41,7 +53,29 @@ SECTIONS: dict[str, dict[str, tuple[str, Any, str]]] = {  # section: name: (kind
             False,
             "Read all files of the checkpoint first and compare them with the sums beside them; see inspect.",
         ),
-        "dtype": ("str", "auto", "Weights: float32, bfloat16, int8; auto: float32 on a CPU, else bfloat16."),
+        "dtype": (
+            "str",
+            "auto",
+            "Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others float32 on a CPU, else "
+            "bfloat16.",
+        ),
+        "int4_group": ("int", EngineConfig.int4_group, "How many numbers of an int4 weight share a scale: 64 or 128."),
+        "cache_dtype": (
+            "str",
+            "auto",
+            "Keys and values: float32, bfloat16; auto: float32 up to 2048 positions on a CPU, else bfloat16.",
+        ),
+        "activations": (
+            "str",
+            EngineConfig.activations,
+            "Round what meets int8 and int4 weights to int16, or leave it in float32, on a CPU.",
+        ),
+        "prefill_products": (
+            "str",
+            EngineConfig.prefill_products,
+            "Round prompts' activations that meet bfloat16 and int4 weights to bfloat16, or leave them in float32, on "
+            "a CPU.",
+        ),
     },
     "Shapes, fixed when the programs are compiled": {
         "max_seq_len": (
@@ -101,6 +135,10 @@ def config_of(loading: Mapping[str, Any]) -> EngineConfig:
         buckets=tuple(loading["buckets"] or DEFAULT_BUCKETS),
         bucket_policy=one_of("bucket_policy", loading["bucket_policy"], BUCKET_POLICIES),
         dtype=one_of("dtype", loading["dtype"], DTYPES),
+        int4_group=loading["int4_group"],
+        cache_dtype=one_of("cache_dtype", loading["cache_dtype"], CACHE_DTYPES),
+        activations=one_of("activations", loading["activations"], ACTIVATIONS),
+        prefill_products=one_of("prefill_products", loading["prefill_products"], PREFILL_PRODUCTS),
         prefix_cache_bytes=loading["prefix_cache_bytes"],
         batch_invariant=loading["batch_invariant"],
         fail_on_recompile=loading["fail_on_recompile"],
@@ -126,7 +164,12 @@ def loaded(loading: Mapping[str, Any], config: EngineConfig, tokenizer: Tokenize
 
 
 def announce_imports() -> None:
-    """Log that torch is about to be imported, which takes seconds; nothing where it has been."""
+    """Log that torch is about to be imported, which takes seconds; nothing where it has been.
+
+    Raises:
+        ConfigError: the environment names no usable device, see ``check_environment``.
+    """
+    check_environment(os.environ)
     if "torch" not in sys.modules:
         log.info("Importing torch, about %d s", IMPORTS_TAKE_S)
 

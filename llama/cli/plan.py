@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_lib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 from llama.cli import device_plan
 from llama.cli.flags import one_of
 from llama.cli.output import counted, write
-from llama.config import BUCKET_POLICIES, DEFAULT_BUCKETS, DEMO_DIR, DTYPES, EngineConfig, ModelArgs
+from llama.config import BUCKET_POLICIES, CACHE_DTYPES, DEFAULT_BUCKETS, DEMO_DIR, DTYPES, EngineConfig, ModelArgs
 from llama.engine import chunks as bucket_plan
 from llama.errors import ConfigError, FlagError, TokenizerError, setting
 from llama.planning import ACCELERATORS, GIB, Accelerator, DevicePlan, choose_dtypes
 from llama.sharding import Mesh, check
+from llama.storage import WeightFormat
 
-DEFAULTS = {"dtype": "auto"}
+DEFAULTS = {"dtype": "auto", "int4_group": EngineConfig.int4_group, "cache_dtype": "auto"}
 
 
 def plan(
@@ -27,6 +29,8 @@ def plan(
     ckpt_dir: str | None = None,
     vocab_size: int | None = None,
     dtype: str = "auto",
+    int4_group: int = EngineConfig.int4_group,
+    cache_dtype: str = "auto",
     accelerator: str | None = None,
     bandwidth: float | None = None,
     memory: float | None = None,
@@ -53,7 +57,10 @@ def plan(
         ckpt_dir: Directory with params.json or config.json, weights need not be there; or a GGUF file. Default: the
             demo model.
         vocab_size: Of a params.json that says -1 and has no tokenizer beside it.
-        dtype: Weights: float32, bfloat16, int8; auto: int8 where they are, else bfloat16, or float32 for cpu.
+        dtype: Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others bfloat16, or float32 for
+            cpu.
+        int4_group: How many numbers of an int4 weight share a scale: 64 or 128.
+        cache_dtype: Keys and values: float32, bfloat16; auto: float32 up to 2048 positions for cpu, else bfloat16.
         max_batch_size: Slots on all devices together. Default: one on each copy of the model.
         accelerator: v4, v5e, v5p or v6e, whose public figures are used; or cpu, which has none.
         bandwidth: Of a device's memory in GB/s, instead of the accelerator's.
@@ -73,6 +80,8 @@ def plan(
         "ckpt_dir": ckpt_dir,
         "vocab_size": vocab_size,
         "dtype": one_of("dtype", dtype, DTYPES),
+        "int4_group": int4_group,
+        "cache_dtype": one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
         "max_batch_size": max_batch_size,
         "accelerator": accelerator,
         "bandwidth": bandwidth,
@@ -86,6 +95,8 @@ def plan(
         buckets=tuple(buckets or DEFAULT_BUCKETS),
         bucket_policy=policy,
         dtype=values["dtype"],
+        int4_group=values["int4_group"],
+        cache_dtype=values["cache_dtype"],
     )
     if prompt_len is None:
         _show_devices(values, config, json)
@@ -133,9 +144,9 @@ def _show_devices(values: dict[str, Any], config: EngineConfig, json: bool) -> N
     config = replace(config, max_batch_size=slots, widths=(), data_parallel=mesh.data, tensor_parallel=mesh.tensor)
     figures = _figures(values, mesh)
     directory = DEMO_DIR if values["ckpt_dir"] is None else Path(values["ckpt_dir"])
-    args, is_int8, notes = _shape(directory, values["vocab_size"], config)
+    args, stored, notes = _shape(directory, values["vocab_size"], config)
     check(args, mesh)
-    dtypes = choose_dtypes(config, on_cpu=values["accelerator"] == "cpu", int8_stored=is_int8)
+    dtypes = choose_dtypes(config, on_cpu=values["accelerator"] == "cpu", stored=stored)
     found = DevicePlan(args, mesh, config, *dtypes, figures)
     if json:
         write(json_lib.dumps(device_plan.as_json(found, notes)) + "\n")
@@ -166,8 +177,10 @@ def _figures(values: dict[str, Any], mesh: Mesh) -> Accelerator:
     return figures
 
 
-def _shape(directory: Path, vocab_size: int | None, config: EngineConfig) -> tuple[ModelArgs, bool, list[str]]:
-    """The model's shape with its vocabulary settled, whether it is stored as int8, and what was assumed.
+def _shape(
+    directory: Path, vocab_size: int | None, config: EngineConfig
+) -> tuple[ModelArgs, Mapping[str, WeightFormat], list[str]]:
+    """The model's shape with its vocabulary settled, its quantised weights, and what was assumed.
 
     Raises:
         CheckpointError: no settings, or damaged ones.
@@ -175,21 +188,21 @@ def _shape(directory: Path, vocab_size: int | None, config: EngineConfig) -> tup
             attends to.
     """
     from llama.gguf_header import gguf_in
-    from llama.gguf_settings import read_gguf
-    from llama.settings import Planned, read_planned
+    from llama.gguf_settings import read_planned_gguf
+    from llama.settings import read_planned
 
     gguf = gguf_in(directory)
-    settings, is_int8 = read_planned(directory) if gguf is None else Planned(read_gguf(gguf), is_int8=False)
+    settings, stored = read_planned(directory) if gguf is None else read_planned_gguf(gguf)
     args = settings.args
     args.check_positions(config.max_seq_len, settings.file)
     if vocab_size is not None and args.vocab_size not in (-1, vocab_size):
         raise ConfigError(f"vocab_size: got {vocab_size}, but {directory} has {args.vocab_size}; leave it out")
     if vocab_size is not None:
-        return args.with_vocab_size(vocab_size), is_int8, []
+        return args.with_vocab_size(vocab_size), stored, []
     if args.vocab_size != -1:
-        return args, is_int8, []
+        return args, stored, []
     rows = _tokenizer_size(directory, settings.file)
-    return args.with_vocab_size(rows), is_int8, [f"the embedding has as many rows as the tokenizer has ids, {rows}"]
+    return args.with_vocab_size(rows), stored, [f"the embedding has as many rows as the tokenizer has ids, {rows}"]
 
 
 def _tokenizer_size(directory: Path, settings_file: Path) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from llama import checkpoint
 from llama.checkpoint.medusa import MedusaFile, load_medusa, open_medusa
 from llama.compiled.memory import dtypes_for
@@ -80,8 +82,9 @@ class OpenedDrafting:
 
     def _medusa(self, runner: XlaRunner, allow_nan: bool) -> Medusa:
         assert self.heads is not None
-        storage, _ = dtypes_for(runner.config, on_cpu=backend.device_kind() == "CPU", int8_stored=False)
-        return Medusa(load_medusa(self.heads, runner.model.args, storage, runner.device, allow_nan), runner)
+        storage, _ = dtypes_for(runner.config, on_cpu=backend.device_kind() == "CPU")
+        dtype = getattr(torch, storage.dtype)
+        return Medusa(load_medusa(self.heads, runner.model.args, dtype, runner.device, allow_nan), runner)
 
     def _draft_model(self, runner: XlaRunner, allow_nan: bool) -> DraftModel:
         assert self.source is not None
@@ -123,12 +126,13 @@ def open_drafting(
 
 
 def _draft_engine(config: EngineConfig, source: checkpoint.Source) -> EngineConfig:
-    """The draft model's shapes: those of the model that it drafts for, without drafts. int8 weights stay so. On a mesh
-    every device computes all of it: it is small, and may have fewer heads than there are devices.
+    """The draft model's shapes: those of the model that it drafts for, without drafts. Quantised weights stay so. On a
+    mesh every device computes all of it: it is small, and may have fewer heads than there are devices.
     """
-    dtype = "auto" if source.is_int8 else config.dtype
     alone = replace(config, draft_lens=(), lookahead=(), tensor_parallel=1)
-    return replace(alone, batch_invariant=False, dtype=dtype, prefix_cache_bytes=0)
+    if source.stored:
+        alone = replace(alone, dtype="auto", int4_group=EngineConfig.int4_group)
+    return replace(alone, batch_invariant=False, prefix_cache_bytes=0)
 
 
 def _heads_directory(settings: DraftConfig, is_demo: bool) -> Path:

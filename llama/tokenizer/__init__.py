@@ -17,6 +17,15 @@ Control tokens written out in a text (``</s>``) stay text unless ``allow_special
 
 from llama.tokenizer.base import Part, StreamDecoder, Tokenizer, TokenizerKind
 from llama.tokenizer.files import special_names
-from llama.tokenizer.loading import find_tokenizer, load_tokenizer
+from llama.tokenizer.loading import find_tokenizer, load_tokenizer, mismatch
 
-__all__ = ["Part", "StreamDecoder", "Tokenizer", "TokenizerKind", "find_tokenizer", "load_tokenizer", "special_names"]
+__all__ = [
+    "Part",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerKind",
+    "find_tokenizer",
+    "load_tokenizer",
+    "mismatch",
+    "special_names",
+]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import TokenizerError
+from llama.regular_files import read_bytes, reason_of
 
 
 def special_names(directory: Path) -> dict[str, str]:
@@ -48,10 +49,12 @@ def read_object(path: Path) -> dict[str, Any]:
         TokenizerError: it is not readable, not JSON, or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bytes(path).decode("utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise TokenizerError(f"{path} is not readable: {reason_of(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: got a JSON {type(value).__name__}, expected an object")

@@ -18,6 +18,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import PromptError, TokenizerError, setting
+from llama.regular_files import read_bytes
 from llama.tokenizer.base import REPLACEMENT, Part, Tokenizer, library_errors
 from llama.tokenizer.files import generation_ids, read_object, special_names
 
@@ -41,7 +42,7 @@ class JSONTokenizer(Tokenizer):
         self._path = Path(model_path)
         content = read_object(self._path)
         _check_model(content.get("model"), self._path)
-        self._library = _load(self._path.read_text(encoding="utf-8"), self._path)
+        self._library = _load(read_bytes(self._path).decode("utf-8-sig"), self._path)
         self._lock = Lock()  # encode_special_tokens is a switch on the library's object, not an argument
         self._bytes = _PieceBytes(self._library, content.get("decoder"), self._path)
         self._added = self._library.get_added_tokens_decoder()
