@@ -484,7 +484,7 @@ class EngineConfig:
     cache_dtype: CacheDType = "auto"
     activations: str = "int16"
     prefill_products: str = "bfloat16"
-    int4_group: int = 64
+    int4_group: int = 128
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

@@ -367,13 +367,13 @@ def test_layers_that_differ_are_not_kept() -> None:
 def test_groups_that_are_refused(run: Run) -> None:
     with pytest.raises(ConfigError, match="int4_group: got 32, expected 64 or 128"):
         EngineConfig(dtype="int4", int4_group=32)
-    with pytest.raises(ConfigError, match="int4_group: got 128, but dtype is float32"):
-        EngineConfig(dtype="float32", int4_group=128)
-    with pytest.raises(ConfigError, match="int4_group: got 128, but dtype is bfloat16"):
-        convert(DEMO_DIR, "/nowhere/new", "bfloat16", int4_group=128)
-    outcome = run("plan", "--tensor_parallel", "1", "--int4_group", "128")
+    with pytest.raises(ConfigError, match="int4_group: got 64, but dtype is float32"):
+        EngineConfig(dtype="float32", int4_group=64)
+    with pytest.raises(ConfigError, match="int4_group: got 64, but dtype is bfloat16"):
+        convert(DEMO_DIR, "/nowhere/new", "bfloat16", int4_group=64)
+    outcome = run("plan", "--tensor_parallel", "1", "--int4_group", "64")
     assert outcome.code == 2
-    assert "--int4_group: got 128, but --dtype is auto" in outcome.err
+    assert "--int4_group: got 64, but --dtype is auto" in outcome.err
     with pytest.raises(ConfigError, match="int4_group: got 100"):
         convert(DEMO_DIR, "/nowhere/new", "int4", int4_group=100)
 

@@ -246,8 +246,10 @@ class Attention(nn.Module):
         xq = xq.reshape(bsz, self.kv_heads, group * seqlen, self.head_dim)
         scores = attention_scores(xq, keys) * (self.head_dim**-0.5)
         seen = seen.unsqueeze(1).expand(bsz, group, seqlen, -1).reshape(bsz, 1, group * seqlen, -1)
-        probs = torch.softmax(scores.float().masked_fill(~seen, float("-inf")), dim=-1).to(xq.dtype)
-        out = attention_values(probs, values)  # [B, K, G T, D]
+        scores = scores.float().masked_fill(~seen, float("-inf"))
+        weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))  # softmax, divided by its sum at the end
+        out = attention_values(weights.to(xq.dtype), values) / weights.sum(dim=-1, keepdim=True)  # [B, K, G T, D]
+        out = out.to(xq.dtype)
         out = out.view(bsz, self.kv_heads, group, seqlen, self.head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(bsz, seqlen, self.n_heads * self.head_dim)
 

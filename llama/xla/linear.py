@@ -211,11 +211,11 @@ def scores_by_sums(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (materialised(queries).unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
 
 
-def attention_values(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The sum of the values of every query's keys, weighted by its probabilities.
+def attention_values(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The weighted sum of the values of every query's keys.
 
     Args:
-        probs: [B, K, T, S].
+        weights: [B, K, T, S].
         values: [B, K, N, D, W], in blocks of W positions (kv_cache.py); numbers behind S, which are finite, do not
             count.
 
@@ -223,8 +223,8 @@ def attention_values(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         [B, K, T, D]. On XLA:CPU for few queries as sums: of each block, read in a line where it is, then of the blocks.
     """
     *_, blocks, columns, width = values.shape
-    per_block = F.pad(probs, (0, blocks * width - probs.shape[-1])).reshape(*probs.shape[:3], blocks, width)
-    if scored_by_sums(probs.shape[2], probs.device):
+    per_block = F.pad(weights, (0, blocks * width - weights.shape[-1])).reshape(*weights.shape[:3], blocks, width)
+    if scored_by_sums(weights.shape[2], weights.device):
         parts = (materialised(per_block).unsqueeze(4) * values.unsqueeze(2)).sum(-1)  # [B, K, T, N, D]
         return materialised(parts).sum(3)
     in_line = values.transpose(3, 4).reshape(*values.shape[:2], blocks * width, columns)
