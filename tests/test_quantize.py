@@ -67,7 +67,7 @@ def multiplied(lowering: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("lowering", sorted(linear.LOWERINGS))
 def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, rows: int) -> None:
-    """Compiled on the device, against torch on the host in float64, of what x is rounded to."""
+    """Compiled on the device, against torch on the host in float64, of x as XNNPACK rounds it; int16 is less."""
     if dtype not in linear.ROUNDING.get(lowering, (dtype,)):
         pytest.skip("not for this dtype")
     x, weight = torch.randn(rows, 96), torch.randn(160, 96)
@@ -75,12 +75,10 @@ def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, r
     found = multiplied(lowering, x, weight)
     if lowering == "xnnpack":
         x = x.bfloat16().float()
-    if lowering == "int16":
-        step = x.abs().amax(dim=1, keepdim=True) / 32767
-        x = (x / step).round() * step
     expected = x.double() @ weight.double().t()
     assert found.shape == (rows, 160)
-    assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    most = 1e-4 if lowering == "int16" else 1e-5
+    assert (found.double() - expected).abs().max() <= most * expected.abs().max()
 
 
 @pytest.mark.parametrize(("lowering", "rows"), [("one_row", 1), ("row_by_row", 3), ("loop", 3), ("onednn", 3)])
@@ -104,8 +102,10 @@ def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
     picked = [linear.choose_lowering(rows, 768, torch.bfloat16, device) for rows in (1, 2, 32, 33, 512)]
     assert picked == ["one_row", "row_by_row", "row_by_row", "xnnpack", "xnnpack"]
     assert {linear.choose_lowering(rows, 768, torch.int8, device) for rows in (1, 64, 512)} == {"int16"}
-    picked = [linear.choose_lowering(rows, 768, torch.uint8, device) for rows in (1, 64, 65, 512)]
+    picked = [linear.choose_lowering(rows, 768, torch.uint8, device, 128) for rows in (1, 64, 65, 512)]
     assert picked == ["int16", "int16", "xnnpack", "xnnpack"]
+    picked = [linear.choose_lowering(rows, 768, torch.int8, device, 32) for rows in (16, 17, 33)]
+    assert picked == ["int16", few, "xnnpack"]
     assert [linear.choose_lowering(rows, 2048, torch.float32, device) for rows in (4, 5, 512)] == [
         "loop",
         few,
@@ -115,7 +115,7 @@ def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
         for dtype in (torch.int8, torch.bfloat16):
             picked = [linear.choose_lowering(rows, 768, dtype, device) for rows in (1, 64, 512)]
             assert picked == ["one_row", "row_by_row", "matrix"]
-        picked = [linear.choose_lowering(rows, 768, torch.uint8, device) for rows in (1, 8, 512)]
+        picked = [linear.choose_lowering(rows, 768, torch.uint8, device, 64) for rows in (1, 8, 512)]
         assert picked == ["one_row", "loop", "matrix"]
     assert {linear.choose_lowering(rows, 768, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}
 

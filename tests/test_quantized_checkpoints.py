@@ -215,8 +215,8 @@ def test_weights_with_zero_points_are_widened_exactly(
         assert not caplog.records
         convert(tmp_path / "model", tmp_path / "int4", "int4")
     label = "AWQ" if method == "awq" else "asymmetric GPTQ"
-    assert f"weights in {label} are rounded again, to int4 in groups of 64" in caplog.text
-    assert open_checkpoint(tmp_path / "int4").stored["layers.{}.attention.wo.weight"] == WeightFormat("int4", 64)
+    assert f"weights in {label} are rounded again, to int4 in groups of 128" in caplog.text
+    assert open_checkpoint(tmp_path / "int4").stored["layers.{}.attention.wo.weight"] == WeightFormat("int4", 128)
 
 
 def test_the_first_format_of_gptq_lacks_one() -> None:
@@ -587,7 +587,7 @@ def test_k_quants_become_int4_with_a_loss(tmp_path: Path, caplog: pytest.LogCapt
         source.log_losses(choose_storage("auto", source.stored))
         assert not caplog.records
         source.log_losses(choose_storage("int4", source.stored))
-    assert "weights in Q4_K are rounded again, to int4 in groups of 64" in caplog.text
+    assert "weights in Q4_K are rounded again, to int4 in groups of 128" in caplog.text
     name = "layers.0.attention.wq.weight"
     made, scale = in_format(source.read(name), None, Storage("int4").format_of(name, source.args))
     assert scale is not None

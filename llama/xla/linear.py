@@ -32,7 +32,9 @@ WIDE = 1024  # from so many numbers a row on, turning the weight into panels cos
 PANEL = 8  # output channels side by side
 MOST_NARROW_ROWS = 96  # of a bfloat16 or int8 weight, which a matrix product would first have widened in memory
 MOST_BFLOAT16_ROWS = 32  # with more, XNNPACK's product of bfloat16 wins, which turns the weight into panels first
-MOST_INT4_ROWS = 64  # with more, the sums of the groups would take more memory than the weight
+MOST_GROUPED_ROWS = (
+    0.5  # for each number of a group: with more, the groups' sums would take much more memory than a weight
+)
 FEW_QUERIES = 8  # of a key head, up to which attention is sums
 
 
@@ -71,9 +73,10 @@ def linear(
     Returns:
         [..., out] in x's dtype.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    lowering = choose_lowering(len(rows), x.shape[-1], weight.dtype, x.device)
-    if scale is not None and (lowering == "int16" or len(scale.shape) > 1):
+    rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    group = width // scale.shape[1] if scale is not None and len(scale.shape) > 1 else None
+    lowering = choose_lowering(len(rows), width, weight.dtype, x.device, group)
+    if scale is not None and (lowering == "int16" or group):
         product = _quantized(rows, weight, scale, lowering)
     else:
         product = _product(rows, weight, lowering)
@@ -120,21 +123,22 @@ def _layer_row_by_row(x: torch.Tensor, weight: LayerWeight) -> torch.Tensor:
     return out
 
 
-def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.device, group: int | None = None) -> str:
     """Which of ``LOWERINGS`` a linear layer takes: the one table of what depends on the device kind.
 
     Args:
         rows: how many positions go through the layer at once.
         width: the numbers of each.
         dtype: of the weight.
+        group: how many numbers of it share a scale; None for a row or where there is none.
     """
     if not _on_cpu_device(device):
         return "plain"
     rules = _RULES.get()
+    if group is not None:
+        return _choose_for_groups(rows, width, group, rules)
     if dtype == torch.int8 and rules.activations == "int16":
         return "int16"
-    if dtype == torch.uint8:
-        return _choose_for_int4(rows, width, rules)
     if rows == 1:
         return "one_row"
     if dtype != torch.float32:
@@ -149,9 +153,11 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
     return "panels" if width >= WIDE else "matrix"
 
 
-def _choose_for_int4(rows: int, width: int, rules: Rules) -> str:
-    """As ``choose_lowering``, for an int4 weight, which all lowerings but int16 take as the numbers it stands for."""
-    if rows <= MOST_INT4_ROWS and rules.activations == "int16":
+def _choose_for_groups(rows: int, width: int, group: int, rules: Rules) -> str:
+    """As ``choose_lowering``, for a weight with groups, which all lowerings but int16 take as the numbers it stands
+    for.
+    """
+    if rows <= group * MOST_GROUPED_ROWS and rules.activations == "int16":
         return "int16"
     if rows > MOST_BFLOAT16_ROWS and rules.prefill_products == "bfloat16":
         return "xnnpack"
