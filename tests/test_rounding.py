@@ -43,9 +43,7 @@ def test_defaults_stay_near_what_is_not_rounded(dtype: str) -> None:
     texts = [maker.story().text for _ in range(TEXTS)]
     (exact, logits), (rounded, near) = measured(texts, dtype=dtype, **EXACT), measured(texts, dtype=dtype)
     error = float(np.linalg.norm(near - logits) / np.linalg.norm(logits))
-    print(
-        f"{dtype}: perplexity {exact:.5f}, rounded {100 * (rounded / exact - 1):+.3f} %; logits off by {100 * error:.3f} %"
-    )
+    print(f"{dtype}: perplexity {exact:.5f}, {100 * (rounded / exact - 1):+.3f} %; logits off by {100 * error:.3f} %")
     assert abs(rounded / exact - 1) < 0.001
     assert error < 0.01
     assert (error == 0) == (dtype == "float32")
