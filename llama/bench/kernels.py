@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llama import checkpoint
-from llama.checkpoint.quantize import quantize
+from llama.checkpoint.quantize import quantize, quantize_int4
 from llama.compiled import cache
 from llama.compiled.cache import CacheView
 from llama.compiled.model import Transformer, block_with
@@ -27,6 +27,8 @@ CHAIN_BYTES = 160 * 2**20
 MOST_LAYERS = 24  # each is a few kernels to compile
 RUNS = 7
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+GROUP = 128  # numbers of an int4 weight that share a scale
+FOR_INT4 = ("int16", "xnnpack", "loop", "onednn", "matrix", "panels")  # what an int4 weight can be multiplied by
 KEYS = 512
 FEW_LAYERS = 6  # of a model that is timed as a whole
 MOST_SUMS = 8  # rows: it holds rows x keys x head columns
@@ -52,14 +54,15 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
     """
     device = backend.init()
     found = []
-    for dtype_name, dtype in DTYPES.items():
-        weights = _weights(args, dtype, device)
+    for dtype_name, dtype in {**DTYPES, **({} if args.dim % GROUP else {"int4": torch.uint8})}.items():
+        weights, group = _weights(args, dtype, device), GROUP if dtype_name == "int4" else None
         for count in rows:
             x = transfers.upload(torch.randn(count, args.dim), device)
-            for name, lowering in linear.LOWERINGS.items():
-                if count > TOO_SLOW.get(name, count) or dtype not in linear.ROUNDING.get(name, (dtype,)):
+            for name in linear.LOWERINGS if group is None else FOR_INT4:
+                takes = linear.ROUNDING.get(name, (dtype,))
+                if count > TOO_SLOW.get(name, count) or (group is None and dtype not in takes):
                     continue
-                seconds = _chain(f"{name} {count} {dtype_name}", lowering, weights, x) / len(weights)
+                seconds = _chain(f"{name} {count} {dtype_name}", name, weights, x) / len(weights)
                 size = args.dim * args.hidden_dim
                 found.append(
                     {
@@ -67,28 +70,42 @@ def linear_table(args: ModelArgs, rows: Sequence[int]) -> list[dict[str, Any]]:
                         "rows": count,
                         "dtype": dtype_name,
                         "ms": 1e3 * seconds,
-                        "gb_s": size * dtype.itemsize / seconds / 1e9,
+                        "gb_s": sum(each.nbytes for each in weights[0] if each is not None) / seconds / 1e9,
                         "gflop_s": 2 * size * count / seconds / 1e9,
-                        "picked": linear.choose_lowering(count, args.dim, dtype, device) == name,
+                        "picked": linear.choose_lowering(count, args.dim, dtype, device, group) == name,
                     }
                 )
     return found
 
 
-def _weights(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    layers = min(max(CHAIN_BYTES // (args.dim * args.hidden_dim * dtype.itemsize), 2), MOST_LAYERS)
-    made = []
-    for _ in range(layers):
+Weight = tuple[torch.Tensor, torch.Tensor | None]  # and its scales, of int4's groups
+
+
+def _weights(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> list[Weight]:
+    size = args.dim * args.hidden_dim * dtype.itemsize // (2 if dtype == torch.uint8 else 1)
+    made: list[Weight] = []
+    for _ in range(min(max(CHAIN_BYTES // size, 2), MOST_LAYERS)):
         weight = torch.randn(args.hidden_dim, args.dim) * 0.02
-        made.append(transfers.adopt(quantize(weight)[0] if dtype == torch.int8 else weight.to(dtype), device))
+        if dtype == torch.uint8:
+            packed, scale = quantize_int4(weight, GROUP)
+            made.append((transfers.adopt(packed, device), transfers.upload(scale.float(), device)))
+        else:
+            made.append(
+                (transfers.adopt(quantize(weight)[0] if dtype == torch.int8 else weight.to(dtype), device), None)
+            )
     return made
 
 
-def _chain(name: str, lowering: Callable[..., torch.Tensor], weights: list[torch.Tensor], x: torch.Tensor) -> float:
+def _chain(name: str, lowering: str, weights: list[Weight], x: torch.Tensor) -> float:
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if scale is None:
+            return linear.LOWERINGS[lowering](x, weight)
+        return linear.quantized_product(x, weight, scale, lowering)
+
     def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         total = x.sum(-1, keepdim=True) * 0
         for weight in weights:
-            total = total + lowering(x + total * 1e-9, weight).sum(-1, keepdim=True)
+            total = total + product(x + total * 1e-9, *weight).sum(-1, keepdim=True)
         return (total,)
 
     return measure(programs.compile_program(name, run, (x,)), (x,))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from llama.xla import backend, modules
 from llama.xla.ops import materialised, written
-from llama.xla.quantized import dequantized, linear_int16
+from llama.xla.quantized import linear_int16, widened_parts
 from llama.xla.stacks import LayerWeight, part
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
@@ -77,14 +77,14 @@ def linear(
     group = width // scale.shape[1] if scale is not None and len(scale.shape) > 1 else None
     lowering = choose_lowering(len(rows), width, weight.dtype, x.device, group)
     if scale is not None and (lowering == "int16" or group):
-        product = _quantized(rows, weight, scale, lowering)
+        product = quantized_product(rows, weight, scale, lowering)
     else:
         product = _product(rows, weight, lowering)
         product = product if scale is None else product * _taken(scale)
     return product.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _quantized(
+def quantized_product(
     x: torch.Tensor, weight: torch.Tensor | LayerWeight, scale: torch.Tensor | LayerWeight, lowering: str
 ) -> torch.Tensor:
     """The product with an int4 weight, or of integers: [rows, out]."""
@@ -94,7 +94,8 @@ def _quantized(
     if x.device.type == "xla":  # no sooner than x is there
         numbers = waiting_for(x, numbers)
     dtype = torch.bfloat16 if lowering == "xnnpack" else x.dtype
-    return LOWERINGS[lowering](x, dequantized(numbers, per_group, dtype))
+    parts = widened_parts(x, numbers, per_group, dtype)
+    return functools.reduce(torch.add, (LOWERINGS[lowering](*part) for part in parts))
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor | LayerWeight, lowering: str) -> torch.Tensor:

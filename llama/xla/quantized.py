@@ -42,6 +42,24 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
     return (numbers * per_group.float()).reshape(len(weight), -1).to(dtype)
 
 
+def widened_parts(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of x [R, in] and of the numbers that a weight with groups stands for, the sum of whose products is theirs.
+
+    int4's low and high halves are parts of their own: to join them number by number takes longer than to multiply them.
+    """
+    if weight.dtype != torch.uint8:
+        return [(x, dequantized(weight, scale, dtype))]
+    blocks, per_group = scale.shape[1], scale.float().unsqueeze(-1)
+    of_x = x.reshape(len(x), blocks, 2, -1).unbind(2)
+    of_weight = _nibbles(weight.reshape(len(weight), blocks, -1))
+    return [
+        (part.reshape(len(x), -1), ((half.float() - 8.0) * per_group).reshape(len(weight), -1).to(dtype))
+        for part, half in zip(of_x, of_weight, strict=True)
+    ]
+
+
 def linear_int16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T`` with x rounded to int16: [R, out] in x's dtype.
 
@@ -51,7 +69,7 @@ def linear_int16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | No
         scale: [out], or [out, in / G]; None leaves it out.
     """
     is_grouped = scale is not None and scale.dim() > 1
-    blocks = scale.shape[1] if is_grouped else parts_of(x.shape[1])  # type: ignore[union-attr]
+    blocks = scale.shape[1] if is_grouped else rounding_parts(x.shape[1])  # type: ignore[union-attr]
     rounded, step = to_int16(x, blocks, own_steps=not is_grouped)
     sums = integer_sums(rounded, weight, blocks)  # [out, R, P]
     if blocks == 1:
@@ -64,7 +82,7 @@ def linear_int16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | No
     return product if scale is None else product * scale
 
 
-def parts_of(width: int) -> int:
+def rounding_parts(width: int) -> int:
     """In how many equal parts a row of so many numbers is rounded: as few as leave each enough levels."""
     least = -(-width // WIDEST_PART)
     return next((count for count in range(least, MOST_PARTS + 1) if width % count == 0), 1)
