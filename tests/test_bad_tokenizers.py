@@ -97,7 +97,7 @@ def test_a_damaged_tokenizer_json(content: str, tmp_path: Path, name: str, damag
     began = time.perf_counter()
     with pytest.raises(TokenizerError) as raised:
         load_tokenizer(path).encode(TEXT)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 30  # it would take minutes; other tests run beside it
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value).replace(str(path), "")) < 400

@@ -244,8 +244,8 @@ def test_a_trace_and_the_programs_are_written(tmp_path: Path) -> None:
     assert any("fusion" in name for name in names)
     assert list(tmp_path.glob("trace/**/*.xplane.pb"))
     summary = (tmp_path / "hlo/summary.txt").read_text()
-    copied = re.findall(r"1 aliases, ([\d,]+) bytes copied", summary)
-    # the cache is donated and nothing is copied but a loop's counts
+    copied = re.findall(r"2 aliases, ([\d,]+) bytes copied", summary)
+    # keys and values are donated and nothing is copied but a loop's counts
     assert copied
     assert max(int(each.replace(",", "")) for each in copied) < 1000
     assert re.search(r"[1-9][\d,]* of scratch", summary)  # XLA reports it under the name that is looked for

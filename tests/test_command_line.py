@@ -250,14 +250,6 @@ def test_the_demo_continues_the_demo_prompt_at_a_terminal(tmp_path: Path) -> Non
     assert done.stdout.split() == ["generate", "--echo", "--stream", "--seed", "1", "0"]
 
 
-def test_a_line_of_chat_may_hold_any_bytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bytes that are no text are shown to the model as such, and a terminal that is gone ends the conversation."""
-    monkeypatch.setattr(sys, "stdin", piped(b"caf\xe9\nthe cat\\\nran\n"))
-    assert list(sys.modules["llama.cli.chat"]._lines()) == ["caf\ufffd", "the cat\nran"]
-    monkeypatch.setattr("builtins.input", Unreadable(OSError(5, "Input/output error")).read)
-    assert list(sys.modules["llama.cli.chat"]._lines()) == []
-
-
 # ---------------------------------------------------------------------------------------------------- help and versions
 
 

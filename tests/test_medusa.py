@@ -27,6 +27,7 @@ from llama.compiled.model import Linear
 from llama.config import DEMO_DIR, ModelArgs
 from llama.errors import CheckpointError
 from llama.xla import backend, programs, transfers
+from llama.xla.linear import Rules, ruled
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -135,7 +136,8 @@ def test_a_program_computes_the_same(tmp_path: Path, dtype: torch.dtype) -> None
     heads, host = (load_medusa(file, TINY, dtype, where) for where in (device, CPU))
     for rows in (1, 3, 40):
         x = transfers.upload(hidden_states(rows), device)
-        program = programs.compile_program("medusa", lambda x: tuple(heads(x)), [x])
+        with ruled(Rules(activations="float32", prefill_products="float32")):
+            program = programs.compile_program("medusa", lambda x: tuple(heads(x)), [x])
         for found, expected in zip(program(x), host(hidden_states(rows)), strict=True):
             torch.testing.assert_close(transfers.fetch(found), expected, rtol=1e-4, atol=1e-4)
 

@@ -197,8 +197,9 @@ def test_programs_communicate_what_the_plan_names(tmp_path: Path, mesh: Mesh, ki
 def test_the_cache_is_written_in_place(tmp_path: Path) -> None:
     """On a mesh, too, each device's part is aliased to its output, and no copy of it is made."""
     hlo = optimised(tmp_path, Mesh(1, 4), "decode")
-    assert re.search(r"input_output_alias=\{ \{0\}:", hlo.splitlines()[0])
-    part = r"= f32\[6,4,1,103,8\]"  # 2 x 3 layers, 4 slots, one of two key heads, 96 positions and 7, heads of 8
+    assert re.search(r"input_output_alias=\{ \{0\}: [^{]*\{\}, may-alias\), \{1\}:", hlo.splitlines()[0])
+    # 3 layers, 4 slots, one of two key heads, heads of 8; keys of 96 positions and 7, values in one block
+    part = r"= f32\[3,4,1,(103,8|8,128)\]"
     made = [line for line in hlo.splitlines() if re.search(part, line) and " parameter(" not in line]
     assert made
     allowed = re.compile(r"dynamic-update-slice|get-tuple-element|bitcast\(")
@@ -305,7 +306,8 @@ from llama.xla import mesh
 import torch
 runner = llm.engine.runner
 args = [runner._example(name, Program("admit")) for name in Program("admit").takes]
-args[1] = mesh.from_parts([torch.zeros(1, args[1].shape[1] // 2, dtype=torch.int32)] * 2, (None, "tensor"))
+place = Program("admit").takes.index("tokens")
+args[place] = mesh.from_parts([torch.zeros(1, args[place].shape[1] // 2, dtype=torch.int32)] * 2, (None, "tensor"))
 try:
     runner._programs[Program("admit")](*args)
 except EngineError as error:
