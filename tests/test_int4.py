@@ -322,6 +322,7 @@ def test_losses_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     write_meta(tmp_path / "meta", WIDE, [random_weights(WIDE)])
     convert(tmp_path / "meta", tmp_path / "int8", "int8")
     source = open_checkpoint(tmp_path / "int8")
+    caplog.clear()  # convert's own lines, where an earlier test has raised the level
     with caplog.at_level(logging.WARNING, "llama"):
         for dtype in ("auto", "int8", "float32", "bfloat16"):
             source.log_losses(choose_storage(dtype, source.stored))
