@@ -442,6 +442,7 @@ def test_a_pipe_is_one_question(chat: Run, llm: LLaMA, chat_format: ChatFormat) 
     found = TURN_LINE.search(outcome.err)
     assert found is not None
     assert [int(count) for count in found.groups()] == [0, len(prompt), len(expected.token_ids)]
+    assert re.search(r"^Compiling \d+ programs?, about \d+ s$", outcome.err, re.MULTILINE)  # no bar tells it here
 
 
 def test_quiet_leaves_the_answer_alone(chat: Run) -> None:

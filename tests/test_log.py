@@ -16,6 +16,7 @@ from commands import ROOT, Outcome, Run, finished
 from fakes import FakeRunner, fake_llm, next_token
 
 from llama import LLaMA, load_tokenizer
+from llama.cli.output import leave_compiling_to_bars, log_to_stderr
 from llama.config import DEMO_DIR, DraftConfig, EngineConfig
 from llama.drafting.chain import Drafter
 from llama.engine.drafting import Drafting, Drafts
@@ -170,6 +171,43 @@ def test_the_default_log_is_one_line_of_speeds(on_fake: Run) -> None:
     assert first.startswith("Pass 1 of 2: 2 prompts in all: 6 prompt tokens at ")
     assert second.startswith("Pass 2 of 2: 2 prompts in all: 6 prompt tokens at ")
     assert second.endswith(" s after the pass began")
+
+
+class _Screen(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("run")  # it restores the log
+@pytest.mark.parametrize(
+    ("stderr", "quiet", "verbose", "shown"),
+    [
+        (io.StringIO, False, False, ["own", "compiling", "warning"]),
+        (_Screen, False, False, ["own", "warning"]),
+        (_Screen, False, True, ["own", "compiling", "detail", "warning"]),
+        (io.StringIO, True, False, []),
+        (_Screen, True, False, []),
+    ],
+)
+def test_bars_tell_what_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+    stderr: type[io.StringIO],
+    quiet: bool,
+    verbose: bool,
+    shown: list[str],
+) -> None:
+    """At a terminal a line about it would stand between the answers of a chat, or cut the bar of a batch."""
+    monkeypatch.setattr(sys, "stderr", stderr())
+    log, own = logging.getLogger("llama"), logging.getLogger("llama.own")
+    log_to_stderr(quiet, verbose)
+    leave_compiling_to_bars(own, verbose)
+    own.info("own")
+    log.info("compiling")
+    log.debug("detail")
+    log.warning("warning")
+    assert sys.stderr.getvalue().split() == shown  # type: ignore[attr-defined]
 
 
 def test_quiet_is_quiet_also_for_the_original_s_lines(on_fake: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,9 @@ def test_a_template_s_line_breaks_may_be_typed() -> None:
 
 
 def test_texts_in_the_table_stay_on_their_line() -> None:
-    """Whatever a file holds: line breaks, and characters that would move the cursor or color the terminal."""
-    assert _one_line("a\n\n b\tc\x1b[31m\u2028d\r\x07") == "a b c [31m d"
+    """Whatever a file holds: line breaks, and what would move the cursor, color the terminal or turn the writing."""
+    assert _one_line("a\n\n b\tc\x1b[31m\u2028d\r\x07") == "a b c\\x1b[31m d \\x07"
+    assert _one_line("a\u202eb\x9bc\x7f\u200bd\ue000 ") == "a\\u202eb\\x9bc\\x7f d"
     assert _one_line("caf\u00e9 \u6f22") == "caf\u00e9 \u6f22"
     assert [_clipped("abcdefgh", room) for room in (8, 7)] == ["abcdefgh", "abcd..."]
 
@@ -238,6 +239,7 @@ def test_items_that_are_hard_to_print(run: Run, tmp_path: Path) -> None:
     outcome = run("score", str(path), "--quiet")
     assert (outcome.code, outcome.err) == (0, "")
     assert "\x1b" not in outcome.out
+    assert "\\x1b[31m" in outcome.out or " > \U0001f642 b" in outcome.out  # the chosen one
     assert outcome.out.splitlines()[1].split()[:2] in (["0", "0"], ["0", "1"])
     assert outcome.out.endswith("from the cache\n")  # no figures follow
     assert "0 with a right choice" in outcome.out

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.loading import config_of, loaded, readable_tokenizer, takes_loading
-from llama.cli.output import counted, interruptible, json_line, log_to_stderr, write
+from llama.cli.output import counted, interruptible, json_line, leave_compiling_to_bars, log_to_stderr, write
 from llama.cli.sampling import checked, takes_controls
 from llama.config import DEMO_DIR, EngineConfig
 from llama.errors import FlagError, GrammarCutError, InterruptedRunError, PromptError
@@ -184,9 +184,7 @@ class _Job:
                 "are divided among the hosts; give each host its own devices, or run llama-xla generate"
             )
         self._defaults = llm.sampling(**self._given)
-        progress_log.setLevel(log.level)
-        if sys.stderr.isatty() and not self._verbose:  # there bars tell what is compiled
-            log.setLevel(max(log.level, logging.WARNING))
+        leave_compiling_to_bars(progress_log, self._verbose)
         return llm
 
     def answers(

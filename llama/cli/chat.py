@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llama.cli.devices import devices_of, takes_devices
 from llama.cli.drafting import drafting_of, takes_drafting
-from llama.cli.flags import one_of, shown
-from llama.cli.loading import announce_imports, readable_tokenizer
-from llama.cli.output import ending_at_once, interruptible, log_to_stderr
+from llama.cli.flags import REQUIRED, one_of, shown
+from llama.cli.loading import config_of, loaded, readable_tokenizer, takes_loading
+from llama.cli.output import interruptible, leave_compiling_to_bars, log_to_stderr
 from llama.cli.sampling import checked, takes_controls
 from llama.cli.streams import decoded, is_terminal, read_stdin
 from llama.cli.talk import Talk, open_lines, stream_answer, turns
-from llama.config import ACTIVATIONS, CACHE_DTYPES, DTYPES, OVERFLOWS, PREFILL_PRODUCTS, EngineConfig, Overflow
+from llama.config import OVERFLOWS, EngineConfig, Overflow
 from llama.errors import FlagError, InterruptedRunError, PromptError
 from llama.ranks import current_ranks
 from llama.sampling_params import SamplingParams
@@ -31,7 +29,14 @@ log = logging.getLogger("llama")
 DEFAULTS = SamplingParams(max_gen_len=512, temperature=0.6, top_p=0.9)  # Meta's, for chat
 
 
-@takes_devices
+@takes_loading(
+    without=("max_batch_size", "fail_on_recompile"),  # one request at a time; a longer dialog has programs of its own
+    ckpt_dir=(
+        REQUIRED,
+        "A chat model's directory, in Meta's, Hugging Face's or llama-xla's own format, or its GGUF file.",
+    ),
+    max_seq_len=(EngineConfig.max_seq_len, "Positions of the cache, for the whole dialog."),
+)
 @takes_drafting
 @takes_controls(
     without=(
@@ -44,21 +49,12 @@ DEFAULTS = SamplingParams(max_gen_len=512, temperature=0.6, top_p=0.9)  # Meta's
 )
 def chat(
     *,
+    loading: dict[str, Any],
     sampling: dict[str, Any],
     drafting: dict[str, Any],
-    devices: dict[str, Any],
-    ckpt_dir: str,
-    tokenizer_path: str | None = None,
     chat_format: str | None = None,
     system_prompt: str | None = None,
     on_overflow: str = "refuse",
-    max_seq_len: int = 2048,
-    dtype: str = "auto",
-    int4_group: int = EngineConfig.int4_group,
-    cache_dtype: str = "auto",
-    activations: str = EngineConfig.activations,
-    prefill_products: str = EngineConfig.prefill_products,
-    check_sums: bool = False,
     quiet: bool = False,
     verbose: bool = False,
 ) -> None:
@@ -67,28 +63,19 @@ def chat(
     llama-xla chat --ckpt_dir path/to/Llama-3.2-1B-Instruct
     echo "Why is the sky blue?" | llama-xla chat --ckpt_dir path/to/Llama-3.2-1B-Instruct --quiet
 
-    Model:
-        ckpt_dir: A chat model's directory, in Meta's, Hugging Face's or llama-xla's own format, or its GGUF file.
-        tokenizer_path: Its tokenizer. Default: the one beside the weights.
+    {model}
         chat_format: llama2, llama3 or template (the checkpoint's own). Default: the checkpoint's template, else the
             format of its tokenizer.
-        dtype: Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others float32 on a CPU, else
-            bfloat16.
-        int4_group: How many numbers of an int4 weight share a scale: 64 or 128.
-        cache_dtype: Keys and values: float32, bfloat16; auto: float32 up to 2048 positions on a CPU, else bfloat16.
-        activations: Round what meets int8 and int4 weights to int16, or leave it in float32, on a CPU.
-        prefill_products: Round prompts' activations that meet bfloat16 and int4 weights to bfloat16, or leave them in
-            float32, on a CPU.
-        check_sums: Read all files of the checkpoint first and compare them with the sums beside them; see inspect.
 
     Dialog:
         system_prompt: Instructions that open the dialog.
         on_overflow: When the dialog no longer fits: refuse it, or drop the oldest turns.
-        max_seq_len: Positions of the cache, for the whole dialog.
 
     {sampling}
 
     {drafting}
+
+    {shapes}
 
     {devices}
 
@@ -97,17 +84,7 @@ def chat(
         verbose: Log the memory plan, too, and every program that is compiled.
     """
     log_to_stderr(quiet, verbose)
-    found = devices_of(devices)
-    config = EngineConfig(
-        max_batch_size=max(found.data_parallel, 1),
-        max_seq_len=max_seq_len,
-        dtype=one_of("dtype", dtype, DTYPES),
-        int4_group=int4_group,
-        cache_dtype=one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
-        activations=one_of("activations", activations, ACTIVATIONS),
-        prefill_products=one_of("prefill_products", prefill_products, PREFILL_PRODUCTS),
-        **found._asdict(),
-    )
+    config, ckpt_dir = config_of(loading), loading["ckpt_dir"]
     overflow = cast("Overflow", one_of("on_overflow", on_overflow, OVERFLOWS))
     given, drafted = checked(sampling), drafting_of(drafting)
     if drafted is not None:
@@ -125,26 +102,15 @@ def chat(
         )
     from llama.chat import choose_format
 
-    tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
+    tokenizer = readable_tokenizer(ckpt_dir, loading["tokenizer_path"])
     chosen = (
         choose_format(tokenizer, Path(ckpt_dir), chat_format)
         if tokenizer is not None and Path(ckpt_dir).exists()
         else None
     )
-    announce_imports()
-    with ending_at_once():
-        from llama.conversation import Conversation
-        from llama.generation import LLaMA
+    llm = loaded(loading, config, tokenizer, quiet, drafting=drafted)
+    from llama.conversation import Conversation
 
-        llm = LLaMA.build(
-            ckpt_dir,
-            tokenizer_path,
-            tokenizer=tokenizer,
-            config=config,
-            check_sums=check_sums,
-            progress=not quiet and sys.stderr.isatty(),
-            drafting=drafted,
-        )
     params = llm.sampling(DEFAULTS, **given)
     assert chosen is not None  # a model without a tokenizer has been refused by now
     if chat_format is None and chosen.name != "template":
@@ -155,9 +121,7 @@ def chat(
             *(chosen.name, chosen.name),
         )
     conversation = Conversation(llm, chosen, params, system_prompt=system_prompt, on_overflow=overflow)
-    turns.setLevel(log.level)
-    if not verbose:  # from here on one line per turn: other lines would interrupt the answers
-        log.setLevel(max(log.level, logging.WARNING))
+    leave_compiling_to_bars(turns, verbose)
     with closing(llm):
         if question is None:
             Talk(llm, conversation, open_lines(), partial(shown, command=chat)).run()

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from llama.cli.flags import one_of, shown
+from llama.cli.flags import shown
+from llama.cli.loading import config_of, takes_loading
 from llama.cli.output import json_line, log_to_stderr, write
-from llama.config import CACHE_DTYPES, DTYPES, EngineConfig
+from llama.config import EngineConfig
 from llama.errors import ProblemsFoundError, UserError
 
 
+@takes_loading(
+    only=("tokenizer_path", "max_seq_len", "max_batch_size", "dtype", "int4_group", "cache_dtype"),
+    max_seq_len=(EngineConfig.max_seq_len, "Positions in the memory plan."),
+    max_batch_size=(1, "Prompts in the memory plan."),
+)
 def inspect(
     directory: str,
     *,
-    tokenizer_path: str | None = None,
-    max_seq_len: int = 2048,
-    max_batch_size: int = 1,
-    dtype: str = "auto",
-    int4_group: int = EngineConfig.int4_group,
-    cache_dtype: str = "auto",
+    loading: dict[str, Any],
     check_tensors: bool = False,
     check_sums: bool = False,
     json: bool = False,
@@ -30,12 +32,12 @@ def inspect(
 
     Flags:
         directory: The checkpoint; the name of the flag may be left out.
-        tokenizer_path: Its tokenizer. Default: the one beside the weights.
-        max_seq_len: Positions in the memory plan.
-        max_batch_size: Prompts in the memory plan.
-        dtype: How weights would be stored: float32, bfloat16, int8, int4, or auto.
-        int4_group: How many numbers of an int4 weight would share a scale: 64 or 128.
-        cache_dtype: How keys and values would be stored: float32, bfloat16, or auto.
+        {tokenizer_path}
+        {max_seq_len}
+        {max_batch_size}
+        {dtype}
+        {int4_group}
+        {cache_dtype}
         check_tensors: Read all weights, look for NaN and infinity, and compare the files with their sums if there are
             any.
         check_sums: Read all files and compare them with their sums: the checksums.json that convert and reshard wrote,
@@ -45,15 +47,8 @@ def inspect(
     from llama.inspection import inspect_checkpoint, report
 
     log_to_stderr(quiet=False)
-    config = EngineConfig(
-        max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size,
-        dtype=one_of("dtype", dtype, DTYPES),
-        int4_group=int4_group,
-        cache_dtype=one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
-    )
-    tokenizer = Path(tokenizer_path) if tokenizer_path else None
-    found = inspect_checkpoint(Path(directory), tokenizer, config, check_tensors, check_sums)
+    tokenizer = Path(loading["tokenizer_path"]) if loading["tokenizer_path"] else None
+    found = inspect_checkpoint(Path(directory), tokenizer, config_of(loading), check_tensors, check_sums)
 
     def spell(problem: UserError) -> str:
         return shown(problem, inspect)
@@ -66,12 +61,13 @@ def inspect(
         raise ProblemsFoundError(f"{directory}: {len(found.problems)} problem{'s' * (len(found.problems) > 1)} found")
 
 
+@takes_loading(only=("int4_group",))
 def convert(
     src: str,
     dst: str,
     *,
+    loading: dict[str, Any],
     dtype: str | None = None,
-    int4_group: int = EngineConfig.int4_group,
     max_shard_size: str | None = None,
     quiet: bool = False,
 ) -> None:
@@ -84,16 +80,14 @@ def convert(
         dst: A directory that does not exist yet; the name of the flag may be left out.
         dtype: float32, bfloat16, float16, int8 (linear layers, with a scale per output channel), or int4 (layers, with
             a scale per group; embedding and head int8). Default: keep every weight's dtype.
-        int4_group: How many numbers of an int4 weight share a scale: 64 or 128.
+        {int4_group}
         max_shard_size: Most bytes in a file, with a unit such as 5GB. Default: one file.
         quiet: Log nothing to stderr.
     """
     from llama.checkpoint import reshard as rewriting
 
     log_to_stderr(quiet)
-    rewriting.convert(
-        src, dst, dtype, max_shard_size, int4_group=int4_group, progress=not quiet and sys.stderr.isatty()
-    )
+    rewriting.convert(src, dst, dtype, max_shard_size, **loading, progress=not quiet and sys.stderr.isatty())
 
 
 def reshard(src: str, dst: str, *, model_parallel: int, quiet: bool = False) -> None:

@@ -1,11 +1,10 @@
-"""The flags that say how many devices hold a model and divide its slots, declared once for all commands that load."""
+"""The flags that say how many devices hold a model and divide its slots; a section of loading.py's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from llama.cli.flags import Command, with_flags
 from llama.errors import FlagError
 
 SECTION: dict[str, tuple[str, Any, str]] = {  # name: (kind, default, help)
@@ -20,17 +19,6 @@ class Devices(NamedTuple):
 
     tensor_parallel: int
     data_parallel: int
-
-
-def takes_devices(command: Callable[..., None]) -> Command:
-    """Give a command these flags; it receives their values in its parameter ``devices``, by name.
-
-    In the command's docstring ``{devices}`` stands for their help.
-    """
-    lines = "\n".join(["Devices:", *(f"    {name}: {text}" for name, (_, _, text) in SECTION.items())])
-    kinds = {name: kind for name, (kind, _, _) in SECTION.items()}
-    defaults = {name: default for name, (_, default, _) in SECTION.items()}
-    return with_flags("devices", defaults, kinds, lines)(command)
 
 
 def devices_of(given: Mapping[str, Any]) -> Devices:

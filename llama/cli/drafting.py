@@ -42,7 +42,7 @@ def takes_drafting(command: Callable[..., None]) -> Command:
     """
     lines = "\n".join(["Drafting:", *(f"    {name}: {text}" for name, (_, text) in FLAGS.items())])
     kinds = {name: f"{kind} | None" for name, (kind, _) in FLAGS.items()}
-    return with_flags("drafting", dict.fromkeys(FLAGS), kinds, lines)(command)
+    return with_flags("drafting", dict.fromkeys(FLAGS), kinds, {"drafting": lines})(command)
 
 
 def drafting_of(given: Mapping[str, Any]) -> DraftConfig | None:

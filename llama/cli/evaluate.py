@@ -130,7 +130,7 @@ def evaluate(
     for name, task in loaded["tasks"].items():  # here, and not when their turn comes
         if getattr(task.config, "output_type", None) == "generate_until":
             model.wish({**(task.config.generation_kwargs or {}), **(given or {})}, name)
-    if not verbose:  # lm-eval's bars are the log from here on
+    if not verbose:  # a line about compiling would land within lm-eval's bars, which go to a file, too
         log.setLevel(max(log.level, logging.WARNING))
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker

@@ -21,6 +21,7 @@ from llama.cli.hub import is_hub_name, locate
 from llama.errors import FlagError, LLaMAError
 
 Command = Callable[..., None]
+REQUIRED = inspect.Parameter.empty  # in place of a flag's default
 
 ALIASES = {  # other systems' names, where a command has the flag that they stand for
     "max_tokens": "max_gen_len",
@@ -170,32 +171,36 @@ WEIGHTS = (".gguf", ".safetensors", ".pth", ".bin")
 
 
 def with_flags(
-    parameter: str, defaults: Mapping[str, Any], kinds: Mapping[str, str], help_lines: str
+    parameter: str, defaults: Mapping[str, Any], kinds: Mapping[str, str], texts: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Command]:
     """Give a command flags that are declared elsewhere; it receives their values in one parameter, by name.
 
-    In the command's docstring the parameter's name in braces stands for their help.
-
     Args:
-        defaults: of each flag.
+        defaults: of each flag; ``REQUIRED`` for one that must be given.
         kinds: the annotation of each flag's value, by which its parser is found.
-        help_lines: sections as a command's docstring has them.
+        texts: help by its name, which in the command's docstring, in braces, stands for it: sections as a docstring has
+            them, or a flag's line.
     """
 
     def decorate(command: Callable[..., None]) -> Command:
         @wraps(command)
         def flagged(*places: Any, **values: Any) -> None:
+            signature.bind(*places, **values)  # refuses a call without a required flag
             given = {name: values.pop(name, default) for name, default in defaults.items()}
             command(*places, **{parameter: given}, **values)
 
-        signature = inspect.signature(command)
         added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
             for name, default in defaults.items()
         ]
+        signature = inspect.signature(command)
         own = [p for name, p in signature.parameters.items() if name != parameter]
-        flagged.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        flagged.__doc__ = (inspect.getdoc(command) or "").replace(f"{{{parameter}}}", help_lines)
+        signature = signature.replace(parameters=[*own, *added])
+        flagged.__signature__ = signature  # type: ignore[attr-defined]
+        described = inspect.getdoc(command) or ""
+        for name, text in texts.items():
+            described = described.replace(f"{{{name}}}", text)
+        flagged.__doc__ = described
         return flagged
 
     return decorate

@@ -11,25 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.cli.devices import devices_of, takes_devices
 from llama.cli.drafting import drafting_of, takes_drafting
-from llama.cli.flags import help_text, one_of
-from llama.cli.loading import announce_imports, readable_tokenizer
-from llama.cli.output import Printer, counted, ending_at_once, interruptible, log_to_stderr
+from llama.cli.flags import help_text
+from llama.cli.loading import config_of, loaded, readable_tokenizer, takes_loading
+from llama.cli.output import Printer, counted, interruptible, log_to_stderr
 from llama.cli.sampling import checked, takes_controls
 from llama.cli.streams import decoded, is_terminal, read_stdin
-from llama.config import (
-    ACTIVATIONS,
-    BUCKET_POLICIES,
-    CACHE_DTYPES,
-    DEFAULT_BUCKETS,
-    DEMO_CONTEXT,
-    DTYPES,
-    PREFILL_PRODUCTS,
-    SCHEDULES,
-    EngineConfig,
-    ModelArgs,
-)
+from llama.config import EngineConfig, ModelArgs
 from llama.errors import FlagError, GrammarCutError, InterruptedRunError, PromptError
 from llama.ranks import current_ranks
 from llama.sampling_params import SamplingParams
@@ -50,38 +38,22 @@ TRACED_TOKENS = 8
 SILENCE_S = 2  # of stdin, until the log says what is waited for
 
 
-@takes_devices
+@takes_loading(max_batch_size=(None, "Prompts that run together. Default: the number of prompts, at most 32."))
 @takes_drafting
 @takes_controls(without=("prompt_logprobs", "hidden_states", "logits", "cache_salt"))
 def generate(
     *,
+    loading: dict[str, Any],
     sampling: dict[str, Any],
     drafting: dict[str, Any],
-    devices: dict[str, Any],
     prompt: list[str] | None = None,
     prompts_file: str | None = None,
     prompt_len: int | None = None,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
-    dtype: str = "auto",
-    int4_group: int = EngineConfig.int4_group,
-    cache_dtype: str = "auto",
-    activations: str = EngineConfig.activations,
-    prefill_products: str = EngineConfig.prefill_products,
-    allow_nan: bool = False,
-    check_sums: bool = False,
     strict_grammar: bool = False,
     hidden_states: str | None = None,
     logits: str | None = None,
-    max_seq_len: int | None = None,
-    max_batch_size: int | None = None,
-    buckets: list[int] | None = None,
-    bucket_policy: str = "greedy",
-    batch_invariant: bool = False,
     prefill_budget: int = EngineConfig.prefill_budget,
     schedule: str = EngineConfig.schedule,
-    prefix_cache_bytes: int = EngineConfig.prefix_cache_bytes,
-    fail_on_recompile: bool = False,
     random_weights: bool = False,
     dim: int | None = None,
     n_layers: int | None = None,
@@ -109,37 +81,15 @@ def generate(
         prompts_file: A UTF-8 file with one prompt per line; blank lines are skipped, - is stdin.
         prompt_len: Run a synthetic prompt of this many tokens after BOS instead of a text, for timings.
 
-    Model:
-        ckpt_dir: Directory in Meta's, Hugging Face's or llama-xla's own format, or a GGUF file. Default: the demo
-            model.
-        tokenizer_path: SentencePiece model, tiktoken ranks or tokenizer.json. Default: the one in ckpt_dir or its
-            parent.
-        allow_nan: Load weights that hold NaN or infinity.
-        check_sums: Read all files of the checkpoint first and compare them with the sums beside them; see inspect.
-        dtype: Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others float32 on a CPU, else
-            bfloat16.
-        int4_group: How many numbers of an int4 weight share a scale: 64 or 128.
-        cache_dtype: Keys and values: float32, bfloat16; auto: float32 up to 2048 positions on a CPU, else bfloat16.
-        activations: Round what meets int8 and int4 weights to int16, or leave it in float32, on a CPU.
-        prefill_products: Round prompts' activations that meet bfloat16 and int4 weights to bfloat16, or leave them in
-            float32, on a CPU.
+    {model}
 
     {sampling}
 
     {drafting}
 
-    Shapes, fixed when the programs are compiled:
-        max_seq_len: Positions of the cache, for a prompt and its generated tokens. Default: 2048, or 512 for the demo
-            model.
-        max_batch_size: Prompts that run together. Default: the number of prompts, at most 32.
-        buckets: Chunk lengths that prompts are cut into. Default: 512,64,8,1.
-        bucket_policy: greedy covers a prompt exactly; pad may fill up its last chunk.
-        batch_invariant: The text of a prompt depends on nothing but the prompt, to the last bit; slower.
+    {shapes}
         prefill_budget: Prompt tokens that may run before the running prompts get their next token.
         schedule: fcfs starts the prompts in their order; shortest starts short ones first.
-        prefix_cache_bytes: Memory for beginnings of prompts whose rows are needed for something else; the memory plan
-            of --verbose shows it. What a free row still holds is used in any case.
-        fail_on_recompile: A program compiled after warm-up is an error with exit code 3.
 
     {devices}
 
@@ -196,8 +146,8 @@ def generate(
         raise FlagError("--strict_grammar: there is no grammar to satisfy; give --json_schema or --regex")
     drafted = drafting_of(drafting)
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "vocab_size": vocab_size}
-    random_args = _random_shape(random_weights, ckpt_dir, shape)
-    is_demo = ckpt_dir is None and random_args is None
+    random_args = _random_shape(random_weights, loading["ckpt_dir"], shape)
+    is_demo = loading["ckpt_dir"] is None and random_args is None
     texts = _texts(prompt, prompts_file, prompt_len)
     takes_stdin = not texts and prompt_len is None and random_args is None and current_ranks().is_alone
     if takes_stdin and is_terminal():
@@ -206,25 +156,12 @@ def generate(
             "--prompt: got none, and stdin is a terminal, expected a text in quotes; llama-xla generate --help lists "
             "all flags"
         )
-    found = devices_of(devices)
-    several = min(max(len(texts), 1) * request.samples, LARGEST_DEFAULT_BATCH)
-    groups = max(found.data_parallel, 1)
-    config = EngineConfig(
-        max_batch_size=max_batch_size if max_batch_size is not None else -(-several // groups) * groups,
-        max_seq_len=max_seq_len if max_seq_len is not None else (DEMO_CONTEXT if is_demo else EngineConfig.max_seq_len),
-        buckets=tuple(buckets or DEFAULT_BUCKETS),
-        bucket_policy=one_of("bucket_policy", bucket_policy, BUCKET_POLICIES),
-        dtype=one_of("dtype", dtype, DTYPES),
-        int4_group=int4_group,
-        cache_dtype=one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
-        activations=one_of("activations", activations, ACTIVATIONS),
-        prefill_products=one_of("prefill_products", prefill_products, PREFILL_PRODUCTS),
-        fail_on_recompile=fail_on_recompile,
-        batch_invariant=batch_invariant,
+    config = config_of(
+        loading,
+        slots=min(max(len(texts), 1) * request.samples, LARGEST_DEFAULT_BATCH),
+        has_random_weights=random_args is not None,
         prefill_budget=prefill_budget,
-        schedule=one_of("schedule", schedule, SCHEDULES),
-        prefix_cache_bytes=prefix_cache_bytes,
-        **found._asdict(),
+        schedule=schedule,
     )
     if drafted is not None:
         config = drafted.settled(config)  # refuses what the cache is too short for
@@ -235,7 +172,7 @@ def generate(
     from llama.inputs import check_fit, encode_prompt
 
     with startup.within("load"):
-        tokenizer = readable_tokenizer(ckpt_dir, tokenizer_path)
+        tokenizer = readable_tokenizer(loading["ckpt_dir"], loading["tokenizer_path"])
         if tokenizer is not None:
             for index, text in enumerate(texts):  # before the weights, whose loading can take minutes
                 ids = encode_prompt(tokenizer, index, text, tokenizer.n_words)
@@ -247,22 +184,7 @@ def generate(
     for flag, name in (("profile", profile), ("hidden_states", hidden_states), ("logits", logits)):
         if name is not None:
             _made_directory(flag, name)
-    announce_imports()
-    with ending_at_once():
-        from llama.generation import LLaMA  # torch and torch_xla take seconds: flags are checked first
-
-        llm = LLaMA.build(
-            ckpt_dir,
-            tokenizer_path,
-            tokenizer=tokenizer,
-            config=config,
-            random_weights=random_args,
-            allow_nan=allow_nan,
-            check_sums=check_sums,
-            progress=not quiet and sys.stderr.isatty(),
-            startup=startup,
-            drafting=drafted,
-        )
+    llm = loaded(loading, config, tokenizer, quiet, random_weights=random_args, startup=startup, drafting=drafted)
     params = llm.sampling(**given)
     synthetic = llm.synthetic_prompt(prompt_len or SYNTHETIC_PROMPT_LEN)
     prompts: list[Prompt] = [*texts] or [synthetic] * config.max_batch_size

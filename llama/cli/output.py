@@ -158,6 +158,17 @@ def log_to_stderr(quiet: bool, verbose: bool = False) -> None:
     log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
+def leave_compiling_to_bars(own: logging.Logger, verbose: bool) -> None:
+    """Once a model is loaded: where bars tell what is compiled, at a terminal, keep lines about it out of the log.
+
+    Args:
+        own: logs the command's own lines, at the level that was asked for in any case.
+    """
+    own.setLevel(log.level)
+    if sys.stderr.isatty() and not verbose:
+        log.setLevel(max(log.level, logging.WARNING))
+
+
 @contextmanager
 def ending_at_once() -> Iterator[None]:
     """Within: Ctrl-C ends the process with one line and its exit code; there is nothing to keep yet.

@@ -10,36 +10,45 @@ from typing import Any
 
 from llama.cli import device_plan
 from llama.cli.flags import one_of
+from llama.cli.loading import config_of, takes_loading
 from llama.cli.output import counted, write
-from llama.config import BUCKET_POLICIES, CACHE_DTYPES, DEFAULT_BUCKETS, DEMO_DIR, DTYPES, EngineConfig, ModelArgs
+from llama.config import DEMO_DIR, EngineConfig, ModelArgs
 from llama.engine import chunks as bucket_plan
 from llama.errors import ConfigError, FlagError, TokenizerError, setting
 from llama.planning import ACCELERATORS, GIB, Accelerator, DevicePlan, choose_dtypes
 from llama.sharding import Mesh, check
 from llama.storage import WeightFormat
 
-DEFAULTS = {"dtype": "auto", "int4_group": EngineConfig.int4_group, "cache_dtype": "auto"}
+OF_DEVICES = ("dtype", "int4_group", "cache_dtype")  # flags of loading that say nothing about chunks
 
 
+@takes_loading(
+    only=("max_seq_len", "buckets", "bucket_policy", *OF_DEVICES),
+    max_seq_len=(EngineConfig.max_seq_len, "Positions of the cache."),
+    dtype=(
+        EngineConfig.dtype,
+        "Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others bfloat16, or float32 for "
+        "cpu.",
+    ),
+    cache_dtype=(
+        EngineConfig.cache_dtype,
+        "Keys and values: float32, bfloat16; auto: float32 up to 2048 positions for cpu, else bfloat16.",
+    ),
+)
 def plan(
     *,
+    loading: dict[str, Any],
     prompt_len: int | None = None,
     tensor_parallel: int | None = None,
     data_parallel: int | None = None,
     ckpt_dir: str | None = None,
     vocab_size: int | None = None,
-    dtype: str = "auto",
-    int4_group: int = EngineConfig.int4_group,
-    cache_dtype: str = "auto",
     accelerator: str | None = None,
     bandwidth: float | None = None,
     memory: float | None = None,
     link: float | None = None,
     plot: str | None = None,
-    max_seq_len: int = 2048,
     max_batch_size: int | None = None,
-    buckets: list[int] | None = None,
-    bucket_policy: str = "greedy",
     json: bool = False,
 ) -> None:
     """Show how a prompt is cut into chunks, or a model over devices. No device is touched.
@@ -49,7 +58,7 @@ def plan(
 
     Chunks of a prompt:
         prompt_len: Tokens of the prompt, including BOS.
-        bucket_policy: greedy covers the prompt exactly; pad may fill up its last chunk.
+        {bucket_policy}
 
     A model over devices:
         tensor_parallel: Devices that hold one copy of the model together. Default: 1.
@@ -57,10 +66,9 @@ def plan(
         ckpt_dir: Directory with params.json or config.json, weights need not be there; or a GGUF file. Default: the
             demo model.
         vocab_size: Of a params.json that says -1 and has no tokenizer beside it.
-        dtype: Weights: float32, bfloat16, int8, int4; auto: quantised ones as they are, others bfloat16, or float32 for
-            cpu.
-        int4_group: How many numbers of an int4 weight share a scale: 64 or 128.
-        cache_dtype: Keys and values: float32, bfloat16; auto: float32 up to 2048 positions for cpu, else bfloat16.
+        {dtype}
+        {int4_group}
+        {cache_dtype}
         max_batch_size: Slots on all devices together. Default: one on each copy of the model.
         accelerator: v4, v5e, v5p or v6e, whose public figures are used; or cpu, which has none.
         bandwidth: Of a device's memory in GB/s, instead of the accelerator's.
@@ -69,19 +77,16 @@ def plan(
         plot: Draw what the devices hold into this file, such as devices.png.
 
     Both:
-        max_seq_len: Positions of the cache.
-        buckets: Chunk lengths. Default: 512,64,8,1.
+        {max_seq_len}
+        {buckets}
         json: Print JSON: one object per chunk and line, or one for all devices.
     """
-    policy = one_of("bucket_policy", bucket_policy, BUCKET_POLICIES)
+    config = config_of(loading)
     values = {
         "tensor_parallel": tensor_parallel,
         "data_parallel": data_parallel,
         "ckpt_dir": ckpt_dir,
         "vocab_size": vocab_size,
-        "dtype": one_of("dtype", dtype, DTYPES),
-        "int4_group": int4_group,
-        "cache_dtype": one_of("cache_dtype", cache_dtype, CACHE_DTYPES),
         "max_batch_size": max_batch_size,
         "accelerator": accelerator,
         "bandwidth": bandwidth,
@@ -89,15 +94,8 @@ def plan(
         "link": link,
         "plot": plot,
     }
-    _check_one_kind(prompt_len, [name for name, value in values.items() if value != DEFAULTS.get(name)])
-    config = EngineConfig(
-        max_seq_len=max_seq_len,
-        buckets=tuple(buckets or DEFAULT_BUCKETS),
-        bucket_policy=policy,
-        dtype=values["dtype"],
-        int4_group=values["int4_group"],
-        cache_dtype=values["cache_dtype"],
-    )
+    changed = [name for name in OF_DEVICES if loading[name] != getattr(EngineConfig, name)]
+    _check_one_kind(prompt_len, [*(name for name, value in values.items() if value is not None), *changed])
     if prompt_len is None:
         _show_devices(values, config, json)
     else:

@@ -38,7 +38,7 @@ def takes_controls(
     declared = {f.name: defaults.get(f.name, f.default) for f in fields(params)}
     kinds = {f.name: _kind(str(f.type)) for f in fields(params)}
     absent = {name: _flag_default(name, declared[name]) for name in chosen}
-    return with_flags("sampling", absent, kinds, _help(chosen, declared))
+    return with_flags("sampling", absent, kinds, {"sampling": _help(chosen, declared)})
 
 
 def _kind(annotation: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llama.cli.flags import one_of
 from llama.cli.loading import config_of, loaded, readable_tokenizer, takes_loading
 from llama.cli.output import interruptible, json_line, log_to_stderr, write
+from llama.cli.terminal import visible
 from llama.errors import FlagError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -172,8 +173,8 @@ def _row(answer: Answer, width: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A text without line breaks and without characters that move a terminal's cursor."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """A text without line breaks, its control characters written out: a table is read at a terminal in the end."""
+    return " ".join("".join(c if c.isprintable() else " " for c in visible(" ".join(text.split()))).split())
 
 
 def _clipped(text: str, room: int) -> str:
