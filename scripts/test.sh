@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if (($# == 0)); then
   .venv/bin/coverage erase
   .venv/bin/coverage run -m pytest -n logical --dist loadfile -m "not alone"
-  .venv/bin/coverage run -m pytest -m alone
+  .venv/bin/coverage run -m pytest -m alone $(grep -l "mark.alone" tests/test_*.py)
   .venv/bin/coverage combine --quiet
   exec .venv/bin/coverage report
 fi

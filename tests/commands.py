@@ -10,7 +10,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from llama import cli
 
 ROOT = Path(__file__).parent.parent
 PROCESS_TIMEOUT_S = 300
+DUMPS = "*after_optimizations.txt"
 
 
 class Outcome(NamedTuple):
@@ -84,9 +86,34 @@ def dumped_program(code: str, directory: Path) -> Path:
     """Run code that compiles one program; return XLA's dump of its optimised HLO. Beside it there may be the small one
     that makes an empty cache.
     """
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-    return max(directory.glob("*after_optimizations.txt"), key=lambda dump: dump.stat().st_size)
+    _run_dumping(code, directory)
+    return _largest(directory.glob(DUMPS))
+
+
+def dumped_programs(code: str, programs: Sequence[str], directory: Path) -> list[str]:
+    """Run code that makes ``llm``, compile its programs one after the other; return the optimised HLO of each."""
+    each = f"""
+from pathlib import Path
+for program in [{", ".join(programs)}]:
+    llm.engine.runner.compile([program])
+    print(len(list(Path({str(directory)!r}).glob({DUMPS!r}))))
+"""
+    counts = [int(line) for line in _run_dumping(code + each, directory).splitlines()]
+    dumps = sorted(directory.glob(DUMPS))  # by the number that XLA gives each
+    return [_largest(dumps[begin:end]).read_text() for begin, end in pairwise([0, *counts])]
+
+
+def _run_dumping(code: str, directory: Path) -> str:
+    """stdout of code whose programs XLA dumps. LLVM's optimisation comes after the HLO's, and would only take time."""
+    flags = f"--xla_dump_to={directory} --xla_dump_hlo_as_text --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _largest(dumps: Iterable[Path]) -> Path:
+    return max(dumps, key=lambda dump: dump.stat().st_size)
 
 
 def finished(arguments: Sequence[str]) -> Outcome:

@@ -7,11 +7,15 @@ import os
 os.environ["PJRT_DEVICE"] = "CPU"
 # Programs; each takes about 50 memory mappings, of which Linux has 65,530 for a process.
 os.environ["XLA_COMPILATION_CACHE_SIZE"] = "600"
+# torch's threads, here and in all processes that tests start: they would wait for those of other workers, and the
+# tensors are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import logging
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,12 +34,29 @@ TINY = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, mu
 
 LLMFactory = Callable[..., LLaMA]
 
+# A worker that began one of these files when the others have nothing left would be waited for.
+LONGEST = ("test_mesh", "test_drafting_equality", "test_layers", "test_readme", "test_cache_dtype", "test_xla_dist")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist keep the order of files, instead of sorting them by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_unconfigure() -> None:
+    """Close what llama-cpp-python opens when it is imported, and leaves to be warned of at the process's end."""
+    opened = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if opened is not None and hasattr(opened, name):
+            getattr(opened, name).close()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow whatever runs a compiled model, which takes seconds to compile."""
+    """Mark as slow whatever runs a compiled model, which takes seconds to compile; put the longest files first."""
     for item in items:
         if "make_llm" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +69,6 @@ def _restore_globals() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     os.environ.clear()
     os.environ.update(environment)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For modules with host tensors so small that a second thread would mostly wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

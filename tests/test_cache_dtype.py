@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from commands import ROOT, Run, refused_at_once
 from conftest import TINY, LLMFactory
+from test_equivalence import PROMPTS, assert_any_order, ids as texts
 from test_parity_transformers import (
     GROUPED_QUERY,
     MULTI_HEAD,
@@ -32,7 +34,7 @@ from test_prefix import ids, nearly, run as run_prompts
 from transformers.models.llama import modeling_llama
 
 from llama import DraftConfig, EngineConfig, Generation, LLaMA, ModelArgs, SamplingParams, planning
-from llama.compiled import cache
+from llama.compiled import cache as kv_cache
 from llama.compiled.memory import cache_dtype_for, check_fits, plan_memory
 from llama.compiled.state import CACHE
 from llama.config import DEMO_DIR, DTYPES, LONGEST_FLOAT32_CACHE, CacheDType
@@ -43,13 +45,6 @@ from llama.xla import backend, ops
 
 F32, BF16 = torch.float32, torch.bfloat16
 SEVEN_B = ModelArgs(vocab_size=32000)
-PROMPTS = [
-    "Once upon a time",
-    "the dog ran home and the cat sang to the green house once upon a time there was",
-    "",
-    "x",
-    "A house, a cat & 12 dogs: caf\u00e9 \U0001f600",
-]
 WISHES = [
     SamplingParams(25, t, p, seed)
     for t, p, seed in [(0.0, 1.0, 1), (0.8, 0.9, 7), (1.0, 1.0, 7), (1.3, 0.5, 2**40 + 5), (0.6, 0.95, 0)]
@@ -62,10 +57,6 @@ HALF: Any = {"cache_dtype": "bfloat16"}
 def runner_of(llm: LLaMA) -> XlaRunner:
     assert isinstance(llm.engine.runner, XlaRunner)
     return llm.engine.runner
-
-
-def texts(results: list[Generation]) -> list[list[int]]:
-    return [r.token_ids for r in results]
 
 
 def logits_of(results: list[Generation]) -> list[np.ndarray]:
@@ -148,11 +139,11 @@ def test_bfloat16_takes_half_of_the_bytes() -> None:
         wide_plan.weights,
         wide_plan.activations,
     )
-    rows = [cache.kept_rows(TINY, each, dtype) for each, dtype in ((config, F32), (narrow, BF16))]
+    rows = [kv_cache.kept_rows(TINY, each, dtype) for each, dtype in ((config, F32), (narrow, BF16))]
     assert rows[0] > 1
     assert rows[1] in (2 * rows[0], 2 * rows[0] + 1)
     for each, dtype, told in ((config, F32, wide_plan), (narrow, BF16, plan)):
-        made = cache.allocate(TINY, each, dtype, torch.device("cpu"))
+        made = kv_cache.allocate(TINY, each, dtype, torch.device("cpu"))
         assert {tensor.dtype for tensor in made} == {dtype}
         assert sum(tensor.nbytes for tensor in made) == told.cache + told.prefixes
     assert " (bfloat16) + prefixes " in str(plan)
@@ -326,11 +317,7 @@ def test_neighbours_change_no_text(
 ) -> None:
     """More prompts than slots, or fewer, in every order."""
     llm = make_llm(**HALF, max_batch_size=slots, key_buckets=key_buckets)
-    order = list(range(len(PROMPTS)))
-    for seed in range(3):
-        random.Random(seed).shuffle(order)
-        found = llm.generate([PROMPTS[i] for i in order], params=[WISHES[i] for i in order])
-        assert texts(found) == [alone[i] for i in order]
+    assert_any_order(llm, WISHES, alone)
 
 
 @pytest.mark.slow
@@ -539,6 +526,7 @@ def test_a_mesh_computes_what_one_device_computes(tensor: int, data: int) -> Non
     assert found["bytes"]["float32"] == 2 * found["bytes"]["bfloat16"]
 
 
+@cache
 def on_mesh(tensor: int, data: int) -> dict[str, Any]:
     """What a process on a mesh returns."""
     command = [sys.executable, str(Path(__file__).with_name("mesh_child.py")), str(tensor), str(data), "halved"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import dumped_program
+from commands import dumped_programs
 from conftest import LLMFactory
 
 from llama import SamplingParams
@@ -34,7 +34,6 @@ args = ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=320, mu
 shapes = dict(max_batch_size=2, max_seq_len=96, buckets=(8, 1), key_buckets=(32,), cache_dtype={cache_dtype!r})
 config = EngineConfig(**shapes, draft_lens=(3, 7), lookahead=(3, 2))
 llm = LLaMA.build(tokenizer_path={tokenizer!r}, config=config, random_weights=args)
-llm.engine.runner.compile([{program}])
 """
 # 3 layers, 2 slots, 2 key heads, 96 positions and 7 for padding, heads of 16; values in one block of 128 positions
 CACHE = ("[3,2,2,103,16]", "[3,2,2,16,128]")
@@ -46,14 +45,24 @@ WRITERS += ['Program("copy", key_len=32)', 'Program("verify", rows=2, length=4, 
 WRITERS += ['Program("verify", rows=1, length=8, key_len=96)', 'Program("lookahead", rows=2, length=7, key_len=96)']
 
 
-def optimised_hlo(directory: Path, tokenizer: Path, program: str = DECODE, **options: object) -> str:
-    """The optimised HLO of a program.
+def optimised_hlo(directory: Path, tokenizer: Path, *wanted: str, **options: object) -> dict[str, str]:
+    """The optimised HLO of programs.
 
     Args:
         options: ``undonated``: without donation; ``as_numbers``: a cache of bfloat16 as such; ``cache_dtype``.
     """
     given = {"undonated": False, "as_numbers": False, "cache_dtype": "float32"} | options
-    return dumped_program(DUMP.format(tokenizer=str(tokenizer), program=program, **given), directory).read_text()
+    code = DUMP.format(tokenizer=str(tokenizer), **given)
+    return dict(zip(wanted, dumped_programs(code, wanted, directory), strict=True))
+
+
+@pytest.fixture(scope="module", params=HELD_AS)
+def written(
+    request: pytest.FixtureRequest, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, str]]:
+    """A cache's dtype, and the programs that write to it."""
+    directory = tmp_path_factory.mktemp("hlo")
+    return request.param, optimised_hlo(directory, tokenizer_path, *WRITERS, cache_dtype=request.param)
 
 
 def cache_copies(hlo: str) -> list[str]:
@@ -64,13 +73,13 @@ def cache_copies(hlo: str) -> list[str]:
     return [line for line in made if not allowed.search(line)]
 
 
-@pytest.mark.parametrize("cache_dtype", HELD_AS)
 @pytest.mark.parametrize("program", WRITERS)
-def test_the_cache_is_written_in_place(tmp_path: Path, tokenizer_path: Path, program: str, cache_dtype: str) -> None:
+def test_the_cache_is_written_in_place(written: tuple[str, dict[str, str]], program: str) -> None:
     """Keys and values are aliased to their outputs and no copy of their size is made, nor is all of them converted:
     that would cost more than the step.
     """
-    hlo = optimised_hlo(tmp_path, tokenizer_path, program, cache_dtype=cache_dtype)
+    cache_dtype, programs = written
+    hlo = programs[program]
     header = hlo.splitlines()[0]
     aliases = dict(re.findall(r"\{(\d+)\}: \((\d+), \{\}, ", header))
     parameters = re.sub(r"/\*.*?\*/", "", header[header.index("entry_computation_layout={(") :]).split("(", 1)[1]
@@ -83,16 +92,17 @@ def test_the_cache_is_written_in_place(tmp_path: Path, tokenizer_path: Path, pro
 
 def test_the_copy_check_can_fail(tmp_path: Path, tokenizer_path: Path) -> None:
     """Without donation the alias is missing and XLA copies the cache: the check above sees it."""
-    hlo = optimised_hlo(tmp_path, tokenizer_path, undonated=True)
+    hlo = optimised_hlo(tmp_path, tokenizer_path, DECODE, undonated=True)[DECODE]
     assert "input_output_alias" not in hlo.splitlines()[0]
     assert cache_copies(hlo)
 
 
-@pytest.mark.parametrize("program", [DECODE, 'Program("copy", key_len=32)'])
-def test_numbers_of_bfloat16_would_be_converted(tmp_path: Path, tokenizer_path: Path, program: str) -> None:
+def test_numbers_of_bfloat16_would_be_converted(tmp_path: Path, tokenizer_path: Path) -> None:
     """Why a cache of bfloat16 is held as its bits (``ops.HALVES``): XLA:CPU converts all of it at every write."""
-    hlo = optimised_hlo(tmp_path, tokenizer_path, program, cache_dtype="bfloat16", as_numbers=True)
-    assert any(" convert(" in line for line in cache_copies(hlo))
+    wanted = DECODE, 'Program("copy", key_len=32)'
+    found = optimised_hlo(tmp_path, tokenizer_path, *wanted, cache_dtype="bfloat16", as_numbers=True)
+    for program, hlo in found.items():
+        assert any(" convert(" in line for line in cache_copies(hlo)), program
 
 
 def test_nothing_compiles_after_warm_up(make_llm: LLMFactory) -> None:

@@ -35,9 +35,9 @@ from demo_text import LONGER_SHARES, TextMaker
 
 pytestmark = pytest.mark.slow
 
-TOKENS = int(os.environ.get("LLAMA_XLA_DRAFTED_TOKENS", "480"))  # of each drafter, batch size and way to choose
+TOKENS = int(os.environ.get("LLAMA_XLA_DRAFTED_TOKENS", "256"))  # of each drafter, batch size and way to choose
 NEAR = 1e-4  # logits that differ by less may change places where shapes differ
-GEN_LEN = 96
+GEN_LEN = 64
 KINDS = ("recite", "rewrite", "story", "question")
 
 
@@ -150,7 +150,7 @@ def requests(temperature: float, batch: int) -> tuple[list[str], list[SamplingPa
 # --- equal bits -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_bits_are_those_of_a_step_without_drafts(
     engines: Callable[..., LLaMA], temperature: float, batch: int, capsys: pytest.CaptureFixture[str]
@@ -197,7 +197,7 @@ def is_near_tie(result: Generation, place: int, params: SamplingParams) -> bool:
     return len(set(sampling.choose(noisy, filters, seed, position).tolist())) > 1
 
 
-@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_text_is_that_of_plain_decoding(
     engines: Callable[..., LLaMA], temperature: float, batch: int, capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,7 @@ import random
 import pytest
 from conftest import TINY, LLMFactory
 
-from llama import Generation, SamplingParams
+from llama import Generation, LLaMA, SamplingParams
 from llama.config import MAX_STOP_IDS
 from llama.xla.counters import counters
 
@@ -27,6 +27,15 @@ BUCKET_SETS = [(64, 8, 1), (32, 4, 1), (16, 1), (128, 7, 1), (1,)]
 
 def ids(results: list[Generation]) -> list[list[int]]:
     return [r.token_ids for r in results]
+
+
+def assert_any_order(llm: LLaMA, params: list[SamplingParams], expected: list[list[int]]) -> None:
+    """The prompts, each with its parameters, give the expected token ids in three random orders."""
+    order = list(range(len(PROMPTS)))
+    for seed in range(3):
+        random.Random(seed).shuffle(order)
+        found = ids(llm.generate([PROMPTS[i] for i in order], params=[params[i] for i in order]))
+        assert found == [expected[i] for i in order]
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +73,7 @@ def test_every_batch_size_and_row_order_gives_the_same_text(
     neighbours.
     """
     llm = make_llm(max_batch_size=max_batch_size)
-    order = list(range(len(PROMPTS)))
-    for seed in range(3):
-        random.Random(seed).shuffle(order)
-        found = ids(llm.generate([PROMPTS[i] for i in order], max_gen_len=30, temperature=0))
-        assert found == [greedy_alone[i] for i in order]
+    assert_any_order(llm, [SamplingParams(30, 0.0)] * len(PROMPTS), greedy_alone)
 
 
 def test_a_second_pass_gives_the_same_text(make_llm: LLMFactory, greedy_alone: list[list[int]]) -> None:

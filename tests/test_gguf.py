@@ -39,8 +39,6 @@ from llama.gguf_settings import factors, read_gguf
 from llama.tokenizer import Part, find_tokenizer, load_tokenizer
 from llama.tokenizer.gguf_kind import PATTERNS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, multiple_of=32)
 IDS = [1, *range(5, 45)]
 WIDE = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}

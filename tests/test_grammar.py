@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tokenizer_files import byte_level, write_ranks
 
 from llama import SamplingParams, Tokenizer, load_tokenizer
 from llama.errors import ConfigError
-from llama.grammar import Grammar, Vocabulary, compile_grammar
+from llama.grammar import Grammar, Vocabulary, compile_grammar, is_cut
 
 WISH = SamplingParams(80, 1.2, 1.0)
 PERSON = {
@@ -168,3 +169,32 @@ def test_a_stop_token_of_the_callers_is_a_token_of_the_text(make_llm: LLMFactory
     (cut,) = llm.generate(["x"], params=replace(wish, stop_token_ids=with_x))
     assert cut.generation == whole.generation[:3]
     assert cut.stop_reason in with_x
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "stop_reason", "wish", "expected"),
+    [
+        ("12", "length", None, {"regex": "[0-9]{3}"}, True),
+        ("123", "length", None, {"regex": "[0-9]{3}"}, False),
+        ("日", "length", None, {"regex": "日本?"}, False),
+        ('{"name": "a', "length", None, {"json_schema": PERSON}, True),
+        ('{"name": "a", "age": 1, "dog": true}', "length", None, {"json_schema": PERSON}, False),
+        ("12", "stop", ".", {"regex": "[0-9]{3}", "stop": (".",)}, True),
+        ("123", "stop", ".", {"regex": "[0-9]+[.]?", "stop": (".",)}, False),
+        ("12", "stop", 7, {"regex": "[0-9]{3}", "stop_token_ids": (7,)}, True),
+        (
+            "12",
+            "stop",
+            2,
+            {"regex": "[0-9]{3}", "stop_token_ids": (7,)},
+            False,
+        ),  # the model's own: comes at an end only
+        ("12", "interrupted", None, {"regex": "[0-9]{3}"}, False),
+        ("12", "length", None, {}, False),
+    ],
+)
+def test_what_is_cut(
+    text: str, finish_reason: str, stop_reason: str | int | None, wish: dict[str, Any], expected: bool
+) -> None:
+    """A text that ended before its grammar was satisfied, whatever ended it but the model itself or the user."""
+    assert is_cut(text, finish_reason, stop_reason, SamplingParams(**wish)) is expected

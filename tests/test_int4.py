@@ -19,7 +19,7 @@ import pytest
 import torch
 from checkpoint_files import TINY, logits_of, random_weights, write_meta
 from commands import Run
-from test_quantize import demo_perplexity
+from test_quantize import demo_perplexity, same_text
 
 from llama import DraftConfig, EngineConfig, LLaMA, ModelArgs, checkpoint, planning
 from llama.checkpoint import open_checkpoint
@@ -400,24 +400,8 @@ def test_generating_with_int4(tmp_path: Path, run: Run) -> None:
     """The same text from an int4 checkpoint as from rounding at load, by the command line; it is a story."""
     code = run("convert", str(DEMO_DIR), str(tmp_path / "int4"), "--dtype", "int4", "--int4_group", "128", "--quiet")
     assert code.code == 0, code.err
-    common = (
-        "--prompt",
-        "Once upon a time",
-        "--max_gen_len",
-        "24",
-        "--temperature",
-        "0",
-        "--max_seq_len",
-        "64",
-        "--json",
-    )
-    texts = []
-    for flags in (("--dtype=int4", "--int4_group=128"), (f"--ckpt_dir={tmp_path / 'int4'}",)):
-        outcome = run("generate", *flags, *common)
-        assert outcome.code == 0, outcome.err
-        texts.append(json.loads(outcome.out)["generation"])
-    assert texts[0] == texts[1]
-    assert "a little boy called Felix lived" in texts[0]
+    text = same_text(run, "--dtype=int4 --int4_group=128", f"--ckpt_dir={tmp_path / 'int4'}")
+    assert "a little boy called Felix lived" in text
     inspected = run("inspect", str(tmp_path / "int4"), "--json")
     facts = json.loads(inspected.out)
     assert facts["quantised"]["int4 in groups of 128"] == 6

@@ -42,8 +42,6 @@ from llama.errors import ChatError, ConfigError, FlagError, InterruptedRunError,
 from llama.integrations.lm_eval import LlamaXLA
 from llama.scoring import Score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOLERANCE = 1e-4  # of an item's log-likelihood
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + '] ' + m.content | trim + '\n' }}{% endfor %}"

@@ -18,8 +18,6 @@ from llama.config import MAX_STOP_IDS
 from llama.engine.runner import packed_logits_controls
 from llama.engine.sequence import Sequence
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCAB, POSITIONS = 331, 40
 INF = float("inf")
 PLAIN = SamplingParams(10)

@@ -20,7 +20,7 @@ from llama.engine.runner import REPORT_WINDOW
 from llama.outputs import TokenLogprob
 from llama.xla.counters import counters
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 GENERATED = 12
 CLOSE = 1e-4

@@ -142,7 +142,6 @@ def run_rank(rank: int, root: str) -> None:
     """One process: build fairscale's part of every model, save it, and compute the logits together with the others."""
     from fairscale.nn.model_parallel.initialize import destroy_model_parallel, initialize_model_parallel
 
-    torch.set_num_threads(1)
     for world in WORLDS:
         if rank >= world:
             continue

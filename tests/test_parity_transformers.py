@@ -31,7 +31,7 @@ from llama.engine.engine import Engine
 from llama.engine.runner import XlaRunner
 from llama.xla import backend, programs, transfers
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4  # absolute, between logits that spread over several units
 DECISIVE = 1e-3  # a greedy choice by less than this could fall either way and would prove nothing

@@ -4,9 +4,9 @@ loses by it.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -238,31 +238,18 @@ def test_the_demo_model_loses_less_than_one_percent() -> None:
     assert float((near - logits).norm() / logits.norm()) < 0.02
 
 
+def same_text(run: Run, *sources: str) -> str:
+    """The text that the command line generates with the flags of each source, which must be the same."""
+    common = '--prompt "Once upon a time" --max_gen_len 24 --temperature 0 --max_seq_len 64 --json'
+    outcomes = [run("generate", *source.split(), *shlex.split(common)) for source in sources]
+    assert [outcome.code for outcome in outcomes] == [0] * len(sources), outcomes
+    (text,) = {outcome.objects[0]["generation"] for outcome in outcomes}
+    return str(text)
+
+
 def test_generating_with_int8(tmp_path: Path, run: Run) -> None:
     """The same text from an int8 checkpoint as from quantising at load, by the command line."""
     convert(DEMO_DIR, tmp_path / "int8", "int8")
-    common = (
-        "--prompt",
-        "Once upon a time",
-        "--max_gen_len",
-        "12",
-        "--temperature",
-        "0",
-        "--max_seq_len",
-        "64",
-        "--json",
-    )
-    texts = []
-    for source in ("--dtype=int8", f"--ckpt_dir={tmp_path / 'int8'}"):
-        outcome = run("generate", source, *common)
-        assert outcome.code == 0, outcome.err
-        texts.append(json.loads(outcome.out)["generation"])
-    assert texts[0] == texts[1]
-    assert (
-        len(
-            LLaMA.build(tmp_path / "int8", config=EngineConfig(max_seq_len=64))
-            .generate("The cat", max_gen_len=3)[0]
-            .token_ids
-        )
-        <= 3
-    )
+    same_text(run, "--dtype=int8", f"--ckpt_dir={tmp_path / 'int8'}")
+    llm = LLaMA.build(tmp_path / "int8", config=EngineConfig(max_seq_len=64))
+    assert len(llm.generate("The cat", max_gen_len=3)[0].token_ids) <= 3

@@ -5,17 +5,20 @@ real.
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from checkpoint_files import TINY, random_weights, write_meta
+from commands import ROOT, Outcome, Run
 from tokenizer_files import byte_level, write_ranks
 
 import llama
@@ -27,7 +30,6 @@ from llama.sampling_params import controls_table
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(llama.__file__).parent.parent
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES[ROOT / "README.md"]
 
@@ -47,18 +49,34 @@ def commands() -> list[str]:
     return list(dict.fromkeys(line for line in lines if "llama-xla" in line or "demo.sh" in line))
 
 
-def run(command: str) -> subprocess.CompletedProcess[str]:
-    """Run a line as a user would, in the project's folder; `llama-xla` is this interpreter's, and answers are kept
-    short.
-    """
+def needs_shell(command: str) -> bool:
+    """Whether a line is more than one command of this package, or one that sets how this process would compile."""
+    return not command.startswith("llama-xla ") or "--dump_hlo" in command or bool(re.search(r"[|;&$<>]", command))
+
+
+def in_shell(command: str) -> Outcome:
+    """Run a line as a user would; `llama-xla` is this interpreter's."""
     script = f"{shlex.quote(sys.executable)} -m llama.cli"
-    if "--max_gen_len" not in command:
-        command = re.sub(r"(llama-xla (generate|chat)|demo.sh \"[^\"]*\")", r"\1 --max_gen_len 12", command)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     line = re.sub(r"\bllama-xla\b", script, command) if "demo.sh" not in command else command
-    return subprocess.run(
-        ["bash", "-c", line], input="Hello\n", capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", line], input="Hello\n", capture_output=True, text=True, check=False, env=environment
     )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def run_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Outcome]:
+    """Run a line in the project's folder, in this process where it needs no shell; answers are kept short."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+
+    def call(command: str) -> Outcome:
+        if "--max_gen_len" not in command:
+            command = re.sub(r"(llama-xla (generate|chat)|demo.sh \"[^\"]*\")", r"\1 --max_gen_len 12", command)
+        return in_shell(command) if needs_shell(command) else run(*shlex.split(command, comments=True)[1:])
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +101,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_run(command: str, places: dict[str, Path]) -> None:
+def test_commands_run(command: str, places: dict[str, Path], run_line: Callable[[str], Outcome]) -> None:
     """Each command of the pages ends well and prints something, or writes what it says."""
     if "demo.sh" in command and not (ROOT / ".venv").is_dir():
         pytest.skip("the demo would install a second environment: this one is not .venv")
     for name, path in places.items():
         command = command.replace(name, str(path))
-    done = run(command)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() or any(
+    done = run_line(command)
+    assert done.code == 0, done.err
+    assert done.out.strip() or any(
         str(path) in command and (path / "params.json").is_file() for path in places.values()
     )
 
@@ -173,31 +191,29 @@ def test_links_lead_somewhere() -> None:
             assert not heading or heading in anchors, f"{path.name}: {target}"
 
 
-def test_console_output_is_real() -> None:
+def test_console_output_is_real(run_line: Callable[[str], Outcome]) -> None:
     """The plan that the pages print is the one that the command prints."""
     (block,) = blocks("console")
     command, _, output = block.partition("\n")
-    done = run(command.removeprefix("$ "))
-    assert done.stdout == output
+    assert run_line(command.removeprefix("$ ")).out == output
 
 
-def test_json_fields_are_real() -> None:
+def test_json_fields_are_real(run_line: Callable[[str], Outcome]) -> None:
     """The object in the pages has the fields that --json prints."""
     (block,) = blocks("json")
     shown = json.loads(block)
-    done = run('llama-xla generate --prompt "Once" --max_gen_len 1 --json --quiet')
-    printed = json.loads(done.stdout)
+    printed = json.loads(run_line('llama-xla generate --prompt "Once" --max_gen_len 1 --json --quiet').out)
     assert list(printed) == list(shown)
     assert all(list(printed[key]) == list(shown[key]) for key in ("usage", "timing", "programs"))
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs(code: str) -> None:
+@pytest.mark.filterwarnings("default")  # as in a user's process
+def test_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The library examples run as they stand."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    monkeypatch.chdir(ROOT)
+    exec(code, {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
 
 
 def test_version_is_in_the_changelog() -> None:

@@ -35,8 +35,6 @@ from llama.planning import parameter_count, weight_bytes
 from llama.settings import read_config
 from llama.sharding import span, whole_shape
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOLERANCE = 1e-4  # absolute, between logits that spread over several units
 DECISIVE = 1e-3  # a greedy choice by less than this could fall either way and would prove nothing
 SEQUENCE = 100

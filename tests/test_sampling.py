@@ -19,8 +19,6 @@ from llama import SamplingParams
 from llama.compiled import sampling
 from llama.xla import backend, ops, programs, transfers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Fn = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 VOCAB = 331  # no multiple of the sampler's lanes

@@ -71,7 +71,6 @@ SIZES = [(1, 1), (1, 128), (128, 1), (64, 65), (70, 3), (70, 9), (71, 20), (5, 5
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_log_probabilities_are_transformers(llm: LLaMA, shape: Shape, *, prefix_cache: bool) -> None:
     """Every token's within 1e-4, whatever the sizes and whatever rows hold; one token more fits than there are
@@ -103,7 +102,6 @@ def greedy_continuation(shape: Shape, context: list[int], count: int) -> list[in
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 129, 300])
 def test_rolling_scores_every_token_once(llm: LLaMA, shape: Shape, length: int) -> None:
     """Each token after as much context as its window has; the sum is that of transformers over the same windows."""
