@@ -35,6 +35,7 @@ LONGEST_SCORED = (
 BUCKET_POLICIES: tuple[BucketPolicy, ...] = ("greedy", "pad")
 DEFAULT_BUCKETS = (512, 64, 8, 1)
 SMALLEST_KEY_BUCKET = 512
+FINER_KEY_BUCKETS = 2048  # from here on a bucket half-way between two saves more than its branch costs to compile
 SMALLEST_COPY = 64
 LONGEST_FLOAT32_CACHE = 2048  # positions; by default a longer cache is bfloat16
 DRAFTERS = ("auto", "lookup", "suffix", "model", "lookahead", "medusa", "retrieval")
@@ -419,7 +420,7 @@ class EngineConfig:
         bucket_policy: ``greedy`` covers a prompt exactly, ``pad`` may fill the last chunk up with padding to run fewer
             programs.
         key_buckets: how many leading cache positions a program may read; empty means doublings from 512 up to
-            ``max_seq_len``.
+            ``max_seq_len``, and from 2,048 on one half-way between them, too.
         widths: row counts that decode programs exist for, up to ``max_batch_size``, which is always one of them; empty
             means powers of two.
         batch_invariant: a request's bits depend on nothing but the request itself: every decode step runs all slots and
@@ -613,7 +614,7 @@ class EngineConfig:
         if not chosen:
             size = SMALLEST_KEY_BUCKET
             while size < self.max_seq_len:
-                chosen.add(size)
+                chosen |= {size, size + size // 2} if size >= FINER_KEY_BUCKETS else {size}
                 size *= 2
         return (*sorted(k for k in chosen if k < self.max_seq_len), self.max_seq_len)
 

@@ -23,6 +23,22 @@ def config(max_seq_len: int, **settings: object) -> EngineConfig:
     return EngineConfig(max_seq_len=max_seq_len, **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        (96, (96,)),
+        (512, (512,)),
+        (2048, (512, 1024, 2048)),
+        (3000, (512, 1024, 2048, 3000)),
+        (8192, (512, 1024, 2048, 3072, 4096, 6144, 8192)),
+    ],
+)
+def test_key_buckets(positions: int, expected: tuple[int, ...]) -> None:
+    """Doublings, and from 2,048 on one half-way, too, so that a step reads at most half more than is live."""
+    assert config(positions).key_buckets == expected
+    assert config(positions, key_buckets=(64,)).key_buckets == tuple(sorted({64, positions}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["greedy", "pad"])
 @pytest.mark.parametrize(
