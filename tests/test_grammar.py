@@ -182,13 +182,7 @@ def test_a_stop_token_of_the_callers_is_a_token_of_the_text(make_llm: LLMFactory
         ("12", "stop", ".", {"regex": "[0-9]{3}", "stop": (".",)}, True),
         ("123", "stop", ".", {"regex": "[0-9]+[.]?", "stop": (".",)}, False),
         ("12", "stop", 7, {"regex": "[0-9]{3}", "stop_token_ids": (7,)}, True),
-        (
-            "12",
-            "stop",
-            2,
-            {"regex": "[0-9]{3}", "stop_token_ids": (7,)},
-            False,
-        ),  # the model's own: comes at an end only
+        ("12", "stop", 2, {"regex": "[0-9]{3}", "stop_token_ids": (7,)}, False),  # the model's own, at an end only
         ("12", "interrupted", None, {"regex": "[0-9]{3}"}, False),
         ("12", "length", None, {}, False),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llama.cli.flags import Command, with_flags
+from llama.cli.flags import Command, section, with_flags
 from llama.config import DRAFTERS, LOOKUP_ORDERS, DraftConfig
 from llama.errors import FlagError
 
@@ -40,9 +40,9 @@ def takes_drafting(command: Callable[..., None]) -> Command:
 
     In the command's docstring ``{drafting}`` stands for their help.
     """
-    lines = "\n".join(["Drafting:", *(f"    {name}: {text}" for name, (_, text) in FLAGS.items())])
+    described = section("Drafting", {name: text for name, (_, text) in FLAGS.items()})
     kinds = {name: f"{kind} | None" for name, (kind, _) in FLAGS.items()}
-    return with_flags("drafting", dict.fromkeys(FLAGS), kinds, {"drafting": lines})(command)
+    return with_flags("drafting", dict.fromkeys(FLAGS), kinds, {"drafting": described})(command)
 
 
 def drafting_of(given: Mapping[str, Any]) -> DraftConfig | None:

@@ -170,6 +170,11 @@ CHECKPOINTS = ("ckpt_dir", "draft_ckpt_dir", "directory", "src")  # flags that n
 WEIGHTS = (".gguf", ".safetensors", ".pth", ".bin")
 
 
+def section(title: str, texts: Mapping[str, str]) -> str:
+    """The section of a command's docstring that describes flags, by their names."""
+    return "\n".join([f"{title}:", *(f"    {name}: {text}" for name, text in texts.items())])
+
+
 def with_flags(
     parameter: str, defaults: Mapping[str, Any], kinds: Mapping[str, str], texts: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Command]:

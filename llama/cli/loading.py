@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.devices import SECTION as DEVICES, devices_of
-from llama.cli.flags import Command, with_flags
+from llama.cli.flags import Command, section, with_flags
 from llama.cli.output import ending_at_once
 from llama.config import DEMO_CONTEXT, DEMO_DIR, DraftConfig, EngineConfig, ModelArgs
 from llama.environment import check_environment
@@ -114,13 +114,13 @@ def takes_loading(
         without: those that it lacks, or has flags of its own for.
         instead: the command's own default and help of a flag.
     """
-    every = {name: flag for section in SECTIONS.values() for name, flag in section.items()}
+    every = {name: flag for flags in SECTIONS.values() for name, flag in flags.items()}
     chosen = {name: every[name] for name in (every if only is None else only) if name not in without}
     chosen |= {name: (chosen[name][0], *own) for name, own in instead.items()}
     lines = {name: f"{name}: {text}" for name, (_, _, text) in chosen.items()}
     sections = {
-        key: "\n".join([f"{TITLES[key]}:", *(f"    {lines[name]}" for name in section if name in chosen)])
-        for key, section in SECTIONS.items()
+        key: section(TITLES[key], {name: chosen[name][2] for name in flags if name in chosen})
+        for key, flags in SECTIONS.items()
     }
     kinds = {name: kind for name, (kind, _, _) in chosen.items()}
     defaults = {name: default for name, (_, default, _) in chosen.items()}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from llama.cli.flags import Command, with_flags
+from llama.cli.flags import Command, section, with_flags
 from llama.config import GenerationDefaults
 from llama.errors import FlagError
 from llama.sampling_params import Control, SamplingParams, controls
@@ -54,13 +55,13 @@ def _flag_default(name: str, default: Any) -> Any:
 
 def _help(chosen: Mapping[str, Control], declared: Mapping[str, Any]) -> str:
     """Write the sections of a command's docstring that describe these controls."""
-    sections: dict[str, list[str]] = {}
+    sections: dict[str, dict[str, str]] = {}
     for name, each in chosen.items():
         text = each.flag or each.described
         if name in FROM_CHECKPOINT:
             text += f" Default: generation_config.json's, else {declared[name]}."
-        sections.setdefault(each.group, []).append(f"    {name}: {text}")
-    return "\n\n".join("\n".join([f"{group}:", *lines]) for group, lines in sections.items())
+        sections.setdefault(each.group, {})[name] = text
+    return "\n\n".join(starmap(section, sections.items()))
 
 
 def checked(sampling: Mapping[str, Any], **more: Any) -> dict[str, Any]:

@@ -174,7 +174,8 @@ def _row(answer: Answer, width: int) -> str:
 
 def _one_line(text: str) -> str:
     """A text without line breaks, its control characters written out: a table is read at a terminal in the end."""
-    return " ".join("".join(c if c.isprintable() else " " for c in visible(" ".join(text.split()))).split())
+    shown = visible(" ".join(text.split()))
+    return " ".join("".join(c if c.isprintable() else " " for c in shown).split())
 
 
 def _clipped(text: str, room: int) -> str:
