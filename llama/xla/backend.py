@@ -35,6 +35,9 @@ CPU_FLAGS = (
     # LLVM: as many numbers in a register as the narrowest fit, so that integers are multiplied in pairs, and no loop
     # over a group of a few numbers unrolled before it could use registers (docs/log.md, 2026-11-26)
     "--xla_backend_extra_options=-vectorizer-maximize-bandwidth=true,-unroll-full-max-count=8",
+    # a program is compiled in parts, side by side, each of which takes three of the process's memory mappings: XLA's 32
+    # would keep two cores no busier
+    f"--xla_cpu_parallel_codegen_split_count={min(32, 2 * (os.cpu_count() or 1))}",
 )
 
 # A run of a program allocates its scratch memory anew, and glibc would map it and give it back each time: the kernel
