@@ -1,4 +1,4 @@
-"""The environment variables that choose the device, checked before torch_xla reads them, and without it."""
+"""The process's cores, and the environment variables that choose the device, which are checked without torch_xla."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ LIBRARIES = {"TPU": "libtpu", "NEURON": "libneuronxla"}  # that torch_xla finds 
 LIBTPU_PATHS = ("TPU_LIBRARY_PATH", "PTXLA_TPU_LIBRARY_PATH")  # environment variables, read before the library
 BRINGS_NO_LIBRARY = {"XPU"}  # an entry point of torch_xla itself; whether there is a library shows at the start
 PLUGINS = "torch_xla.plugins"  # the group of entry points that add further devices
+
+
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

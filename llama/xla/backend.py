@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from llama.environment import check_environment
+from llama.environment import check_environment, cores
 from llama.errors import ConfigError, EngineError
 from llama.sharding import Mesh
 from llama.xla import mesh
@@ -37,7 +37,7 @@ CPU_FLAGS = (
     "--xla_backend_extra_options=-vectorizer-maximize-bandwidth=true,-unroll-full-max-count=8",
     # a program is compiled in parts, side by side, each of which takes three of the process's memory mappings: XLA's 32
     # would keep two cores no busier
-    f"--xla_cpu_parallel_codegen_split_count={min(32, 2 * (os.cpu_count() or 1))}",
+    f"--xla_cpu_parallel_codegen_split_count={min(32, 2 * cores())}",
 )
 
 # A run of a program allocates its scratch memory anew, and glibc would map it and give it back each time: the kernel

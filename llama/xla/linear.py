@@ -22,11 +22,13 @@ from llama.xla import backend, modules
 from llama.xla.ops import materialised, written
 from llama.xla.quantized import linear_int16, widened_parts
 from llama.xla.stacks import LayerWeight, part
+from llama.xla.tiled import linear_tiled
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
 WIDEST_ROW = 4080  # numbers: XLA:CPU fuses no row of 16 KiB into the loop, and transposes the weight at every step
 MOST_LOOP_ROWS = 4  # of float32, which a loop multiplies with a weight's row while it is in the cache
-NARROW = 1024  # up to so many numbers a row two such loops beat oneDNN
+NARROW = 1024  # up to so many numbers a row such loops beat tiles, and for a written weight two of them oneDNN
+MOST_TILED_ROWS = 8  # with more, the tiles' sums no longer fit into registers
 MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
 WIDE = 1024  # from so many numbers a row on, turning the weight into panels costs less than it saves
 PANEL = 8  # output channels side by side
@@ -142,15 +144,28 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
         return "int16"
     if rows == 1:
         return "one_row"
-    if dtype != torch.float32:
-        if rows > MOST_BFLOAT16_ROWS and dtype == torch.bfloat16 and rules.prefill_products == "bfloat16":
-            return "xnnpack"
-        if rows <= MOST_NARROW_ROWS:
-            return "row_by_row"
-    elif rows <= MOST_LOOP_ROWS * (2 if width <= NARROW else 1):
+    is_short = dtype == torch.float32 and rows <= MOST_LOOP_ROWS and (width <= NARROW or rows == 2)
+    if rows <= MOST_TILED_ROWS and not is_short and not rules.rows_alike:
+        return "tiled"
+    if dtype == torch.float32:
+        return _choose_for_float32(rows, width, rules)
+    if rows > MOST_BFLOAT16_ROWS and dtype == torch.bfloat16 and rules.prefill_products == "bfloat16":
+        return "xnnpack"
+    return "row_by_row" if rows <= MOST_NARROW_ROWS else _choose_for_many(width)
+
+
+def _choose_for_float32(rows: int, width: int, rules: Rules) -> str:
+    """As ``choose_lowering``, for a weight that is stored in float32, or written to memory so first."""
+    if rows == 1:
+        return "one_row"
+    if rows <= MOST_LOOP_ROWS * (2 if width <= NARROW else 1):
         return "row_by_row" if rules.rows_alike else "loop"
-    elif rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64":
+    if rows <= MOST_ONEDNN_ROWS and platform.machine() == "x86_64":
         return "onednn"
+    return _choose_for_many(width)
+
+
+def _choose_for_many(width: int) -> str:
     return "panels" if width >= WIDE else "matrix"
 
 
@@ -162,7 +177,7 @@ def _choose_for_groups(rows: int, width: int, group: int, rules: Rules) -> str:
         return "int16"
     if rows > MOST_BFLOAT16_ROWS and rules.prefill_products == "bfloat16":
         return "xnnpack"
-    return choose_lowering(rows, width, torch.float32, torch.device("xla"))
+    return _choose_for_float32(rows, width, rules)
 
 
 @contextmanager
@@ -346,6 +361,7 @@ LOWERINGS = {
     "plain": linear_plain,
     "one_row": linear_one_row,
     "loop": linear_loop,
+    "tiled": linear_tiled,
     "row_by_row": linear_row_by_row,
     "onednn": linear_onednn,
     "matrix": linear_matrix,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from llama.wire_format import nested, number, packed
 
 FLOAT32, BFLOAT16, INT32, TUPLE = 11, 16, 4, 13  # xla_data.proto's PrimitiveType
+PRIMITIVE = {"s8": 2, "f16": 10, "f32": FLOAT32, "bf16": BFLOAT16}  # as the builder names them
 ProductKind = Literal["loop", "onednn"]
 # how XLA:CPU's own rewriters mark what a library shall run
 ONEDNN = '{"fusion_config":{"kind":"__onednn_fusion"}}'
@@ -91,6 +92,74 @@ def bfloat16_product(x: tuple[int, int], weight: tuple[int, int]) -> Any:
     how = nested(11, b"kCustom") + packed(38, [fused]) + nested(43, XNNPACK.encode())
     root = entry.add("fusion", result, entry.parameters, how)
     return xb.computation_from_module_proto("bfloat16_product", module.serialised(entry, root, result))
+
+
+@cache
+def tiles(weight: tuple[int, int], kind: str, rows: int, channels: int) -> Any:
+    """A computation of a product in float32 whose channels c, c + C / channels, ... are summed up side by side.
+
+    One reduction with a result for each of the tile's channels and rows. XLA fuses what it reads into it.
+
+    Args:
+        weight: its shape, [C, in].
+        kind: its dtype, as the builder names it.
+        rows: of the other operand, [rows, in] float32.
+        channels: of a tile, which divide C.
+
+    Returns:
+        What ``Op.call`` of torch_xla's builder takes. Its parameters are (weight, x, zero), its result a tuple of
+        [C / channels] float32, for each of a tile's channels one a row.
+    """
+    import torch_xla.core.xla_builder as xb
+
+    module, scalar = Module(), shape(())
+    (count, width), results = (weight[0] // channels, weight[1]), channels * rows
+    adding = Computation(module, [scalar] * (2 * results))
+    pairs = zip(adding.parameters[:results], adding.parameters[results:], strict=True)
+    scalars = tuple_shape([scalar] * results)
+    added = adding.ended(adding.add("tuple", scalars, [adding.add("add", scalar, pair) for pair in pairs]), scalars)
+
+    entry = Computation(module, [shape(weight, PRIMITIVE[kind]), shape((rows, width)), scalar])
+    of_weight, of_x, zero = entry.parameters
+    block = shape((count, width))
+
+    def taken(operand: int, start: int, size: int, primitive: int) -> int:
+        """Some rows of an operand."""
+        bounds = ((start, start + size), (0, width))
+        dimensions = b"".join(nested(17, number(1, a) + number(2, b) + number(3, 1)) for a, b in bounds)
+        return entry.add("slice", shape((size, width), primitive), [operand], dimensions)
+
+    blocks = [taken(of_weight, i * count, count, PRIMITIVE[kind]) for i in range(channels)]
+    blocks = [entry.add("convert", block, [each]) for each in blocks] if kind != "f32" else blocks
+    lines = [entry.add("reshape", shape((width,)), [taken(of_x, i, 1, FLOAT32)]) for i in range(rows)]
+    spread = [entry.add("broadcast", block, [line], packed(14, [1])) for line in lines]
+    products = [entry.add("multiply", block, [a, b]) for a in blocks for b in spread]
+    result = tuple_shape([shape((count,))] * results)
+    root = entry.add("reduce", result, [*products, *[zero] * results], packed(14, [1]) + packed(38, [added]))
+    return xb.computation_from_module_proto("tiles", module.serialised(entry, root, result))
+
+
+@cache
+def numbered_copy(size: int, which: int, count: int) -> Any:
+    """A computation of a copy of x [1, size] float32 by XNNPACK; those of other numbers are not taken to be the same.
+
+    It takes the larger or the smaller of each number and itself, as the bits of ``which`` say.
+
+    Returns:
+        What ``Op.call`` of torch_xla's builder takes.
+    """
+    import torch_xla.core.xla_builder as xb
+
+    module, line = Module(), shape((1, size))
+    inner = Computation(module, [line])
+    root = inner.parameters[0]
+    for bit in range(max(1, (count - 1).bit_length())):
+        root = inner.add("maximum" if which >> bit & 1 else "minimum", line, [root, root])
+    fused = inner.ended(root, line)
+    entry = Computation(module, [line])
+    how = nested(11, b"kCustom") + packed(38, [fused]) + nested(43, XNNPACK.encode())
+    root = entry.add("fusion", line, entry.parameters, how)
+    return xb.computation_from_module_proto("numbered_copy", module.serialised(entry, root, line))
 
 
 @cache
