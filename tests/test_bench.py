@@ -170,7 +170,7 @@ def test_kernels_times_every_lowering_and_marks_the_picked(
         (dtype, rows, lowering)
         for dtype, one, few in (
             ("float32", "one_row", "loop"),
-            ("bfloat16", "one_row", "row_by_row"),
+            ("bfloat16", "one_row", "tiled"),
             ("int8", "int16", "int16"),
         )
         for rows, lowering in (("1", one), ("4", few))

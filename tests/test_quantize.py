@@ -27,6 +27,7 @@ from llama.errors import CheckpointError
 from llama.storage import Storage, WeightFormat
 from llama.tokenizer import load_tokenizer
 from llama.xla import backend, linear, programs, reports as hlo, transfers
+from llama.xla.tiled import MOST_STRIPS, strips
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +82,9 @@ def test_every_lowering_is_the_same_product(lowering: str, dtype: torch.dtype, r
     assert (found.double() - expected).abs().max() <= most * expected.abs().max()
 
 
-@pytest.mark.parametrize(("lowering", "rows"), [("one_row", 1), ("row_by_row", 3), ("loop", 3), ("onednn", 3)])
+@pytest.mark.parametrize(
+    ("lowering", "rows"), [("one_row", 1), ("row_by_row", 3), ("loop", 3), ("tiled", 3), ("onednn", 3)]
+)
 def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
     """Feed-forward layers of large models: the parts cover every column once, and their products add up."""
     for width in (1, 4080, 4081, 8160, 14336):
@@ -93,28 +96,56 @@ def test_long_rows_go_in_parts(lowering: str, rows: int) -> None:
     assert (multiplied(lowering, x, weight).double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3, 8, 96])
+@pytest.mark.parametrize("channels", [1, 3, 7, 8, 33, 768, 32003])
+def test_strips_cover_every_channel_once(channels: int, cores: int) -> None:
+    """Tiles are whole, and the strips of the cores equal."""
+    cut = strips(channels, cores)
+    assert [i for strip in cut for i in range(strip.start, strip.stop)] == list(range(channels))
+    assert all((strip.stop - strip.start) % strip.channels == 0 for strip in cut)
+    assert len({strip.stop - strip.start for strip in cut if strip.channels > 1}) <= 1
+    assert max(strip.core for strip in cut) < min(cores, MOST_STRIPS)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+@pytest.mark.parametrize("channels", [3, 40, 45])
+def test_tiles_of_any_number_of_cores(monkeypatch: pytest.MonkeyPatch, channels: int, cores: int) -> None:
+    """Strips that are equal, uneven or left out, against torch on the host."""
+    monkeypatch.setattr("llama.xla.tiled.cores", lambda: cores)
+    x, weight = torch.randn(5, 64 + cores), torch.randn(channels, 64 + cores)
+    expected = x.double() @ weight.double().t()
+    assert (multiplied("tiled", x, weight).double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_what_is_picked_depends_on_rows_and_dtype_and_device() -> None:
     """One row, a few, many; other devices keep the plain form."""
     device = backend.init()
     few = "onednn" if platform.machine() == "x86_64" else "matrix"
-    picked = [linear.choose_lowering(rows, 768, torch.float32, device) for rows in (1, 2, 8, 9, 128, 129, 512)]
-    assert picked == ["one_row", "loop", "loop", few, few, "matrix", "matrix"]
-    picked = [linear.choose_lowering(rows, 768, torch.bfloat16, device) for rows in (1, 2, 32, 33, 512)]
-    assert picked == ["one_row", "row_by_row", "row_by_row", "xnnpack", "xnnpack"]
+    picked = [linear.choose_lowering(rows, 768, torch.float32, device) for rows in (1, 4, 5, 8, 9, 128, 129, 512)]
+    assert picked == ["one_row", "loop", "tiled", "tiled", few, few, "matrix", "matrix"]
+    picked = [linear.choose_lowering(rows, 768, torch.bfloat16, device) for rows in (1, 2, 8, 9, 32, 33, 512)]
+    assert picked == ["one_row", "tiled", "tiled", "row_by_row", "row_by_row", "xnnpack", "xnnpack"]
     assert {linear.choose_lowering(rows, 768, torch.int8, device) for rows in (1, 64, 512)} == {"int16"}
     picked = [linear.choose_lowering(rows, 768, torch.uint8, device, 128) for rows in (1, 64, 65, 512)]
     assert picked == ["int16", "int16", "xnnpack", "xnnpack"]
     picked = [linear.choose_lowering(rows, 768, torch.int8, device, 32) for rows in (16, 17, 33)]
     assert picked == ["int16", few, "xnnpack"]
-    assert [linear.choose_lowering(rows, 2048, torch.float32, device) for rows in (4, 5, 512)] == [
+    assert [linear.choose_lowering(rows, 2048, torch.float32, device) for rows in (2, 3, 8, 9, 512)] == [
         "loop",
+        "tiled",
+        "tiled",
         few,
         "panels",
     ]
+    with linear.ruled(linear.Rules(rows_alike=True)):
+        picked = [linear.choose_lowering(rows, 768, torch.float32, device) for rows in (1, 2, 8, 9)]
+        assert picked == ["one_row", "row_by_row", "row_by_row", few]
+        picked = [linear.choose_lowering(rows, 2048, torch.bfloat16, device) for rows in (1, 2, 8, 9)]
+        assert picked == ["one_row", "row_by_row", "row_by_row", "row_by_row"]
     with linear.ruled(linear.Rules(activations="float32", prefill_products="float32")):
         for dtype in (torch.int8, torch.bfloat16):
-            picked = [linear.choose_lowering(rows, 768, dtype, device) for rows in (1, 64, 512)]
-            assert picked == ["one_row", "row_by_row", "matrix"]
+            picked = [linear.choose_lowering(rows, 768, dtype, device) for rows in (1, 8, 64, 512)]
+            assert picked == ["one_row", "tiled", "row_by_row", "matrix"]
         picked = [linear.choose_lowering(rows, 768, torch.uint8, device, 64) for rows in (1, 8, 512)]
         assert picked == ["one_row", "loop", "matrix"]
     assert {linear.choose_lowering(rows, 768, torch.int8, torch.device("cpu")) for rows in (1, 8, 512)} == {"plain"}

@@ -22,13 +22,12 @@ from llama.xla import backend, modules
 from llama.xla.ops import materialised, written
 from llama.xla.quantized import linear_int16, widened_parts
 from llama.xla.stacks import LayerWeight, part
-from llama.xla.tiled import linear_tiled
+from llama.xla.tiled import MOST_ROWS, linear_tiled
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
 WIDEST_ROW = 4080  # numbers: XLA:CPU fuses no row of 16 KiB into the loop, and transposes the weight at every step
 MOST_LOOP_ROWS = 4  # of float32, which a loop multiplies with a weight's row while it is in the cache
 NARROW = 1024  # up to so many numbers a row such loops beat tiles, and for a written weight two of them oneDNN
-MOST_TILED_ROWS = 8  # with more, the tiles' sums no longer fit into registers
 MOST_ONEDNN_ROWS = 128  # with more, Eigen's product on all cores wins
 WIDE = 1024  # from so many numbers a row on, turning the weight into panels costs less than it saves
 PANEL = 8  # output channels side by side
@@ -145,7 +144,7 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
     if rows == 1:
         return "one_row"
     is_short = dtype == torch.float32 and rows <= MOST_LOOP_ROWS and (width <= NARROW or rows == 2)
-    if rows <= MOST_TILED_ROWS and not is_short and not rules.rows_alike:
+    if rows <= MOST_ROWS and not is_short and not rules.rows_alike:
         return "tiled"
     if dtype == torch.float32:
         return _choose_for_float32(rows, width, rules)

@@ -22,7 +22,7 @@ from llama.environment import cores
 from llama.xla import modules
 from llama.xla.ops import materialised, written
 
-CHANNELS = 4  # of a tile: with 8 rows its sums fill the registers of AVX-512
+CHANNELS, MOST_ROWS = 4, 8  # of a tile, whose sums fill the registers of AVX-512
 MOST_STRIPS = 8
 
 
@@ -36,12 +36,14 @@ class Strip(NamedTuple):
 
 
 def linear_tiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T`` for a few rows x [R, in] and a weight [out, in] of any storage dtype: [R, out] float32."""
+    """``x @ weight.T`` for a few rows x [R, in] and a weight [out, in] of any storage dtype: [R, out] float32.
+
+    More rows than a tile has go one group after another, and read the weight anew.
+    """
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
-    whole = materialised(x.float())
-    product: torch.Tensor = _tiled_op()(whole, weight)
-    return product
+    groups = x.float().split(MOST_ROWS)
+    return torch.cat([_tiled_op()(materialised(group), weight) for group in groups])
 
 
 def strips(channels: int, count: int) -> list[Strip]:
