@@ -32,7 +32,8 @@ FOR_INT4 = ("int16", "xnnpack", "loop", "onednn", "matrix", "panels")  # what an
 KEYS = 512
 FEW_LAYERS = 6  # of a model that is timed as a whole
 MOST_SUMS = 8  # rows: it holds rows x keys x head columns
-TOO_SLOW = {"plain": 16, "row_by_row": 128, "one_row": 1, "loop": 16, "tiled": 16}  # up to how many rows a lowering is tried
+# up to how many rows a lowering is tried
+TOO_SLOW = {"plain": 16, "row_by_row": 128, "one_row": 1, "loop": 16, "tiled": 16}
 
 
 def measure(program: Callable[..., list[torch.Tensor]], args: Sequence[torch.Tensor]) -> float:

@@ -42,7 +42,7 @@ def linear_tiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if x.device.type != "xla":
         return F.linear(x, weight.to(x.dtype))
-    groups = x.float().split(MOST_ROWS)
+    groups = (x[a : a + MOST_ROWS].float() for a in range(0, len(x), MOST_ROWS))
     return torch.cat([_tiled_op()(materialised(group), weight) for group in groups])
 
 
