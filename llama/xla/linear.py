@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from llama.xla import backend, modules
+from llama.xla import backend, modules, tiled
 from llama.xla.ops import materialised, written
 from llama.xla.quantized import linear_int16, widened_parts
 from llama.xla.stacks import LayerWeight, part
-from llama.xla.tiled import MOST_ROWS, linear_tiled
 
 # What decides between the lowerings on the CPU device; the kernel table and docs/performance.md have the measurements.
 WIDEST_ROW = 4080  # numbers: XLA:CPU fuses no row of 16 KiB into the loop, and transposes the weight at every step
@@ -144,7 +143,7 @@ def choose_lowering(rows: int, width: int, dtype: torch.dtype, device: torch.dev
     if rows == 1:
         return "one_row"
     is_short = dtype == torch.float32 and rows <= MOST_LOOP_ROWS and (width <= NARROW or rows == 2)
-    if rows <= MOST_ROWS and not is_short and not rules.rows_alike:
+    if rows <= tiled.MOST_ROWS and not is_short and not rules.rows_alike:
         return "tiled"
     if dtype == torch.float32:
         return _choose_for_float32(rows, width, rules)
@@ -360,7 +359,7 @@ LOWERINGS = {
     "plain": linear_plain,
     "one_row": linear_one_row,
     "loop": linear_loop,
-    "tiled": linear_tiled,
+    "tiled": tiled.linear_tiled,
     "row_by_row": linear_row_by_row,
     "onednn": linear_onednn,
     "matrix": linear_matrix,
