@@ -20,7 +20,7 @@ BAD: list[tuple[str, str]] = [
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1.0 seconds"),
     ("{{ lipsum(100000)|length }}", "more than 1.0 seconds"),
     ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
-    ("{{ 'a' * 10**8 }}", "takes too much memory"),
+    ("{{ 'a' * 10**8 }}", "(takes too much memory|took more than 1.0 seconds)"),  # whichever limit comes first
     ("{{ 'a' * 10**12 }}", "takes too much memory"),
     ("{{ '%9999999999d'|format(1) }}", "takes too much memory"),
     ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "writes more than 4194304 characters"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,29 @@ def test_donated_memory_is_taken_over_and_weights_are_not_copied(make_llm: LLMFa
     total, same = program(x)
     assert transfers.fetch(total).tolist() == [[2.0, 2.0]] * 2
     assert same is x  # an argument that is returned unchanged is passed through
+
+
+@pytest.mark.alone
+def test_a_run_is_not_waited_for_when_the_next_is_started() -> None:
+    """What a run took over is dropped while it goes on, as the engine drops the state of the step before."""
+    device = backend.init()
+    weight = transfers.upload(torch.randn(1500, 1500) / 1500, device)
+    state = transfers.upload(torch.randn(1500, 1500), device)
+
+    def several(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for _ in range(10):
+            x = weight @ x
+        return (x,)
+
+    program = compile_program("several", several, (state,), donated=(0,))
+    spent, starts = [], []
+    for _ in range(12):
+        began = time.perf_counter()
+        (state,) = program(state)
+        starts.append(time.perf_counter() - began)
+        transfers.fetch(state)
+        spent.append(time.perf_counter() - began)
+    assert sorted(starts)[-2] < 0.3 * sorted(spent)[6]
 
 
 def test_a_process_without_memory_mappings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ makes.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from llama.xla.counters import counters, fallback_ops, xla_compilations
 TensorFn = Callable[..., tuple[torch.Tensor, ...]]
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 MAPS_LEFT = 2000  # a compile takes up to some hundreds
+
+# What the last runs took over, which holds no memory any more: XLA lets go of such a tensor when the run has ended, and
+# whoever drops it sooner waits for that, be it this thread or torch_xla's, which then starts the next run late.
+_taken_over: deque[list[torch.Tensor]] = deque(maxlen=32)
 
 
 class UnsupportedOpError(LLaMAError):
@@ -77,6 +82,7 @@ class Program:
         passed_through: dict[int, int],
         edits: bool = False,
         splits: tuple[str, ...] = (),
+        donated: Sequence[int] = (),
     ) -> None:
         self.name = name
         self._graph_hash = graph_hash
@@ -84,6 +90,7 @@ class Program:
         self._passed_through = passed_through  # index of an output that is an argument unchanged: index of the argument
         self._edits = edits
         self._splits = splits  # of the arguments, on a mesh
+        self._donated = donated  # indices of arguments
 
     def __call__(self, *args: torch.Tensor) -> list[torch.Tensor]:
         """Run it on ``args``; the outputs are device tensors that may still be being computed. Host sync: no.
@@ -101,6 +108,7 @@ class Program:
             counters.runs += 1
         inputs = [args[i] if isinstance(i, int) else i for i in self._inputs]
         outputs: list[torch.Tensor] = torch_xla._XLAC._run_cached_graph(self._graph_hash, inputs)
+        _taken_over.append([args[i] for i in self._donated])
         for place, arg in self._passed_through.items():
             outputs.insert(place, args[arg])
         return outputs
@@ -186,7 +194,8 @@ def compile_program(
     counters.compiled += 1
     counters.expected += xla_compilations() - compilations
     counters.compile_s += time.perf_counter() - began
-    return Program(name, graph_hash, inputs, passed_through, edits, tuple(map(mesh.split_of, args)) if on_mesh else ())
+    found = tuple(map(mesh.split_of, args)) if on_mesh else ()
+    return Program(name, graph_hash, inputs, passed_through, edits, found, donated)
 
 
 def _input_id(arg: torch.Tensor) -> int:
