@@ -20,7 +20,7 @@ BAD: list[tuple[str, str]] = [
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1.0 seconds"),
     ("{{ lipsum(100000)|length }}", "more than 1.0 seconds"),
     ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
-    ("{{ 'a' * 10**8 }}", "(takes too much memory|took more than 1.0 seconds)"),  # whichever limit comes first
+    ("{{ 'a' * 10**8 }}", "takes too much memory"),
     ("{{ 'a' * 10**12 }}", "takes too much memory"),
     ("{{ '%9999999999d'|format(1) }}", "takes too much memory"),
     ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "writes more than 4194304 characters"),
@@ -67,9 +67,9 @@ ODD: list[tuple[str, str]] = [
 ]
 
 
-def made(template: str) -> TemplateFormat:
+def made(template: str, seconds: float = SECONDS) -> TemplateFormat:
     return TemplateFormat(
-        load_tokenizer(DEMO_DIR / "tokenizer.model"), template, {}, "checkpoint", Limits(seconds=SECONDS)
+        load_tokenizer(DEMO_DIR / "tokenizer.model"), template, {}, "checkpoint", Limits(seconds=seconds)
     )
 
 
@@ -78,8 +78,10 @@ def test_a_template_is_refused(template: str, says: str) -> None:
     """Also where only its text is asked for, as lm-evaluation-harness does."""
     for ask in (TemplateFormat.encode, TemplateFormat.text):
         began = time.perf_counter()
+        # on a busy machine another limit could come second after that of time
+        seconds = SECONDS if "seconds" in says else SECONDS + 2
         with pytest.raises(ChatError, match=f"^checkpoint: .*{says}") as raised:
-            ask(made(template), USER)
+            ask(made(template, seconds), USER)
         assert time.perf_counter() - began < SECONDS + 3
         assert str(raised.value).isprintable()
         assert len(str(raised.value)) < 500
