@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from llama.environment import cores
 from llama.errors import ConfigError, setting
 
 BATCH = 512  # prompt tokens in one llama_decode
@@ -95,7 +96,7 @@ class LlamaCppBatch:
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = rows
         params.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+        params.n_threads = params.n_threads_batch = cores()
         return params
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Operations that torch_xla's builder has no word for, handed to XLA ready-made: fusions, and an all-gather.
+"""Operations that torch_xla's builder has no word for, handed to XLA ready-made: fusions, a reduction, an all-gather.
 
 A computation may be given as a serialised HLO module (``HloModuleProto`` of xla/service/hlo.proto), and fusions in it
 pass through the compiler as they are. The few messages needed are written here in protobuf's wire format: torch_xla

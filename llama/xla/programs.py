@@ -108,7 +108,8 @@ class Program:
             counters.runs += 1
         inputs = [args[i] if isinstance(i, int) else i for i in self._inputs]
         outputs: list[torch.Tensor] = torch_xla._XLAC._run_cached_graph(self._graph_hash, inputs)
-        _taken_over.append([args[i] for i in self._donated])
+        if self._donated:
+            _taken_over.append([args[i] for i in self._donated])
         for place, arg in self._passed_through.items():
             outputs.insert(place, args[arg])
         return outputs
