@@ -61,10 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _restore_globals() -> Iterator[None]:
-    """No test leaves a seed, a default dtype or an environment variable behind."""
+    """No test leaves a seed, a default dtype, an environment variable or a log level behind."""
     environment, dtype = dict(os.environ), torch.get_default_dtype()
-    state = torch.get_rng_state()
+    state, log = torch.get_rng_state(), logging.getLogger("llama")
+    level, propagates = log.level, log.propagate
     yield
+    log.setLevel(level)
+    log.propagate = propagates
     torch.set_rng_state(state)
     torch.set_default_dtype(dtype)
     os.environ.clear()
